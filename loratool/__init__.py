@@ -1,0 +1,64 @@
+"""loratool: model surgery and adapter management for LoRA.
+
+The names below are the public API. They are loaded when first used, so that importing loratool
+(and ``loratool --help``) does not load torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":  # pragma: no cover
+    raise ImportError("loratool runs on Linux and macOS; on Windows use WSL")
+
+if TYPE_CHECKING:
+    from loratool.adapter import Adapter
+    from loratool.algebra.lowrank import LowRank
+    from loratool.api import (
+        extract,
+        inspect,
+        merge,
+        open_adapter,
+        open_checkpoint,
+        push,
+    )
+    from loratool.errors import LoratoolError
+    from loratool.storage.checkpoint import Checkpoint
+
+_WHERE = {
+    "Adapter": "loratool.adapter",
+    "Checkpoint": "loratool.storage.checkpoint",
+    "LoratoolError": "loratool.errors",
+    "LowRank": "loratool.algebra.lowrank",
+    "extract": "loratool.api",
+    "inspect": "loratool.api",
+    "merge": "loratool.api",
+    "open_adapter": "loratool.api",
+    "open_checkpoint": "loratool.api",
+    "push": "loratool.api",
+}
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "LoratoolError",
+    "LowRank",
+    "extract",
+    "inspect",
+    "merge",
+    "open_adapter",
+    "open_checkpoint",
+    "push",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'loratool' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Low-rank algebra, spectra, rank rules and rounding. Pure: tensors in, tensors out."""

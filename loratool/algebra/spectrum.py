@@ -1,0 +1,58 @@
+"""Singular values of one matrix, with the energy of those that were not resolved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The largest singular values of a matrix D.
+
+    values: (k,) float64, descending. total_energy: ‖D‖²_F, of which Σ values² is the resolved
+    part. shape: D's (rows, columns).
+    """
+
+    values: Tensor
+    total_energy: float
+    shape: tuple[int, int]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every singular value is there."""
+        return len(self.values) >= min(self.shape)
+
+    @property
+    def norm(self) -> float:
+        """‖D‖_F."""
+        return float(self.total_energy**0.5)
+
+    def energy_share(self) -> Tensor:
+        """(k,): share of ‖D‖²_F that the first 1, 2, … k components hold, at most 1."""
+        if self.total_energy == 0:
+            return torch.ones_like(self.values)
+        return (self.values.square().cumsum(0) / self.total_energy).clamp(max=1.0)
+
+    def energy_at(self, rank: int) -> float:
+        """Share of ‖D‖²_F held by the first ``rank`` components."""
+        if rank <= 0 or len(self.values) == 0:
+            return 0.0
+        return float(self.energy_share()[min(rank, len(self.values)) - 1])
+
+    def first_rank_where(self, holds: Tensor) -> int | None:
+        """Smallest k whose k-th entry of ``holds`` is true; None when the resolved part ends first.
+
+        A complete spectrum always answers: with all its values when nothing holds.
+        """
+        hits = torch.nonzero(holds)
+        if len(hits):
+            return int(hits[0]) + 1
+        return len(self.values) if self.is_complete else None
+
+    def stable_rank(self) -> float:
+        """‖D‖²_F / σ₁² (Rudelson and Vershynin, 2007)."""
+        top = float(self.values[0]) if len(self.values) else 0.0
+        return self.total_energy / top**2 if top else 0.0

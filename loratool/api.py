@@ -1,0 +1,154 @@
+"""The Python API: the commands as functions. Paths in, reports out; writing is always explicit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from loratool.adapter import Adapter
+from loratool.engine import Engine, Progress
+from loratool.ops import extract as _extract
+from loratool.ops import inspect as _inspect
+from loratool.ops import merge as _merge
+from loratool.ops import push as _push
+from loratool.ops.extract_report import ExtractReport
+from loratool.ops.merge_report import MergeReport
+from loratool.ops.push import PushReport
+from loratool.ops.sources import is_adapter
+from loratool.ops.sources import open_adapter as _open_adapter
+from loratool.storage.checkpoint import Checkpoint
+from loratool.storage.checkpoint import open_checkpoint as _open_checkpoint
+
+PathArg = str | PathLike[str]
+
+InspectReport = _inspect.CheckpointReport | _inspect.AdapterReport | _inspect.PairReport
+
+
+def extract(
+    base: PathArg,
+    tuned: PathArg,
+    output: PathArg,
+    *,
+    rank: str | int = 16,
+    dtype: str | None = None,
+    device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    drop_rest: bool = False,
+    exact: bool = False,
+    seed: int = 0,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Write the low-rank adapter that turns ``base`` into ``tuned`` and report its error.
+
+    ``rank`` is a number or a rule such as ``"energy:0.95"`` or ``"full"``. ``dtype`` is that of
+    the factors (default: the tuned checkpoint's). Raises a LoratoolError subclass; nothing is
+    written then.
+    """
+    plan = _extract.plan_extract(
+        Path(base),
+        Path(tuned),
+        Path(output),
+        rank=rank,
+        dtype=dtype,
+        device=device,
+        include=include,
+        exclude=exclude,
+        drop_rest=drop_rest,
+        exact=exact,
+        seed=seed,
+        base_model=base_model,
+        overwrite=overwrite,
+    )
+    return _extract.run_extract(plan, _engine(jobs), progress)
+
+
+def merge(
+    base: PathArg,
+    adapter: PathArg,
+    output: PathArg,
+    *,
+    scale: float = 1.0,
+    alpha: float | None = None,
+    device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write ``base`` with the adapter's updates added, each weight correctly rounded.
+
+    ``scale`` multiplies the adapter's own alpha/r. ``alpha`` is for formats that do not store it.
+    Raises a LoratoolError subclass; nothing is written then.
+    """
+    plan = _merge.plan_merge(
+        Path(base),
+        Path(adapter),
+        Path(output),
+        scale=scale,
+        alpha=alpha,
+        device=device,
+        include=include,
+        exclude=exclude,
+        overwrite=overwrite,
+    )
+    return _merge.run_merge(plan, _engine(jobs), progress)
+
+
+def inspect(
+    path: PathArg,
+    tuned: PathArg | None = None,
+    *,
+    alpha: float | None = None,
+    device: str = "auto",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> InspectReport:
+    """Describe a checkpoint or an adapter; with ``tuned``, the change between two checkpoints.
+
+    Raises a LoratoolError subclass.
+    """
+    if tuned is not None:
+        return _inspect.inspect_pair(
+            Path(path), Path(tuned), device=device, engine=_engine(jobs), progress=progress
+        )
+    if is_adapter(Path(path)):
+        return _inspect.inspect_adapter(
+            Path(path), alpha=alpha, engine=_engine(jobs), progress=progress
+        )
+    return _inspect.inspect_checkpoint(Path(path))
+
+
+def push(
+    adapter: PathArg,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    private: bool = False,
+    progress: Progress | None = None,
+) -> PushReport:
+    """Publish an adapter folder on the Hugging Face Hub with a model card.
+
+    The token is the one huggingface_hub finds. Raises a LoratoolError subclass.
+    """
+    plan = _push.plan_push(Path(adapter), repo_id, base_model=base_model, private=private)
+    return _push.run_push(plan, progress)
+
+
+def open_adapter(path: PathArg, *, alpha: float | None = None) -> Adapter:
+    """An adapter's updates by parameter name; tensors are read when asked for."""
+    return _open_adapter(Path(path), alpha)
+
+
+def open_checkpoint(path: PathArg) -> Checkpoint:
+    """A checkpoint's tensors by name; each is read when asked for."""
+    return _open_checkpoint(Path(path))
+
+
+def _engine(jobs: int | None) -> Engine:
+    return Engine() if jobs is None else Engine(jobs)

@@ -1,0 +1,25 @@
+"""Which exit code each kind of error has."""
+
+from __future__ import annotations
+
+from loratool import errors
+
+EXIT_CODES: tuple[tuple[type[errors.LoratoolError], int, str], ...] = (
+    (errors.UsageError, 2, "the request makes no sense"),
+    (errors.InputError, 3, "an input is unreadable or malformed"),
+    (errors.DisagreementError, 4, "inputs disagree, or nothing matches"),
+    (errors.OutputError, 5, "output, disk or lock"),
+    (errors.HubError, 6, "the Hub or the network"),
+)
+"""In the order of DESIGN: class, exit code, meaning. 70 is a bug, 130 an interrupt."""
+
+BUG = 70
+INTERRUPTED = 130
+
+
+def exit_code(error: LoratoolErrorType) -> int:
+    """The exit code of an error that loratool raised on purpose."""
+    return next((code for kind, code, _ in EXIT_CODES if isinstance(error, kind)), BUG)
+
+
+LoratoolErrorType = errors.LoratoolError

@@ -1,0 +1,206 @@
+"""``loratool extract``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratool.cli import options
+from loratool.cli.output import Output, percent, size_text
+
+if TYPE_CHECKING:
+    from loratool.engine import Engine
+    from loratool.ops.extract import ExtractPlan
+    from loratool.ops.extract_report import ExtractReport, TensorRow
+
+
+@click.command("extract")
+@click.argument("base", type=options.PATH)
+@click.argument("tuned", type=options.PATH)
+@options.output_option
+@click.option(
+    "--rank",
+    default="16",
+    show_default=True,
+    metavar="N|full|RULE",
+    help="Components to keep: a number, full, energy:SHARE, error:SHARE, ratio:SHARE or "
+    "absolute:SIGMA.",
+)
+@click.option("--dtype", help="Dtype of the factors [default: the tuned checkpoint's].")
+@click.option(
+    "--drop-rest",
+    is_flag=True,
+    help="Leave out what changed and is not low-rank (norms, biases, position tables, a tied "
+    "embedding) instead of storing it whole, and state its share.",
+)
+@click.option(
+    "--svd",
+    type=click.Choice(["auto", "exact"]),
+    default="auto",
+    show_default=True,
+    help="exact forbids the randomised method for large matrices.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised method.")
+@click.option("--base-model", metavar="OWNER/NAME", help="The base's Hub name, for the adapter.")
+@options.include_option
+@options.exclude_option
+@options.device_option
+@options.jobs_option
+@options.report_option
+@options.dry_run_option
+@options.overwrite_option
+@options.framed
+def extract_command(
+    out: Output,
+    base: Path,
+    tuned: Path,
+    output: Path,
+    rank: str,
+    dtype: str | None,
+    drop_rest: bool,
+    svd: str,
+    seed: int,
+    base_model: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    device: str,
+    jobs: int | None,
+    report: Path | None,
+    dry_run: bool,
+    overwrite: bool,
+) -> None:
+    """Extract a low-rank adapter: what turned BASE into TUNED.
+
+    BASE and TUNED are weight files or folders. The result is a PEFT adapter folder with a report
+    of every tensor: its rank, its relative error ‖D − s·B·A‖/‖D‖ as stored, what was stored
+    whole, and what did not change.
+
+    \b
+    Example:
+      loratool extract base/ tuned/ -o adapter/ --rank 16
+    """
+    from loratool.engine import Engine
+    from loratool.ops.extract import plan_extract, run_extract
+
+    plan = plan_extract(
+        base,
+        tuned,
+        output,
+        rank=rank,
+        dtype=dtype,
+        device=device,
+        include=include,
+        exclude=exclude,
+        drop_rest=drop_rest,
+        exact=svd == "exact",
+        seed=seed,
+        base_model=base_model,
+        overwrite=overwrite,
+    )
+    engine = Engine(jobs) if jobs else Engine()
+    if dry_run:
+        _show_plan(out, plan, engine)
+        return
+    result = run_extract(plan, engine, out.progress())
+    out.report_file(report, result.to_json())
+    if out.as_json:
+        out.document(result.to_json())
+    else:
+        _show(out, result, output)
+
+
+def _show_plan(out: Output, plan: ExtractPlan, engine: Engine) -> None:
+    from loratool.provenance import document
+
+    if out.as_json:
+        out.document(document("extract-plan", 1, plan.to_json(engine.workers)))
+        return
+    counts: dict[str, int] = defaultdict(int)
+    for job in plan.jobs:
+        counts[str(job.treatment)] += 1
+    out.line(f"would extract at rank {plan.rule} in {plan.dtype.name} on {plan.device}")
+    out.table(
+        "tensors, if they changed",
+        ["treatment", "tensors"],
+        [[treatment, str(count)] for treatment, count in counts.items()],
+    )
+    out.line(f"reads {size_text(plan.read_bytes)}")
+    out.line(f"adapter: at most {size_text(plan.adapter_bytes_at_most)}")
+    out.line(f"working memory: about {size_text(plan.peak_bytes(engine.workers))}")
+    out.notes(plan.alignment.notes)
+
+
+def _show(out: Output, report: ExtractReport, output: Path) -> None:
+    from loratool.ops.extract_report import LEFT_OUT, Status
+
+    low_rank = [row for row in report.rows if row.status is Status.LOW_RANK]
+    if out.verbose:
+        out.table(
+            "every tensor",
+            ["tensor", "status", "shape", "rank", "error", "energy kept", "share of change"],
+            [_tensor_cells(row, report) for row in report.rows],
+            text=2,
+        )
+    out.table(
+        f"{output}: rank {report.rank}, {report.dtype}, computed on {report.device}",
+        ["module", "tensors", "rank", "error", "energy kept", "share of change"],
+        _family_rows(low_rank, report),
+    )
+    for status in (Status.WHOLE, *LEFT_OUT):
+        rows = [row for row in report.rows if row.status is status]
+        if rows:
+            share = sum(row.energy for row in rows) / report.energy
+            out.line(f"{status}: {_kinds(rows)} ({percent(share)} of the change's energy)")
+    if unchanged := report.count(Status.UNCHANGED):
+        out.line(f"unchanged: {unchanged} tensors")
+    out.line(
+        f"base + adapter gives back {percent(1 - report.relative_error**2)} of the change's "
+        f"energy (relative error {percent(report.relative_error)})"
+    )
+    out.line(
+        f"adapter: {report.adapter_parameters:,} values, {size_text(report.adapter_bytes)} "
+        f"in {output}"
+    )
+    out.notes(report.notes)
+
+
+def _tensor_cells(row: TensorRow, report: ExtractReport) -> list[str]:
+    return [
+        row.name,
+        str(row.status),
+        "×".join(map(str, row.shape)),
+        "" if row.rank is None else f"{row.rank}{' (clamped)' if row.clamped else ''}",
+        percent(row.relative_error),
+        percent(row.energy_kept),
+        percent(row.energy / report.energy),
+    ]
+
+
+def _family_rows(rows: list[TensorRow], report: ExtractReport) -> list[list[str]]:
+    from loratool.ops.inspect import family_of
+
+    families: dict[str, list[TensorRow]] = defaultdict(list)
+    for row in rows:
+        families[family_of(row.name).removesuffix(".weight")].append(row)
+    cells = []
+    for family, members in families.items():
+        energy = sum(row.energy for row in members)
+        kept = sum(row.energy * (row.energy_kept or 0.0) for row in members) / energy
+        ranks = sorted({row.rank or 0 for row in members})
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+        error = max(1 - kept, 0.0) ** 0.5
+        share = energy / report.energy
+        cells.append(
+            [family, str(len(members)), span, percent(error), percent(kept), percent(share)]
+        )
+    return cells
+
+
+def _kinds(rows: list[TensorRow]) -> str:
+    counts: dict[str, int] = defaultdict(int)
+    for row in rows:
+        counts[row.kind] += 1
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))

@@ -1,0 +1,82 @@
+"""``loratool``: the command group. Commands are imported when run, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from loratool.cli.errors import EXIT_CODES, INTERRUPTED
+
+GROUPS: dict[str, dict[str, str]] = {
+    "Surgery": {
+        "extract": "An adapter from a base and a tuned checkpoint.",
+        "merge": "An adapter into a checkpoint.",
+    },
+    "Look": {"inspect": "What a checkpoint, an adapter or a fine-tune consists of."},
+    "Hub": {"push": "Publish an adapter with a model card."},
+}
+"""Command name → its line in the overview. The command itself is cli/NAME.py's NAME_command."""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports one when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for commands in GROUPS.values() for name in commands]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        command = getattr(import_module(f"loratool.cli.{name}"), f"{name}_command")
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl(list(commands.items()))
+        with formatter.section("Exit codes"):
+            rows = [("0", "done")]
+            rows += [(str(code), meaning) for _, code, meaning in EXIT_CODES]
+            formatter.write_dl([*rows, ("70", "a bug in loratool"), ("130", "interrupted")])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="loratool", prog_name="loratool")
+def cli() -> None:
+    """Model surgery and adapter management for LoRA.
+
+    \b
+    Example:
+      loratool extract base/ tuned/ -o adapter/ --rank 16
+      loratool merge base/ adapter/ -o merged/
+    """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = cli.main(args=arguments, prog_name="loratool", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        if "--json" in arguments:
+            _usage_error_as_json(arguments, error)
+        else:
+            error.show()
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_error_as_json(arguments: list[str], error: click.ClickException) -> None:
+    import json
+
+    from loratool.cli.output import error_document
+    from loratool.errors import UsageError
+
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    problem = UsageError(error.format_message())
+    print(json.dumps(error_document(command, "UsageError", problem, error.exit_code)))

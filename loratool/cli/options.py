@@ -1,0 +1,106 @@
+"""Options that several commands share, and the frame every command runs in."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratool.cli.errors import BUG, INTERRUPTED, exit_code
+from loratool.cli.output import Output
+from loratool.errors import InputError, LoratoolError
+
+Command = Callable[..., None]
+
+PATH = click.Path(path_type=Path)
+
+
+def framed(function: Command) -> Command:
+    """Give a command the options all commands have, an Output, and one way to fail."""
+
+    @functools.wraps(function)
+    def run(as_json: bool, quiet: bool, verbose: bool, debug: bool, **options: Any) -> None:
+        command = click.get_current_context().info_name or ""
+        out = Output(command, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+        try:
+            function(out, **options)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except LoratoolError as error:
+            _fail(out, error, exit_code(error))
+        except KeyboardInterrupt:
+            out.complain("interrupted; nothing was written")
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(out, InputError(f"{where}{error.strerror or error}"), 3)
+        except Exception as error:
+            problem = LoratoolError(
+                f"unexpected {type(error).__name__}: {error}",
+                hint="this is a bug in loratool; run again with --debug and report it",
+            )
+            _fail(out, problem, BUG)
+
+    decorated: Command = run
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more: one row per tensor."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    ):
+        decorated = option(decorated)
+    return decorated
+
+
+def _fail(out: Output, error: LoratoolError, code: int) -> None:
+    if out.debug:
+        traceback.print_exc()
+    out.failure(error, code)
+    sys.exit(code)
+
+
+output_option = click.option(
+    "-o", "--output", required=True, type=PATH, help="Where the result goes."
+)
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an existing output of the same kind."
+)
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Check everything and say what would happen; write nothing."
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N]",
+    help="Where to compute; auto takes a GPU if there is one.",
+)
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tensors to work on at once (default: the usable cores).",
+)
+include_option = click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only parameters matching this glob ('c_attn', 'h.0', '*.mlp.*'); repeatable.",
+)
+exclude_option = click.option(
+    "--exclude", multiple=True, metavar="PATTERN", help="Not these; repeatable."
+)
+alpha_option = click.option(
+    "--alpha", type=float, help="LoRA alpha, for adapter formats that do not store it."
+)
+report_option = click.option(
+    "--report", type=PATH, metavar="FILE", help="Also write the report to FILE as JSON."
+)

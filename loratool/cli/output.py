@@ -1,0 +1,211 @@
+"""What commands print: results on stdout, everything else on stderr, or one JSON document."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from loratool.errors import LoratoolError, OutputError
+from loratool.provenance import document
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+
+_PIPE_WIDTH = 120
+_QUIET_SECONDS = 0.7
+
+
+def printable(text: str) -> str:
+    """``text`` with every character that could steer a terminal shown as an escape."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+class Output:
+    """One command's output, in the form the user asked for."""
+
+    def __init__(self, command: str, *, as_json: bool, quiet: bool, verbose: bool, debug: bool):
+        self.command = command
+        self.as_json = as_json
+        self.quiet = quiet
+        self.verbose = verbose
+        self.debug = debug
+
+    def document(self, body: dict[str, Any]) -> None:
+        """The result as JSON, the only thing on stdout."""
+        print(json.dumps(body))
+
+    def line(self, text: str = "") -> None:
+        """A line of the result."""
+        if not self.as_json and not self.quiet:
+            _console(sys.stdout).print(printable(text), markup=False, highlight=False)
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1
+    ) -> None:
+        """A table of the result; the first ``text`` columns are names, the others numbers."""
+        if self.as_json or self.quiet:
+            return
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE_HEAD, title=Text(printable(title)), title_justify="left")
+        for index, column in enumerate(columns):
+            is_text = index < text
+            table.add_column(
+                Text(column),
+                justify="left" if is_text else "right",
+                overflow="fold",
+                no_wrap=not is_text,
+            )
+        for row in rows:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        _console(sys.stdout).print(table)
+
+    def notes(self, notes: Sequence[str]) -> None:
+        """Things the user should know, on stderr; in JSON they are part of the document."""
+        if not self.as_json and not self.quiet:
+            for note in notes:
+                self.complain(f"note: {note}")
+
+    def complain(self, text: str) -> None:
+        """A line on stderr."""
+        _console(sys.stderr).print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+    def failure(self, error: LoratoolError, code: int) -> None:
+        """An error, in words or as the one JSON document."""
+        if self.as_json:
+            self.document(error_document(self.command, type(error).__name__, error, code))
+            return
+        self.complain(f"error: {error.message}")
+        for detail in error.details:
+            self.complain(f"  {detail}")
+        if error.hint:
+            self.complain(f"  {error.hint}")
+
+    def progress(self) -> TerminalProgress:
+        """A progress bar on stderr, or nothing where nobody watches."""
+        shown = not (self.as_json or self.quiet) and sys.stderr.isatty()
+        return TerminalProgress(shown)
+
+    def report_file(self, path: Path | None, body: dict[str, Any]) -> None:
+        """Write the report where --report asks for it. Raises OutputError."""
+        if path is None:
+            return
+        try:
+            path.write_text(json.dumps(body, indent=1) + "\n")
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def error_document(command: str, kind: str, error: LoratoolError, code: int) -> dict[str, Any]:
+    """An error as JSON."""
+    body = {
+        "kind": kind,
+        "message": error.message,
+        "details": list(error.details),
+        "hint": error.hint,
+        "exit_code": code,
+    }
+    return document("error", 1, {"error": body}) | {"command": command}
+
+
+class TerminalProgress:
+    """A bar that appears only when the work lasts long enough to wonder about."""
+
+    def __init__(self, shown: bool):
+        self._shown = shown
+        self._bar: RichProgress | None = None
+        self._lock = threading.Lock()
+        self._begin = 0.0
+        self._done = 0
+        self._total = 0
+        self._what = ""
+
+    def start(self, what: str, total: int) -> None:
+        self._begin, self._done, self._total, self._what = time.monotonic(), 0, total, what
+
+    def advance(self, amount: int) -> None:
+        if not self._shown:
+            return
+        with self._lock:
+            self._done += amount
+            if self._bar is None and time.monotonic() - self._begin > _QUIET_SECONDS:
+                self._open()
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=self._done)
+
+    def finish(self) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+    def _open(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TimeRemainingColumn(),
+            console=_console(sys.stderr),
+            transient=True,
+        )
+        self._bar.add_task(self._what, total=self._total)
+        self._bar.start()
+
+
+def _console(stream: IO[str]) -> Console:
+    from rich.console import Console
+
+    width = None if stream.isatty() else int(os.environ.get("COLUMNS", _PIPE_WIDTH))
+    return Console(file=stream, width=width, soft_wrap=False)
+
+
+def size_text(nbytes: int) -> str:
+    """1536 → '1.5 KiB'."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def percent(share: float | None) -> str:
+    """0.1234 → '12.34 %'; tiny shares keep two digits."""
+    if share is None:
+        return ""
+    if share != 0 and abs(share) < 1e-4:
+        return f"{share * 100:.1e} %"
+    return f"{share * 100:.2f} %"
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+_ASCII_BARS = "_.-:=+*#"
+
+
+def spark(values: Sequence[float], top: float | None = None) -> str:
+    """One character per value, its height the value's share of ``top`` (default: the largest)."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    bars = _BARS if encoding.startswith("utf") else _ASCII_BARS
+    peak = top if top is not None else max(values, default=0.0)
+    if peak <= 0:
+        return bars[0] * len(values)
+    return "".join(bars[min(7, int(8 * max(value, 0.0) / peak))] for value in values)

@@ -1,0 +1,117 @@
+"""Jobs on a pool of threads, each job on one BLAS thread.
+
+One BLAS thread per job makes a job's bytes independent of how many jobs run beside it, and keeps
+the pool from oversubscribing the cores. Reduced-precision float32 products (TF32, oneDNN's bf16
+mode) are off while jobs run: error bounds elsewhere count on true float32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Progress(Protocol):
+    """Told how far a command is. Called from any thread."""
+
+    def start(self, what: str, total: int) -> None:
+        """A stage begins that consists of ``total`` bytes of work."""
+
+    def advance(self, amount: int) -> None:
+        """``amount`` bytes more are done."""
+
+    def finish(self) -> None:
+        """The stage is over."""
+
+
+class NoProgress:
+    """Says nothing."""
+
+    def start(self, what: str, total: int) -> None:
+        pass
+
+    def advance(self, amount: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Runs jobs on ``workers`` threads (default: the cores this process may use)."""
+
+    workers: int = field(default_factory=_usable_cores)
+
+    def map(
+        self,
+        work: Callable[[Job], Result],
+        jobs: Sequence[Job],
+        *,
+        cost: Callable[[Job], int],
+        progress: Progress,
+        what: str,
+    ) -> list[Result]:
+        """``work`` of every job, results in the jobs' order. The first error stops the rest.
+
+        Expensive jobs start first, so that the last core to finish is not alone for long.
+        """
+        costs = [cost(job) for job in jobs]
+        progress.start(what, sum(costs))
+
+        def timed(index: int) -> Result:
+            result = work(jobs[index])
+            progress.advance(costs[index])
+            return result
+
+        order = sorted(range(len(jobs)), key=lambda index: -costs[index])
+        try:
+            with _exact_float32(), _pool(self.workers) as pool:
+                futures = {index: pool.submit(timed, index) for index in order}
+                try:
+                    wait(futures.values(), return_when=FIRST_EXCEPTION)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+                failed = [f for f in futures.values() if f.done() and f.exception() is not None]
+                if failed:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    failed[0].result()
+                return [futures[index].result() for index in range(len(jobs))]
+        finally:
+            progress.finish()
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

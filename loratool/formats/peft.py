@@ -1,0 +1,318 @@
+"""PEFT's layout: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+Checked against PEFT 0.21: key names, the order in which patterns are matched, and what its loader
+does with each kind of key (``base_layer``, ``modules_to_save``, biases) come from its source.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapter import Adapter, LowRankUpdate, Replacement, Update, module_of
+from loratool.errors import DisagreementError, MalformedFile, Unplaced, UnsupportedInput, UsageError
+from loratool.storage.tensors import LazyTensor
+
+NAME = "PEFT"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+_SAVED = re.compile(r"(.+)\.modules_to_save(?:\.default)?\.([^.]+)")
+_BASE_COPY = re.compile(r"(.+)\.(?:original_module|base_layer)\.(weight|bias)")
+_UNSAFE_PATTERN = re.compile(r"\)[*+{]|\\[1-9]")
+_QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
+_REFUSED_KEYS = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_B.bias": "lora_bias",
+    "lora_diag": "KaSA",
+    "trainable_tokens": "trainable tokens",
+    "token_adapter": "trainable tokens",
+}
+_REFUSED_FLAGS = {
+    "use_dora": "DoRA",
+    "lora_bias": "lora_bias",
+    "layer_replication": "layer_replication",
+    "target_parameters": "target_parameters",
+    "trainable_token_indices": "trainable tokens",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA",
+    "alora_invocation_tokens": "activated LoRA",
+}
+
+
+def detect(keys: frozenset[str], side_files: Mapping[str, bytes]) -> bool:
+    """A config with a peft_type, or keys with PEFT's prefix."""
+    if CONFIG_FILE in side_files:
+        return b'"peft_type"' in side_files[CONFIG_FILE]
+    return any(key.startswith(PREFIX) and ".lora_" in key for key in keys)
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """r and alpha per module, as PEFT resolves them."""
+
+    label: str
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, Any]
+    alpha_pattern: Mapping[str, Any]
+    rank_stabilised: bool
+
+    def of(self, module: str, stored_rank: int) -> tuple[float, float]:
+        """(scale, alpha) of one module. Raises DisagreementError when config and file differ."""
+        rank = int(_first_match(self.label, self.rank_pattern, module, self.rank))
+        alpha = float(_first_match(self.label, self.alpha_pattern, module, self.alpha))
+        if rank != stored_rank:
+            raise DisagreementError(
+                f"{self.label}: {module}: the config says rank {rank}, the tensors have "
+                f"{stored_rank}",
+                hint="config and weights belong to different adapters, or rank_pattern is missing",
+            )
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank), alpha
+
+
+def decode(
+    label: str,
+    tensors: Mapping[str, LazyTensor],
+    side_files: Mapping[str, bytes],
+    alpha: float | None,
+) -> Adapter:
+    """Read a PEFT LoRA.
+
+    Raises UnsupportedInput for kinds of adapter not handled, MalformedFile for a config or
+    factors that make no sense, Unplaced for keys of unknown meaning.
+    """
+    config = _config(label, side_files)
+    if alpha is not None:
+        raise UsageError(f"{label}: stores its own alpha; --alpha is for adapters that do not")
+    scaling = _scaling(label, config)
+    updates: dict[str, Update] = {}
+    base_copies: dict[str, LazyTensor] = {}
+    unplaced = []
+    for key in tensors:
+        name = key.removeprefix(PREFIX)
+        for mark, kind in _REFUSED_KEYS.items():
+            if f".{mark}" in name:
+                raise UnsupportedInput(f"{label}: {key}: {kind} adapters are not supported")
+        if factor := _FACTOR.fullmatch(name):
+            module, embedding, side = factor.groups()
+            if side == "A":
+                updates[f"{module}.weight"] = _low_rank(
+                    label, tensors, key, module, bool(embedding), scaling
+                )
+            elif _partner(key, "B", "A") not in tensors:
+                raise MalformedFile(f"{label}: {key} has no lora_A beside it")
+        elif saved := _SAVED.fullmatch(name):
+            updates[".".join(saved.groups())] = Replacement(tensors[key])
+        elif copy := _BASE_COPY.fullmatch(name):
+            module, part = copy.groups()
+            if part == "bias" and ".base_layer." in name:
+                updates[f"{module}.bias"] = Replacement(tensors[key])
+            elif ".base_layer." in name:
+                base_copies[f"{module}.weight"] = tensors[key]
+        elif key.startswith(PREFIX) and not any(
+            part.startswith("lora_") for part in name.split(".")
+        ):
+            updates.setdefault(name, Replacement(tensors[key]))
+        else:
+            unplaced.append(key)
+    if unplaced:
+        raise Unplaced(
+            f"{label}: {len(unplaced)} tensors have no known meaning in a PEFT LoRA",
+            details=unplaced[:12],
+        )
+    base = config.get("base_model_name_or_path")
+    return Adapter(
+        updates,
+        NAME,
+        base_model=base if isinstance(base, str) and base else None,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        task_type=config.get("task_type"),
+        base_copies=base_copies,
+    )
+
+
+def _config(label: str, side_files: Mapping[str, bytes]) -> dict[str, Any]:
+    if CONFIG_FILE not in side_files:
+        raise UnsupportedInput(
+            f"{label}: its keys are PEFT's, but {CONFIG_FILE} is missing",
+            hint="rank alone does not give the scale; put the config beside the weights",
+        )
+    try:
+        config = json.loads(side_files[CONFIG_FILE].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MalformedFile(f"{label}: {CONFIG_FILE} is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise MalformedFile(f"{label}: {CONFIG_FILE} is not a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise UnsupportedInput(
+            f"{label}: is a PEFT adapter of type {config.get('peft_type')!r}; loratool reads LORA"
+        )
+    for flag, kind in _REFUSED_FLAGS.items():
+        if config.get(flag):
+            raise UnsupportedInput(f"{label}: {kind} ({flag}) is not supported")
+    return config
+
+
+def _scaling(label: str, config: Mapping[str, Any]) -> _Scaling:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise MalformedFile(f"{label}: {CONFIG_FILE} has no usable r ({rank!r})")
+    if not isinstance(alpha, int | float) or not _is_number(alpha):
+        raise MalformedFile(f"{label}: {CONFIG_FILE} has no usable lora_alpha ({alpha!r})")
+    for pattern in patterns:
+        if not isinstance(pattern, dict) or not all(_is_number(x) for x in pattern.values()):
+            raise MalformedFile(f"{label}: {CONFIG_FILE} has an unusable rank or alpha pattern")
+    return _Scaling(label, rank, alpha, patterns[0], patterns[1], bool(config.get("use_rslora")))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _first_match(label: str, patterns: Mapping[str, Any], module: str, default: float) -> float:
+    """PEFT's rule: the first key that matches the whole name or its end after a dot wins."""
+    for key, value in patterns.items():
+        if _UNSAFE_PATTERN.search(key) or len(_QUANTIFIER.findall(key)) > 3 or len(module) > 500:
+            raise MalformedFile(f"{label}: pattern {key!r} could take forever to match; refused")
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return float(value)
+        except re.error:
+            raise MalformedFile(f"{label}: pattern {key!r} is not a regular expression") from None
+    return default
+
+
+def _partner(key: str, side: str, other: str) -> str:
+    head, _, tail = key.rpartition(f"_{side}")
+    return f"{head}_{other}{tail}"
+
+
+def _low_rank(
+    label: str,
+    tensors: Mapping[str, LazyTensor],
+    key: str,
+    module: str,
+    is_embedding: bool,
+    scaling: _Scaling,
+) -> LowRankUpdate:
+    a, b = tensors[key], tensors.get(_partner(key, "A", "B"))
+    if b is None:
+        raise MalformedFile(f"{label}: {key} has no lora_B beside it")
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise UnsupportedInput(
+            f"{label}: {module}: factors of shapes {b.shape} and {a.shape}; only matrices are "
+            "supported, not convolutions"
+        )
+    if a.shape[0] != b.shape[1]:
+        raise MalformedFile(
+            f"{label}: {module}: lora_B {b.shape} and lora_A {a.shape} do not chain"
+        )
+    scale, alpha = scaling.of(module, a.shape[0])
+    return LowRankUpdate(b, a, scale, alpha, is_embedding)
+
+
+# Writing --------------------------------------------------------------------------------------
+
+
+def encode(
+    adapter: Adapter, base_modules: Iterable[str]
+) -> tuple[dict[str, LazyTensor], dict[str, bytes]]:
+    """The tensors and side files of a PEFT adapter.
+
+    base_modules: every module of the base model that owns a weight, so that a short name in the
+    config ("c_attn") is used only where it means exactly the adapted modules. Raises Unplaced for
+    a replaced parameter that no PEFT mechanism stores.
+    """
+    modules = set(base_modules)
+    low_rank = {module_of(name): update for name, update in adapter.low_rank.items()}
+    saved = {module_of(name) for name in adapter.replacements if name.endswith(".weight")}
+    tensors: dict[str, LazyTensor] = {}
+    for module, update in low_rank.items():
+        kind = "lora_embedding_{}" if update.is_embedding else "lora_{}.weight"
+        tensors[f"{PREFIX}{module}.{kind.format('A')}"] = update.a
+        tensors[f"{PREFIX}{module}.{kind.format('B')}"] = update.b
+    has_bias = False
+    for name, replacement in adapter.replacements.items():
+        module, _, part = name.rpartition(".")
+        if part not in ("weight", "bias") or not module:
+            raise Unplaced(f"{name}: PEFT cannot store a parameter that is no weight or bias")
+        if module in low_rank and part == "weight":
+            raise Unplaced(f"{name}: is both updated and replaced")
+        bias_alone = part == "bias" and module not in saved
+        has_bias |= bias_alone
+        owner = f"{module}.base_layer" if module in low_rank else module
+        tensors[f"{PREFIX}{owner if bias_alone else module}.{part}"] = replacement.value
+    config = _config_of(adapter, low_rank, modules, sorted(saved), has_bias)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return dict(sorted(tensors.items())), {CONFIG_FILE: text.encode()}
+
+
+def _config_of(
+    adapter: Adapter,
+    low_rank: Mapping[str, LowRankUpdate],
+    modules: set[str],
+    saved: list[str],
+    has_bias: bool,
+) -> dict[str, Any]:
+    ranks = {module: update.rank for module, update in low_rank.items()}
+    alphas = {module: update.alpha for module, update in low_rank.items()}
+    rank = _most_common(ranks.values(), default=1)
+    alpha = _most_common(alphas.values(), default=1)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": adapter.base_model,
+        "task_type": adapter.task_type,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": 0.0,
+        "target_modules": short_names(set(low_rank), modules) or [],
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "bias": "all" if has_bias else "none",
+    }
+    if saved:
+        config["modules_to_save"] = short_names(set(saved), modules)
+    odd_ranks = {re.escape(m): r for m, r in sorted(ranks.items()) if r != rank}
+    odd_alphas = {re.escape(m): _plain(x) for m, x in sorted(alphas.items()) if x != alpha}
+    if odd_ranks:
+        config["rank_pattern"] = odd_ranks
+    if odd_alphas:
+        config["alpha_pattern"] = odd_alphas
+    return config
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _most_common(values: Iterable[Any], default: Any) -> Any:
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else default
+
+
+def short_names(chosen: set[str], modules: set[str]) -> list[str]:
+    """The fewest names that PEFT's suffix match expands to exactly ``chosen`` within ``modules``.
+
+    The last component stands for its modules where all that bear it are chosen; elsewhere the
+    full names are listed.
+    """
+    names: set[str] = set()
+    for module in chosen:
+        last = module.rpartition(".")[2]
+        alike = {other for other in modules | chosen if other.rpartition(".")[2] == last}
+        ambiguous = any(other.endswith(last) for other in modules - alike)
+        names.add(last if alike <= chosen and not ambiguous and not last.isdigit() else module)
+    return sorted(names)

@@ -1,0 +1,64 @@
+"""The adapter formats loratool reads, tried in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from loratool.adapter import Adapter
+from loratool.errors import UnsupportedInput
+from loratool.formats import loralib, peft
+from loratool.storage.tensors import LazyTensor
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter's raw parts: its tensors and the small files beside them. ``label`` names it."""
+
+    label: str
+    tensors: Mapping[str, LazyTensor]
+    side_files: Mapping[str, bytes]
+
+
+class Codec(Protocol):
+    """One format: recognise it, read it."""
+
+    NAME: str
+
+    def detect(self, keys: frozenset[str], side_files: Mapping[str, bytes]) -> bool:
+        """Whether these look like this format's."""
+
+    def decode(
+        self,
+        label: str,
+        tensors: Mapping[str, LazyTensor],
+        side_files: Mapping[str, bytes],
+        alpha: float | None,
+    ) -> Adapter:
+        """Read it. What cannot be placed is an error that names it."""
+
+
+CODECS: tuple[Codec, ...] = (peft, loralib)
+
+
+def looks_like_adapter(keys: frozenset[str], side_files: Mapping[str, bytes]) -> bool:
+    """Whether any known format claims these keys."""
+    return any(codec.detect(keys, side_files) for codec in CODECS)
+
+
+def decode_adapter(file: AdapterFile, alpha: float | None = None) -> Adapter:
+    """Read an adapter of any known format.
+
+    ``alpha`` supplies what formats that do not store it lack. Raises UnsupportedInput,
+    MalformedFile, Unplaced, UsageError.
+    """
+    keys = frozenset(file.tensors)
+    for codec in CODECS:
+        if codec.detect(keys, file.side_files):
+            return codec.decode(file.label, file.tensors, file.side_files, alpha)
+    raise UnsupportedInput(
+        f"{file.label}: no known adapter format",
+        details=[f"first keys: {', '.join(sorted(keys)[:3])}"],
+        hint="known formats: " + ", ".join(codec.NAME for codec in CODECS),
+    )

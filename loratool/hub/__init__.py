@@ -1,0 +1,1 @@
+"""Cards and uploads. The only place that imports huggingface_hub."""

@@ -1,0 +1,1 @@
+"""How adapter modules meet checkpoint tensors: kinds, prefixes, ties."""

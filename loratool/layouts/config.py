@@ -1,0 +1,73 @@
+"""The few facts of a model's ``config.json`` that decide how its weights are to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What config.json says; empty when there is none."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def known(self) -> bool:
+        return bool(self.values)
+
+    @property
+    def model_type(self) -> str | None:
+        value = self.values.get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def architecture(self) -> str | None:
+        value = self.values.get("architectures")
+        return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
+
+    @property
+    def uses_conv1d(self) -> bool | None:
+        """Whether weights are stored (in, out); None when the config does not say."""
+        return self.model_type in _CONV1D_MODELS if self.model_type else None
+
+    @property
+    def says_tied(self) -> bool:
+        """Whether output head and input embedding are one matrix; transformers' default is yes."""
+        return bool(self.values.get("tie_word_embeddings", True))
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name for the task that the architecture is for."""
+        name = self.architecture or ""
+        return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+    @property
+    def hub_name(self) -> str | None:
+        """The Hub id the model was loaded from, if the config kept one."""
+        value = self.values.get("_name_or_path")
+        return value if isinstance(value, str) and is_hub_id(value) else None
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` has the form of a Hub repository id: owner/name."""
+    owner, slash, name = text.partition("/")
+    allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
+    return (
+        bool(slash and owner and name)
+        and all(char in allowed for char in owner + name)
+        and not owner.startswith((".", "-"))
+        and not name.startswith((".", "-"))
+        and len(text) <= 96
+    )

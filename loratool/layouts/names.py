@@ -1,0 +1,130 @@
+"""Finding the same parameter under two namings that differ by a prefix.
+
+Checkpoints of one model come with and without the head model's prefix (``transformer.h.0…`` or
+``h.0…``), and adapters name modules of the model they were trained on. One prefix is allowed to
+differ, it must be the same for every name, and its use is reported: it is a guess.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from loratool.layouts.config import ModelConfig
+
+_MODEL_PREFIXES = {
+    "gpt2": "transformer.",
+    "gpt_neo": "transformer.",
+    "gptj": "transformer.",
+    "bloom": "transformer.",
+    "falcon": "transformer.",
+    "gpt_neox": "gpt_neox.",
+    "bert": "bert.",
+    "roberta": "roberta.",
+    "xlm-roberta": "roberta.",
+    "deberta": "deberta.",
+    "deberta-v2": "deberta.",
+    "distilbert": "distilbert.",
+    "electra": "electra.",
+    "llama": "model.",
+    "mistral": "model.",
+    "qwen2": "model.",
+    "qwen3": "model.",
+    "gemma": "model.",
+    "gemma2": "model.",
+    "gemma3_text": "model.",
+    "phi": "model.",
+    "phi3": "model.",
+    "opt": "model.",
+    "mixtral": "model.",
+}
+"""transformers' base_model_prefix: what a head model's names start with and a bare one's lack."""
+
+
+@dataclass(frozen=True)
+class NameMatch:
+    """How names of one side are found on the other.
+
+    found: name → the other side's name. missing: names without counterpart. note: the guess that
+    was made, for the report, or None when all names are equal.
+    """
+
+    found: dict[str, str]
+    missing: tuple[str, ...]
+    note: str | None
+
+
+def match_names(names: Iterable[str], targets: Collection[str]) -> NameMatch:
+    """Find each name among ``targets``, equal or with one common prefix added or removed."""
+    names = list(names)
+    target_set = set(targets)
+    left = [name for name in names if name not in target_set]
+    found = {name: name for name in names if name in target_set}
+    if not left:
+        return NameMatch(found, (), None)
+    change = _best_prefix(left, target_set - set(found.values()))
+    if change is not None:
+        found |= {name: change.apply(name) for name in left if change.apply(name) in target_set}
+    missing = tuple(name for name in left if name not in found)
+    note = change.describe() if change is not None and len(missing) < len(left) else None
+    return NameMatch(found, missing, note)
+
+
+@dataclass(frozen=True)
+class _PrefixChange:
+    removed: str
+    added: str
+
+    def apply(self, name: str) -> str:
+        if self.removed and not name.startswith(self.removed):
+            return name
+        return self.added + name.removeprefix(self.removed)
+
+    def describe(self) -> str:
+        if self.removed:
+            return f"the prefix {self.removed!r} was removed to match names"
+        return f"the prefix {self.added!r} was added to match names"
+
+
+def _best_prefix(names: list[str], targets: set[str]) -> _PrefixChange | None:
+    votes: Counter[_PrefixChange] = Counter()
+    by_tail: dict[str, list[str]] = {}
+    for target in targets:
+        by_tail.setdefault(_tail(target), []).append(target)
+    for name in names:
+        for target in by_tail.get(_tail(name), ()):
+            if target.endswith("." + name):
+                votes[_PrefixChange("", target.removesuffix(name))] += 1
+            elif name.endswith("." + target):
+                votes[_PrefixChange(name.removesuffix(target), "")] += 1
+    if not votes:
+        return None
+    (best, count), *others = votes.most_common(2)
+    return best if not others or others[0][1] < count else None
+
+
+def _tail(name: str) -> str:
+    return ".".join(name.rsplit(".", 3)[-3:])
+
+
+def near_misses(name: str, targets: Collection[str]) -> list[str]:
+    """Up to three targets that look like ``name``."""
+    alike = [target for target in targets if _tail(target) == _tail(name)][:200]
+    return difflib.get_close_matches(name, alike or list(targets)[:2000], n=3, cutoff=0.4)
+
+
+def head_model_prefix(names: Collection[str], config: ModelConfig) -> str:
+    """The prefix that the head model of the config has and these names lack, or ''.
+
+    transformers adds it on loading, so PEFT sees names with it.
+    """
+    prefix = _MODEL_PREFIXES.get(config.model_type or "", "")
+    architecture = config.architecture or ""
+    is_head_model = bool(architecture) and not (
+        architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    )
+    if not prefix or not is_head_model or any(name.startswith(prefix) for name in names):
+        return ""
+    return prefix

@@ -1,0 +1,161 @@
+"""What an extraction did, tensor by tensor and in total."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from loratool.provenance import document
+
+SCHEMA_VERSION = 1
+
+
+class Status(StrEnum):
+    """Where a tensor ended. Every tensor ends in exactly one."""
+
+    UNCHANGED = "unchanged"
+    LOW_RANK = "low-rank"
+    WHOLE = "stored whole"
+    EXCLUDED = "excluded"
+    BELOW_RULE = "below the rank rule"
+    DROPPED = "dropped"
+    NO_PLACE = "no place"
+
+
+LEFT_OUT = (Status.EXCLUDED, Status.BELOW_RULE, Status.DROPPED, Status.NO_PLACE)
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of the report.
+
+    delta_norm: ‖W − W0‖_F. base_norm: ‖W0‖_F. relative_error: ‖D − s·B·A‖_F / ‖D‖_F of the
+    factors as stored. singular_values: those kept.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    status: Status
+    delta_norm: float = 0.0
+    base_norm: float = 0.0
+    rank: int | None = None
+    relative_error: float | None = None
+    clamped: bool = False
+    method: str | None = None
+    singular_values: tuple[float, ...] = ()
+
+    @property
+    def energy(self) -> float:
+        """‖D‖²_F."""
+        return self.delta_norm**2
+
+    @property
+    def energy_kept(self) -> float | None:
+        """Share of ‖D‖² that the stored form gives back: 1 − relative_error²."""
+        if self.status in LEFT_OUT:
+            return 0.0
+        return None if self.relative_error is None else 1 - self.relative_error**2
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "status": str(self.status),
+            "delta_norm": self.delta_norm,
+            "base_norm": self.base_norm,
+            "rank": self.rank,
+            "relative_error": self.relative_error,
+            "energy_kept": self.energy_kept,
+            "clamped": self.clamped,
+            "method": self.method,
+            "singular_values": list(self.singular_values),
+        }
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """An extraction's outcome. Names are relative: the file travels with the adapter."""
+
+    rows: tuple[TensorRow, ...]
+    rank: str
+    dtype: str
+    device: str
+    seed: int
+    base_model: str | None
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
+    notes: tuple[str, ...]
+    adapter_parameters: int
+    adapter_bytes: int
+
+    @staticmethod
+    def of(
+        rows: Sequence[TensorRow],
+        *,
+        stored: tuple[int, int],
+        rank: str,
+        dtype: str,
+        device: str,
+        seed: int,
+        base_model: str | None,
+        base: Mapping[str, Any],
+        tuned: Mapping[str, Any],
+        notes: tuple[str, ...],
+    ) -> ExtractReport:
+        return ExtractReport(
+            tuple(rows), rank, dtype, device, seed, base_model, base, tuned, notes, *stored
+        )
+
+    def count(self, *statuses: Status) -> int:
+        """How many tensors ended so."""
+        return sum(row.status in statuses for row in self.rows)
+
+    @property
+    def energy(self) -> float:
+        """Σ ‖D‖² over all tensors."""
+        return sum(row.energy for row in self.rows)
+
+    @property
+    def relative_error(self) -> float:
+        """What base + adapter misses of the whole change, as a share of its norm."""
+        missed = sum(row.energy * (1 - (row.energy_kept or 0.0)) for row in self.rows if row.energy)
+        return float((missed / self.energy) ** 0.5) if self.energy else 0.0
+
+    @property
+    def left_out_share(self) -> float:
+        """Share of the change's energy in tensors that were left out altogether."""
+        lost = sum(row.energy for row in self.rows if row.status in LEFT_OUT)
+        return lost / self.energy if self.energy else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return document(
+            "extract",
+            SCHEMA_VERSION,
+            {
+                "rank": self.rank,
+                "dtype": self.dtype,
+                "device": self.device,
+                "seed": self.seed,
+                "base_model": self.base_model,
+                "base": dict(self.base),
+                "tuned": dict(self.tuned),
+                "notes": list(self.notes),
+                "totals": {
+                    "delta_norm": self.energy**0.5,
+                    "relative_error": self.relative_error,
+                    "energy_kept": 1 - self.relative_error**2,
+                    "low_rank": self.count(Status.LOW_RANK),
+                    "stored_whole": self.count(Status.WHOLE),
+                    "unchanged": self.count(Status.UNCHANGED),
+                    "left_out": self.count(*LEFT_OUT),
+                    "left_out_share": self.left_out_share,
+                    "adapter_parameters": self.adapter_parameters,
+                    "adapter_bytes": self.adapter_bytes,
+                },
+                "tensors": [row.to_json() for row in self.rows],
+            },
+        )

@@ -1,0 +1,347 @@
+"""What is in a checkpoint or an adapter, and where a fine-tune lives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratool.adapter import LowRankUpdate
+from loratool.algebra.factorize import factorize
+from loratool.algebra.lowrank import LowRank
+from loratool.algebra.ranks import RankRule, parse_rank_rule
+from loratool.algebra.spectrum import Spectrum
+from loratool.engine import Engine, NoProgress, Progress
+from loratool.engine.devices import resolve_device
+from loratool.layouts.kinds import classify
+from loratool.layouts.pairs import Pair, align, check_floats
+from loratool.layouts.ties import find_tie
+from loratool.ops.deltas import read_delta
+from loratool.ops.extract import LOW_RANK_KINDS
+from loratool.ops.sources import open_adapter, open_model
+from loratool.provenance import document
+
+SCHEMA_VERSION = 1
+SPECTRUM_VALUES = 32
+"""How many leading singular values a pair's spectra resolve."""
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def layer_of(name: str) -> int | None:
+    """The first number among a name's components: the layer."""
+    found = _LAYER.search(f".{name}.")
+    return int(found[1]) if found else None
+
+
+def family_of(name: str) -> str:
+    """A parameter's name with its numbers starred: what it is called in every layer."""
+    return _LAYER.sub(".*.", f".{name}.").strip(".")
+
+
+# A checkpoint ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """All tensors of one kind."""
+
+    kind: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "dtypes": list(self.dtypes)}
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A checkpoint as its headers describe it."""
+
+    name: str
+    architecture: str | None
+    files: int
+    tied: str | None
+    kinds: tuple[KindRow, ...]
+    tensors: tuple[dict[str, Any], ...] = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.kinds)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.kinds)
+
+    def to_json(self) -> dict[str, Any]:
+        body = {
+            "what": "checkpoint",
+            "name": self.name,
+            "architecture": self.architecture,
+            "files": self.files,
+            "tied": self.tied,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "kinds": [row.to_json() for row in self.kinds],
+            "tensors": list(self.tensors),
+        }
+        return document("inspect", SCHEMA_VERSION, body)
+
+
+def inspect_checkpoint(path: Path) -> CheckpointReport:
+    """Describe a checkpoint from headers and config; no weight is read. Raises InputError."""
+    model = open_model(path)
+    tensors = model.checkpoint.tensors
+    kinds = classify({name: info.shape for name, info in tensors.items()}, model.config)
+    tie = find_tie(list(tensors), kinds, model.config)
+    rows = []
+    for kind in sorted(set(kinds.values()), key=str):
+        infos = [tensors[name] for name in tensors if kinds[name] is kind]
+        dtypes = tuple(sorted({info.dtype.name for info in infos}))
+        parameters, nbytes = sum(i.numel for i in infos), sum(i.nbytes for i in infos)
+        rows.append(KindRow(str(kind), len(infos), parameters, nbytes, dtypes))
+    return CheckpointReport(
+        path.resolve().name,
+        model.config.architecture,
+        len(model.checkpoint.files),
+        f"{tie.embedding} = {tie.head}" if tie else None,
+        tuple(sorted(rows, key=lambda row: -row.nbytes)),
+        tuple(
+            {
+                "name": name,
+                "kind": str(kinds[name]),
+                "dtype": info.dtype.name,
+                "shape": list(info.shape),
+                "bytes": info.nbytes,
+            }
+            for name, info in tensors.items()
+        ),
+    )
+
+
+# An adapter -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UpdateRow:
+    """One low-rank update. norm: ‖ΔW‖_F. values: its singular values."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    alpha: float
+    scale: float
+    norm: float
+    stable_rank: float
+    values: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "shape": list(self.shape), "values": list(self.values)}
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """An adapter: its updates, and what it replaces whole."""
+
+    name: str
+    format: str
+    base_model: str | None
+    rows: tuple[UpdateRow, ...]
+    replaced: tuple[dict[str, Any], ...]
+    parameters: int
+    nbytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        body = {
+            "what": "adapter",
+            "name": self.name,
+            "format": self.format,
+            "base_model": self.base_model,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "updates": [row.to_json() for row in self.rows],
+            "replaced": list(self.replaced),
+        }
+        return document("inspect", SCHEMA_VERSION, body)
+
+
+def inspect_adapter(
+    path: Path,
+    *,
+    alpha: float | None = None,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> AdapterReport:
+    """Norm and exact spectrum of every update, through the small core.
+
+    Without ``alpha``, for formats that do not store it, is a UsageError. Raises InputError.
+    """
+    adapter = open_adapter(path, alpha)
+    jobs = list(adapter.low_rank.items())
+    rows = (engine or Engine()).map(
+        _update_row,
+        jobs,
+        cost=lambda job: job[1].rank * sum(job[1].shape) * 4,
+        progress=progress or NoProgress(),
+        what="reading the adapter",
+    )
+    stored = [tensor for _, update in jobs for tensor in (update.b, update.a)]
+    stored += [update.value for update in adapter.replacements.values()]
+    sizes = [(torch.Size(tensor.shape).numel(), tensor.dtype.bits) for tensor in stored]
+    return AdapterReport(
+        path.resolve().name,
+        adapter.format,
+        adapter.base_model,
+        tuple(rows),
+        tuple(
+            {"name": name, "shape": list(update.shape), "dtype": update.value.dtype.name}
+            for name, update in adapter.replacements.items()
+        ),
+        sum(numel for numel, _ in sizes),
+        sum(numel * bits // 8 for numel, bits in sizes),
+    )
+
+
+def _update_row(job: tuple[str, LowRankUpdate]) -> UpdateRow:
+    name, update = job
+    value: LowRank = update.load()
+    spectrum = value.spectrum()
+    return UpdateRow(
+        name,
+        update.shape,
+        update.rank,
+        update.alpha,
+        update.scale,
+        spectrum.norm,
+        spectrum.stable_rank(),
+        tuple(spectrum.values.tolist()),
+    )
+
+
+# A pair ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeltaRow:
+    """The change of one tensor. spectrum: None for what is no matrix to factorise."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    delta_norm: float
+    base_norm: float
+    spectrum: Spectrum | None
+
+    @property
+    def relative_change(self) -> float:
+        """‖W − W0‖ / ‖W0‖."""
+        return self.delta_norm / self.base_norm if self.base_norm else float("inf")
+
+    def to_json(self) -> dict[str, Any]:
+        spectrum = self.spectrum
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "layer": layer_of(self.name),
+            "shape": list(self.shape),
+            "delta_norm": self.delta_norm,
+            "base_norm": self.base_norm,
+            "singular_values": spectrum.values.tolist() if spectrum else None,
+            "stable_rank": spectrum.stable_rank() if spectrum else None,
+        }
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """Where a fine-tune lives: the change of every tensor."""
+
+    base: str
+    tuned: str
+    device: str
+    rows: tuple[DeltaRow, ...]
+    unchanged: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def energy(self) -> float:
+        """Σ ‖D‖² over all tensors."""
+        return sum(row.delta_norm**2 for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        body = {
+            "what": "pair",
+            "base": self.base,
+            "tuned": self.tuned,
+            "device": self.device,
+            "delta_norm": self.energy**0.5,
+            "notes": list(self.notes),
+            "changed": [row.to_json() for row in self.rows],
+            "unchanged": list(self.unchanged),
+        }
+        return document("inspect", SCHEMA_VERSION, body)
+
+
+@dataclass(frozen=True)
+class _DeltaJob:
+    pair: Pair
+    rule: RankRule
+    device: torch.device
+
+    @property
+    def cost(self) -> int:
+        return self.pair.base.nbytes + self.pair.tuned.nbytes
+
+
+def inspect_pair(
+    base: Path,
+    tuned: Path,
+    *,
+    device: str = "auto",
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> PairReport:
+    """Norms and leading singular values of every tensor's change.
+
+    Raises InputError, and DisagreementError when the checkpoints do not pair up.
+    """
+    target = resolve_device(device)
+    base_side, tuned_side = open_model(base), open_model(tuned)
+    alignment = align(
+        base_side.checkpoint, tuned_side.checkpoint, base_side.config, tuned_side.config
+    )
+    pairs: Sequence[Pair] = check_floats(list(alignment.pairs))
+    rule = parse_rank_rule(str(SPECTRUM_VALUES))
+    rows = (engine or Engine()).map(
+        _delta_row,
+        [_DeltaJob(pair, rule, target) for pair in pairs],
+        cost=lambda job: job.cost,
+        progress=progress or NoProgress(),
+        what="comparing",
+    )
+    return PairReport(
+        base.resolve().name,
+        tuned.resolve().name,
+        str(target),
+        tuple(row for row in rows if row is not None),
+        tuple(pair.name for pair, row in zip(pairs, rows, strict=True) if row is None),
+        alignment.notes,
+    )
+
+
+def _delta_row(job: _DeltaJob) -> DeltaRow | None:
+    pair = job.pair
+    delta = read_delta(pair, job.device)
+    if delta is None:
+        return None
+    spectrum = None
+    if pair.kind in LOW_RANK_KINDS:
+        spectrum = factorize(delta.matrix, job.rule, key=f"0:{pair.name}").spectrum
+    return DeltaRow(
+        pair.name, str(pair.kind), pair.base.shape, delta.norm, delta.base_norm, spectrum
+    )

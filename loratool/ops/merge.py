@@ -1,0 +1,446 @@
+"""An adapter into a checkpoint: the same files, with only the adapted tensors changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratool.adapter import Adapter, LowRankUpdate, Replacement
+from loratool.algebra.lowrank import LowRank
+from loratool.algebra.rounding import MERGEABLE, CertifiedSum
+from loratool.engine import Engine, NoProgress, Progress
+from loratool.engine.devices import resolve_device
+from loratool.errors import (
+    DisagreementError,
+    NonFiniteValues,
+    RangeOverflow,
+    UnsupportedInput,
+    UsageError,
+)
+from loratool.layouts.patterns import select
+from loratool.layouts.placing import PlacedUpdate, Placement, place
+from loratool.ops.merge_report import MergeReport, MergeRow
+from loratool.ops.sources import Model, open_adapter, open_model
+from loratool.storage.checkpoint import (
+    PICKLE_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    WeightFile,
+)
+from loratool.storage.safetensors_file import encode_header
+from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.storage.writing import (
+    OutputSlot,
+    check_free_space,
+    check_output,
+    copy_range,
+    create_with_header,
+    staged,
+)
+
+_JOB_BYTES = 128 * 2**20
+_BLOCK_ELEMENTS = 2**18
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """Rows ``start:stop`` of one changed tensor."""
+
+    source: TensorInfo
+    update: PlacedUpdate
+    start: int
+    stop: int
+    slot: OutputSlot
+    device: torch.device
+
+    @property
+    def cost(self) -> int:
+        return self.source.nbytes * (self.stop - self.start) // max(1, self.source.rows)
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """A byte range that does not change, or a pickled tensor that is only rewritten."""
+
+    source: TensorInfo
+    nbytes: int
+    slot: OutputSlot
+
+    @property
+    def cost(self) -> int:
+        return self.nbytes
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything decided before a weight is read."""
+
+    base: Model
+    adapter: Adapter
+    adapter_path: Path
+    output: Path
+    scale: float
+    device: torch.device
+    overwrite: bool
+    placement: Placement
+    left_out: tuple[str, ...]
+    side_files: tuple[Path, ...]
+    skipped_files: tuple[str, ...]
+
+    @property
+    def writes_single_file(self) -> bool:
+        """Whether the output is one file because the base was named as one."""
+        return self.base.checkpoint.is_single_file and self.output.suffix == ".safetensors"
+
+    @property
+    def output_bytes(self) -> int:
+        return self.base.checkpoint.size_bytes + sum(p.stat().st_size for p in self.side_files)
+
+    @property
+    def changed_bytes(self) -> int:
+        tensors = self.base.checkpoint.tensors
+        return sum(tensors[name].nbytes for name in self.placement.updates)
+
+    def peak_bytes(self, workers: int) -> int:
+        """Working memory: blocks in float32 beside the factors, per worker."""
+        factors = [
+            sum(4 * (t.shape[0] * t.shape[1]) for t in (update.update.b, update.update.a))
+            for update in self.placement.updates.values()
+            if isinstance(update.update, LowRankUpdate)
+        ]
+        return workers * (16 * _BLOCK_ELEMENTS + 3 * max(factors, default=0))
+
+    def to_json(self, workers: int) -> dict[str, Any]:
+        return {
+            "output_bytes": self.output_bytes,
+            "changed_bytes": self.changed_bytes,
+            "peak_bytes": self.peak_bytes(workers),
+            "device": str(self.device),
+            "scale": self.scale,
+            "files": [_output_name(file, self) for file in self.base.checkpoint.files],
+            "side_files": [path.name for path in self.side_files],
+            "skipped_files": list(self.skipped_files),
+            "tensors": [
+                {"name": name, "update": update.describe()}
+                for name, update in self.placement.updates.items()
+            ],
+            "left_out": list(self.left_out),
+            "notes": list(self.placement.notes),
+        }
+
+
+def plan_merge(
+    base: Path,
+    adapter: Path,
+    output: Path,
+    *,
+    scale: float = 1.0,
+    alpha: float | None = None,
+    device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overwrite: bool = False,
+) -> MergePlan:
+    """Read headers and place every update of the adapter. Nothing is written.
+
+    ``scale`` multiplies the adapter's own scaling. Raises InputError, DisagreementError (an
+    update that matches nothing, shapes that differ), UsageError or OutputError.
+    """
+    target = resolve_device(device)
+    model, value = open_model(base), open_adapter(adapter, alpha)
+    check_output(output, overwrite=overwrite, inputs=[base, adapter])
+    chosen = select(list(value.updates), include, exclude)
+    left_out = tuple(name for name in value.updates if name not in chosen)
+    value = replace(value, updates={n: u for n, u in value.updates.items() if n in chosen})
+    if scale != 1.0 and value.replacements:
+        raise UsageError(
+            f"--scale {scale:g} does not apply to parameters that the adapter replaces",
+            details=list(value.replacements)[:12],
+            hint="leave them out with --exclude, or merge at scale 1",
+        )
+    placement = place(value, model.checkpoint.tensors, model.config)
+    _check_dtypes(placement, model)
+    side_files, skipped = _side_files(model)
+    plan = MergePlan(
+        model,
+        value,
+        adapter,
+        output,
+        scale,
+        target,
+        overwrite,
+        placement,
+        left_out,
+        side_files,
+        skipped,
+    )
+    check_free_space(output, plan.output_bytes)
+    return plan
+
+
+def run_merge(
+    plan: MergePlan, engine: Engine | None = None, progress: Progress | None = None
+) -> MergeReport:
+    """Do the work of a plan and publish the merged checkpoint.
+
+    Raises NonFiniteValues and RangeOverflow naming the tensor, DisagreementError when the
+    adapter carries a base embedding that is not the base's.
+    """
+    engine, progress = engine or Engine(), progress or NoProgress()
+    _check_base_copies(plan)
+    with staged(plan.output) as staging:
+        jobs: list[MergeJob | CopyJob] = []
+        for file in plan.base.checkpoint.files:
+            jobs += _file_jobs(file, staging.out / _output_name(file, plan), plan)
+        parts = engine.map(
+            run_job, jobs, cost=lambda job: job.cost, progress=progress, what="merging"
+        )
+        only_file = None
+        if plan.writes_single_file:
+            only_file = _output_name(plan.base.checkpoint.files[0], plan)
+        else:
+            _write_index(plan, staging.out)
+            for source in plan.side_files:
+                target = staging.out / source.relative_to(plan.base.checkpoint.folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+        report = MergeReport.of(plan_facts(plan), [part for part in parts if part is not None])
+        staging.publish(overwrite=plan.overwrite, only_file=only_file)
+        return report
+
+
+def plan_facts(plan: MergePlan) -> dict[str, Any]:
+    """What the report repeats of the plan."""
+    return {
+        "base": plan.base.checkpoint.path.resolve().name,
+        "adapter": plan.adapter_path.resolve().name,
+        "adapter_format": plan.adapter.format,
+        "scale": plan.scale,
+        "device": str(plan.device),
+        "tensors_total": len(plan.base.checkpoint),
+        "left_out": list(plan.left_out),
+        "skipped_files": list(plan.skipped_files),
+        "notes": list(plan.placement.notes),
+    }
+
+
+# Jobs -----------------------------------------------------------------------------------------
+
+
+def run_job(job: MergeJob | CopyJob) -> MergeRow | None:
+    """Copy unchanged bytes, or merge rows and say what that took."""
+    if isinstance(job, CopyJob):
+        if job.source.strides is None:
+            copy_range(
+                job.source.path, job.source.offset, job.slot.path, job.slot.offset, job.nbytes
+            )
+        else:
+            job.slot.write(job.source.read())
+        return None
+    return _merge_rows(job)
+
+
+def _merge_rows(job: MergeJob) -> MergeRow:
+    update = job.update
+    row = MergeRow(update.target, update.describe(), 0, 0, 0, 0)
+    source = job.source
+    dtype = source.dtype.torch
+    assert dtype is not None
+    summed = _certified(job) if isinstance(update.update, LowRankUpdate) else None
+    columns = max(1, source.numel // max(1, source.rows))
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    for start in range(job.start, job.stop, step):
+        stop = min(start + step, job.stop)
+        before = source.read_rows(start, stop)
+        if summed is None:
+            assert isinstance(update.update, Replacement)
+            after = _replacement_rows(job, update.update.value, start, stop)
+            row = row.plus(before.numel(), int((before != after).sum()), 0, 0)
+        else:
+            try:
+                block = summed.add_to(before.to(job.device), start - job.start, dtype)
+            except NonFiniteValues as error:
+                raise NonFiniteValues(
+                    f"{update.target}: {error.message} (rows counted from {job.start})"
+                ) from None
+            if block.overflowed:
+                raise RangeOverflow(
+                    f"{update.target}: {block.overflowed} merged values exceed the range of "
+                    f"{source.dtype.name}",
+                    hint="is the scale right? a smaller --scale, or a base in a wider dtype",
+                )
+            after = block.values.cpu()
+            row = row.plus(before.numel(), block.changed, block.level2, block.level3)
+        job.slot.write_rows(start, after)
+    return row
+
+
+def _certified(job: MergeJob) -> CertifiedSum:
+    update = job.update.update
+    assert isinstance(update, LowRankUpdate)
+    value = update.load()
+    value = value.T if job.update.transposed else value
+    part = value.rows(job.start, job.stop)
+    scaled = LowRank(part.b.to(job.device), part.a.to(job.device), part.scale * job.update.weight)
+    try:
+        return CertifiedSum([scaled])
+    except (NonFiniteValues, UnsupportedInput) as error:
+        raise type(error)(f"{job.update.source}: {error.message}") from None
+
+
+def _replacement_rows(job: MergeJob, value: LazyTensor, start: int, stop: int) -> torch.Tensor:
+    rows = value.read_rows(start, stop)
+    dtype = job.source.dtype.torch
+    assert dtype is not None
+    if not bool(torch.isfinite(rows).all()):
+        raise NonFiniteValues(f"{job.update.source}: the adapter holds NaN or infinity")
+    merged = rows.to(dtype)
+    if not bool(torch.isfinite(merged).all()):
+        raise RangeOverflow(f"{job.update.source}: values exceed the range of {dtype}")
+    return merged
+
+
+def _file_jobs(file: WeightFile, target: Path, plan: MergePlan) -> Iterator[MergeJob | CopyJob]:
+    """Create the output file with its final header and list the work that fills it."""
+    slots = _create_like(file, target)
+    updates = plan.placement.updates
+    pending: CopyJob | None = None
+    for name in sorted(slots, key=lambda name: slots[name].offset):
+        info, slot = file.tensors[name], slots[name]
+        if name in updates:
+            update = replace(updates[name], weight=plan.scale)
+            yield from _row_jobs(info, update, slot, plan.device)
+        elif info.nbytes:
+            if pending and _continues(pending, info, slot):
+                pending = replace(pending, nbytes=pending.nbytes + info.nbytes)
+                continue
+            if pending:
+                yield pending
+            pending = CopyJob(info, info.nbytes, slot)
+    if pending:
+        yield pending
+
+
+def _continues(job: CopyJob, info: TensorInfo, slot: OutputSlot) -> bool:
+    return (
+        job.source.strides is None
+        and info.strides is None
+        and info.offset == job.source.offset + job.nbytes
+        and slot.offset == job.slot.offset + job.nbytes
+        and job.nbytes < _JOB_BYTES
+    )
+
+
+def _row_jobs(
+    info: TensorInfo, update: PlacedUpdate, slot: OutputSlot, device: torch.device
+) -> Iterator[MergeJob]:
+    rows = info.rows
+    step = max(1, _JOB_BYTES * rows // max(1, info.nbytes))
+    for start in range(0, rows, step):
+        yield MergeJob(info, update, start, min(start + step, rows), slot, device)
+
+
+def _create_like(file: WeightFile, target: Path) -> dict[str, OutputSlot]:
+    if file.raw_header is not None:
+        header = file.raw_header
+        offsets = {name: info.offset for name, info in file.tensors.items()}
+    else:
+        header, offsets = encode_header(
+            {name: (info.dtype, info.shape) for name, info in file.tensors.items()},
+            {"format": "pt"},
+        )
+    sizes = [info.numel * info.dtype.bits // 8 for info in file.tensors.values()]
+    create_with_header(target, header, len(header) + sum(sizes))
+    return {
+        name: OutputSlot(target, offsets[name], info.dtype, info.shape)
+        for name, info in file.tensors.items()
+    }
+
+
+# Planning -------------------------------------------------------------------------------------
+
+
+def _check_dtypes(placement: Placement, model: Model) -> None:
+    for name, update in placement.updates.items():
+        dtype = model.checkpoint.tensors[name].dtype
+        if isinstance(update.update, LowRankUpdate) and dtype.torch not in MERGEABLE:
+            raise UnsupportedInput(
+                f"{name}: is stored as {dtype.name}; merging works on F32, F16 and BF16",
+                hint="quantised and 64-bit weights must be converted first",
+            )
+
+
+def _check_base_copies(plan: MergePlan) -> None:
+    for ours, copy in plan.placement.base_copies.items():
+        info = plan.base.checkpoint.tensors[ours]
+        if info.shape != copy.shape:
+            raise DisagreementError(
+                f"{ours}: the adapter was trained on a base with shape {list(copy.shape)}, "
+                f"this one has {list(info.shape)}",
+                hint="a resized vocabulary? use the base that the adapter was trained on",
+            )
+        step = max(1, _BLOCK_ELEMENTS // max(1, info.numel // max(1, info.rows)))
+        for start in range(0, info.rows, step):
+            stop = min(start + step, info.rows)
+            if not torch.equal(
+                info.read_rows(start, stop).double(), copy.read_rows(start, stop).double()
+            ):
+                raise DisagreementError(
+                    f"{ours}: the base weights inside the adapter differ from this base's",
+                    hint="use the base that the adapter was trained on",
+                )
+
+
+def _output_name(file: WeightFile, plan: MergePlan) -> str:
+    name = str(file.path.relative_to(plan.base.checkpoint.folder))
+    if file.is_safetensors:
+        return name
+    return _safetensors_name(name)
+
+
+def _safetensors_name(name: str) -> str:
+    suffix = next(s for s in PICKLE_SUFFIXES if name.endswith(s))
+    return name.removesuffix(suffix).replace("pytorch_model", "model") + ".safetensors"
+
+
+def _write_index(plan: MergePlan, folder: Path) -> None:
+    checkpoint = plan.base.checkpoint
+    if checkpoint.index_path is None or checkpoint.index is None:
+        return
+    if all(file.is_safetensors for file in checkpoint.files):
+        shutil.copyfile(checkpoint.index_path, folder / checkpoint.index_path.name)
+        return
+    index = dict(checkpoint.index)
+    index["weight_map"] = {
+        name: _safetensors_name(shard) for name, shard in checkpoint.index["weight_map"].items()
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _side_files(model: Model) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Files that come along (config, tokenizer, code), and weight files that do not."""
+    checkpoint = model.checkpoint
+    if checkpoint.is_single_file:
+        config = checkpoint.folder / "config.json"
+        return ((config,) if config.is_file() else ()), ()
+    ours = {file.path for file in checkpoint.files} | {checkpoint.index_path}
+    carried, skipped = [], []
+    for root, folders, names in os.walk(checkpoint.folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(root) / name
+            if path in ours or name.startswith(".") or name in _ADAPTER_FILES:
+                continue
+            is_weights = path.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json")
+            if is_weights and name != "training_args.bin":
+                skipped.append(str(path.relative_to(checkpoint.folder)))
+            elif path.is_file() and name != "training_args.bin":
+                carried.append(path)
+    return tuple(carried), tuple(skipped)

@@ -1,0 +1,89 @@
+"""The only resolver of a path into a Checkpoint or an Adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.adapter import Adapter
+from loratool.errors import InputMissing, UnsupportedInput
+from loratool.formats import peft
+from loratool.formats.registry import AdapterFile, decode_adapter, looks_like_adapter
+from loratool.layouts.config import ModelConfig
+from loratool.storage.checkpoint import (
+    MAX_JSON_BYTES,
+    Checkpoint,
+    open_checkpoint,
+    open_weight_file,
+    read_json_file,
+)
+
+_ADAPTER_WEIGHTS = (peft.WEIGHTS_FILE, "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint with its config."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+
+
+def open_model(path: Path) -> Model:
+    """A checkpoint from a file, an index or a folder; config.json beside it is read if there.
+
+    Raises InputMissing, MalformedFile, UnsupportedInput; the last also for an adapter.
+    """
+    if (
+        path.is_dir()
+        and (path / peft.CONFIG_FILE).is_file()
+        and not (path / "config.json").exists()
+    ):
+        raise UnsupportedInput(f"{path}: is an adapter; a checkpoint is needed here")
+    checkpoint = open_checkpoint(path)
+    if looks_like_adapter(frozenset(checkpoint.tensors), {}):
+        raise UnsupportedInput(f"{path}: is an adapter; a checkpoint is needed here")
+    return Model(checkpoint, ModelConfig(_config_beside(checkpoint)))
+
+
+def open_adapter(path: Path, alpha: float | None = None) -> Adapter:
+    """An adapter of any known format from a file or a folder. Headers and config only.
+
+    Raises InputMissing, MalformedFile, UnsupportedInput, Unplaced, UsageError.
+    """
+    if not path.exists():
+        raise InputMissing(f"{path}: no such file or folder")
+    weights = _adapter_weights(path) if path.is_dir() else path
+    config = weights.parent / peft.CONFIG_FILE
+    side_files = {peft.CONFIG_FILE: _small_file(config)} if config.is_file() else {}
+    file = open_weight_file(weights)
+    return decode_adapter(AdapterFile(str(path), file.tensors, side_files), alpha)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether ``path`` holds an adapter rather than a checkpoint."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in _ADAPTER_WEIGHTS)
+    if not path.is_file() or path.name.endswith(".json"):
+        return False
+    return looks_like_adapter(frozenset(open_weight_file(path).tensors), {})
+
+
+def _adapter_weights(folder: Path) -> Path:
+    for name in _ADAPTER_WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputMissing(
+        f"{folder}: holds no adapter", hint=f"expected {peft.CONFIG_FILE} and {peft.WEIGHTS_FILE}"
+    )
+
+
+def _small_file(path: Path) -> bytes:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UnsupportedInput(f"{path}: is over {MAX_JSON_BYTES:,} bytes long")
+    return path.read_bytes()
+
+
+def _config_beside(checkpoint: Checkpoint) -> dict[str, object]:
+    path = checkpoint.folder / "config.json"
+    return read_json_file(path) if path.is_file() else {}
