@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter
 from loratool.engine import Engine, Progress
 from loratool.ops import extract as _extract
 from loratool.ops import inspect as _inspect
 from loratool.ops import merge as _merge
-from loratool.ops import push as _push
 from loratool.ops.extract_report import ExtractReport
 from loratool.ops.merge_report import MergeReport
-from loratool.ops.push import PushReport
 from loratool.ops.sources import is_adapter
 from loratool.ops.sources import open_adapter as _open_adapter
 from loratool.storage.checkpoint import Checkpoint
 from loratool.storage.checkpoint import open_checkpoint as _open_checkpoint
+
+if TYPE_CHECKING:
+    from loratool.ops.push import PushReport
 
 PathArg = str | PathLike[str]
 
@@ -136,6 +138,8 @@ def push(
 
     The token is the one huggingface_hub finds. Raises a LoratoolError subclass.
     """
+    from loratool.ops import push as _push  # loads the Hub client, which nothing else needs
+
     plan = _push.plan_push(Path(adapter), repo_id, base_model=base_model, private=private)
     return _push.run_push(plan, progress)
 

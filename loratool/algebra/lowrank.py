@@ -99,6 +99,6 @@ class LowRank:
     def truncate(self, rank: int) -> LowRank:
         """The best approximation of at most this rank (Eckart–Young), float64, balanced."""
         q_b, core, q_a = self._core()
-        u, sigma, vh = torch.linalg.svd(core)
+        u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
         root = sigma[:rank].sqrt()
         return LowRank((q_b @ u[:, :rank]) * root, root[:, None] * (vh[:rank] @ q_a.T))

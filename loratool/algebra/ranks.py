@@ -112,7 +112,7 @@ def fixed(spectrum: Spectrum, rank: float) -> int | None:
 
 @rank_rule("full")
 def full(spectrum: Spectrum, _: float) -> int | None:
-    """Every component: the update is exact up to the rounding of its factors."""
+    """The change itself, without any approximation."""
     return min(spectrum.shape) if spectrum.is_complete else None
 
 

@@ -200,13 +200,15 @@ def round_float64(values: Tensor, dtype: torch.dtype) -> Tensor:
     bits = nearest.view(torch.int32)
     inexact = (back != values) & torch.isfinite(nearest)
     too_far = inexact & (back.abs() > values.abs())
-    odd = torch.where(inexact, (bits - too_far.int()) | 1, bits)
-    return odd.view(torch.float32).to(dtype)
+    odd: Tensor = torch.where(inexact, (bits - too_far.int()) | 1, bits)
+    rounded: Tensor = odd.view(torch.float32).to(dtype)
+    return rounded
 
 
 def _bits(values: Tensor) -> Tensor:
     width = torch.int32 if values.element_size() == 4 else torch.int16
-    return values.view(width)
+    bits: Tensor = values.view(width)
+    return bits
 
 
 def _norms_up(factor: Tensor, dim: int) -> Tensor:

@@ -136,15 +136,16 @@ def _show_adapter(out: Output, report: AdapterReport) -> None:
 
 
 def _show_pair(out: Output, report: PairReport) -> None:
-    from loratool.ops.inspect import family_of
+    from loratool.ops.inspect import family_of, layer_of
 
     families: dict[str, list[DeltaRow]] = defaultdict(list)
     for row in report.rows:
         families[row.name if out.verbose else family_of(row.name)].append(row)
-    top = max((row.relative_change for row in report.rows if row.base_norm), default=0.0)
+    top = max((row.relative_change or 0.0 for row in report.rows), default=0.0)
     ordered = sorted(families.items(), key=lambda item: -sum(r.delta_norm**2 for r in item[1]))
     cells = []
     for name, rows in ordered:
+        rows = sorted(rows, key=lambda row: layer_of(row.name) or 0)
         energy = sum(row.delta_norm**2 for row in rows)
         base = sum(row.base_norm**2 for row in rows)
         spectra = [row.spectrum for row in rows if row.spectrum is not None]
@@ -154,8 +155,8 @@ def _show_pair(out: Output, report: PairReport) -> None:
                 name.removesuffix(".weight"),
                 str(len(rows)),
                 percent(energy / report.energy),
-                percent((energy / base) ** 0.5) if base else "new",
-                spark([row.relative_change for row in rows], top) if len(rows) > 1 else "",
+                percent((energy / base) ** 0.5) if base else "from 0",
+                spark([row.relative_change or 0.0 for row in rows], top) if len(rows) > 1 else "",
                 spark(resolved.values[:_BARS].tolist()) if resolved else "",
                 *(_energy_at(spectra, rank) for rank in (1, 4, 16)),
             ]

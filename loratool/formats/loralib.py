@@ -58,6 +58,8 @@ def _update(
         raise MalformedFile(f"{label}: {module}{_A} has no {_B[1:]} beside it")
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise UnsupportedInput(f"{label}: {module}: only matrices are supported, not convolutions")
+    if a.shape[0] == 0:
+        raise MalformedFile(f"{label}: {module}: factors of rank 0")
     if a.shape[0] != b.shape[1]:
         raise UnsupportedInput(
             f"{label}: {module}: factors {b.shape} and {a.shape} do not chain; they look like a "

@@ -26,8 +26,17 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 _SAVED = re.compile(r"(.+)\.modules_to_save(?:\.default)?\.([^.]+)")
 _BASE_COPY = re.compile(r"(.+)\.(?:original_module|base_layer)\.(weight|bias)")
-_UNSAFE_PATTERN = re.compile(r"\)[*+{]|\\[1-9]")
-_QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Top-level modules that PEFT saves whole for a task, whatever the config lists."""
+
+_UNSAFE_PATTERN = re.compile(r"\)[*+{]|\\[1-9]|\(\?(?!:)")
+_MAX_PATTERN = 1000
+_MAX_MATCHING_STEPS = 2e7
+_MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _REFUSED_KEYS = {
     "lora_magnitude_vector": "DoRA",
     "lora_B.bias": "lora_bias",
@@ -162,6 +171,12 @@ def _config(label: str, side_files: Mapping[str, bytes]) -> dict[str, Any]:
     for flag, kind in _REFUSED_FLAGS.items():
         if config.get(flag):
             raise UnsupportedInput(f"{label}: {kind} ({flag}) is not supported")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
+        raise UnsupportedInput(
+            f"{label}: was initialised by {init}, which changes the base as well",
+            hint="save it with PEFT's path_initial_model_for_weight_conversion first",
+        )
     return config
 
 
@@ -179,20 +194,38 @@ def _scaling(label: str, config: Mapping[str, Any]) -> _Scaling:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _first_match(label: str, patterns: Mapping[str, Any], module: str, default: float) -> float:
     """PEFT's rule: the first key that matches the whole name or its end after a dot wins."""
     for key, value in patterns.items():
-        if _UNSAFE_PATTERN.search(key) or len(_QUANTIFIER.findall(key)) > 3 or len(module) > 500:
-            raise MalformedFile(f"{label}: pattern {key!r} could take forever to match; refused")
+        if _steps_at_most(key, len(module)) > _MAX_MATCHING_STEPS:
+            raise MalformedFile(
+                f"{label}: pattern {key[:80]!r} could take forever to match; refused"
+            )
         try:
             if re.match(rf"(.*\.)?({key})$", module):
                 return float(value)
-        except re.error:
-            raise MalformedFile(f"{label}: pattern {key!r} is not a regular expression") from None
+        except (re.error, RecursionError, OverflowError):
+            raise MalformedFile(
+                f"{label}: pattern {key[:80]!r} is not a regular expression"
+            ) from None
     return default
+
+
+def _steps_at_most(pattern: str, length: int) -> float:
+    """How many ways a backtracking matcher may have to try on a name of this length."""
+    if _UNSAFE_PATTERN.search(pattern) or len(pattern) > _MAX_PATTERN:
+        return math.inf
+    rest = re.sub(r"\\.|\[[^]]*\]", "x", pattern)
+    steps = float(max(length, 2))  # of the prefix that PEFT puts before the pattern
+    for quantifier, ways in (("*", length), ("+", length), ("{", length), ("?", 2)):
+        steps *= float(ways) ** min(rest.count(quantifier), 100)
+    while group := re.search(r"\(([^()]*)\)", rest):
+        steps *= 1 + group[1].count("|")
+        rest = f"{rest[: group.start()]}x{rest[group.end() :]}"
+    return steps * (1 + rest.count("|"))
 
 
 def _partner(key: str, side: str, other: str) -> str:
@@ -216,7 +249,7 @@ def _low_rank(
             f"{label}: {module}: factors of shapes {b.shape} and {a.shape}; only matrices are "
             "supported, not convolutions"
         )
-    if a.shape[0] != b.shape[1]:
+    if a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise MalformedFile(
             f"{label}: {module}: lora_B {b.shape} and lora_A {a.shape} do not chain"
         )
@@ -255,7 +288,10 @@ def encode(
         has_bias |= bias_alone
         owner = f"{module}.base_layer" if module in low_rank else module
         tensors[f"{PREFIX}{owner if bias_alone else module}.{part}"] = replacement.value
-    config = _config_of(adapter, low_rank, modules, sorted(saved), has_bias)
+    heads = TASK_HEADS.get(adapter.task_type or "", ())
+    roots = {module.split(".")[0] for module in saved} & set(heads)
+    saved = {module for module in saved if module.split(".")[0] not in roots}
+    config = _config_of(adapter, low_rank, modules, saved, roots, has_bias)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return dict(sorted(tensors.items())), {CONFIG_FILE: text.encode()}
 
@@ -264,7 +300,8 @@ def _config_of(
     adapter: Adapter,
     low_rank: Mapping[str, LowRankUpdate],
     modules: set[str],
-    saved: list[str],
+    saved: set[str],
+    heads: set[str],
     has_bias: bool,
 ) -> dict[str, Any]:
     ranks = {module: update.rank for module, update in low_rank.items()}
@@ -279,14 +316,19 @@ def _config_of(
         "r": rank,
         "lora_alpha": _plain(alpha),
         "lora_dropout": 0.0,
-        "target_modules": short_names(set(low_rank), modules) or [],
+        "target_modules": _target_modules(set(low_rank), modules),
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "bias": "all" if has_bias else "none",
     }
-    if saved:
-        config["modules_to_save"] = short_names(set(saved), modules)
-    odd_ranks = {re.escape(m): r for m, r in sorted(ranks.items()) if r != rank}
-    odd_alphas = {re.escape(m): _plain(x) for m, x in sorted(alphas.items()) if x != alpha}
+    if saved or heads:
+        config["modules_to_save"] = sorted(heads) + short_names(saved, modules)
+    suffixes = {suffix for module in low_rank for suffix in _proper_suffixes(module)}
+
+    def exactly(module: str) -> str:
+        return ("^" if module in suffixes else "") + re.escape(module)
+
+    odd_ranks = {exactly(m): r for m, r in sorted(ranks.items()) if r != rank}
+    odd_alphas = {exactly(m): _plain(x) for m, x in sorted(alphas.items()) if x != alpha}
     if odd_ranks:
         config["rank_pattern"] = odd_ranks
     if odd_alphas:
@@ -303,16 +345,31 @@ def _most_common(values: Iterable[Any], default: Any) -> Any:
     return counted[0][0] if counted else default
 
 
+def _proper_suffixes(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
+def _target_modules(chosen: set[str], modules: set[str]) -> list[str] | str:
+    """Names that PEFT expands to exactly ``chosen``; a pattern where no names do."""
+    names = short_names(chosen, modules)
+    listed = set(names)
+    if any(suffix in listed for other in modules - chosen for suffix in _proper_suffixes(other)):
+        return "|".join(re.escape(module) for module in sorted(chosen))
+    return names
+
+
 def short_names(chosen: set[str], modules: set[str]) -> list[str]:
-    """The fewest names that PEFT's suffix match expands to exactly ``chosen`` within ``modules``.
+    """The fewest names that stand for ``chosen`` within ``modules`` by PEFT's suffix match.
 
     The last component stands for its modules where all that bear it are chosen; elsewhere the
     full names are listed.
     """
-    names: set[str] = set()
-    for module in chosen:
-        last = module.rpartition(".")[2]
-        alike = {other for other in modules | chosen if other.rpartition(".")[2] == last}
-        ambiguous = any(other.endswith(last) for other in modules - alike)
-        names.add(last if alike <= chosen and not ambiguous and not last.isdigit() else module)
-    return sorted(names)
+    left_out = {module.rpartition(".")[2] for module in modules - chosen}
+    short = {
+        last
+        for last in {module.rpartition(".")[2] for module in chosen}
+        if not last.isdigit() and not any(other.endswith(last) for other in left_out)
+    }
+    lasts = {module: module.rpartition(".")[2] for module in chosen}
+    return sorted({last if last in short else module for module, last in lasts.items()})

@@ -13,7 +13,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    OIDCError,
     RevisionNotFoundError,
 )
 
@@ -23,6 +22,7 @@ LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access"
 _NO_XET = "if this server has no Xet storage, set HF_HUB_DISABLE_XET=1 and push again"
 _LATER = "try again; what was uploaded already is not sent twice"
 _MAX_MESSAGE = 300
+_TRANSPORTS = ("httpx2", "httpx", "httpcore", "requests", "urllib3")
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def _translated(error: Exception, repo_id: str) -> LoratoolError | None:
         for kinds, explain in _EXPLANATIONS:
             if isinstance(link, kinds):
                 return explain(link, repo_id)
-        if type(link).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore"):
+        if type(link).__module__.split(".")[0] in _TRANSPORTS:
             return HubError(
                 f"{endpoint()} cannot be reached", details=[_redacted(link)], hint=_LATER
             )
@@ -83,7 +83,7 @@ def _redacted(text: object) -> str:
     shown = str(text)
     try:
         token = get_token()
-    except OIDCError:
+    except Exception:  # whatever keeps a token from us cannot be in the text either
         token = None
     return visible(shown.replace(token, "***") if token else shown)
 
@@ -171,7 +171,7 @@ _EXPLANATIONS: tuple[
 ] = (
     ((HfHubHTTPError,), _http),
     ((OfflineModeIsEnabled,), _offline),
-    ((LocalTokenNotFoundError, OIDCError), _not_logged_in),
+    ((LocalTokenNotFoundError,), _not_logged_in),
     ((HFValidationError,), _bad_name),
     ((ConnectionError, TimeoutError), _connection),
     ((ValueError, KeyError, TypeError, AttributeError), _strange),

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +20,10 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
 )
-from huggingface_hub.utils import (
-    disable_progress_bars,  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
     logging,
 )
 
@@ -52,7 +55,11 @@ class Upload:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did. changed: False when the repository held the very same files already."""
+    """What a push did.
+
+    changed: False when the repository held the very same files already. card: where the README.md
+    that went up comes from.
+    """
 
     url: str
     commit_url: str
@@ -60,6 +67,7 @@ class Pushed:
     private: bool
     changed: bool
     card: str
+    card_bytes: int
     notes: tuple[str, ...]
 
 
@@ -126,6 +134,7 @@ def push_folder(
         private=bool(info.private),
         changed=done.oid != info.sha,
         card=origin,
+        card_bytes=files[-1].size_bytes,
         notes=(*notes, *(visible(remark) for remark in remarks)),
     )
 
@@ -193,13 +202,15 @@ def _patiently(call: Callable[[], Result]) -> Result:
 def _quiet_client() -> Iterator[list[str]]:
     """Keep the client's bars, log lines and warnings off the terminal; the warnings are yielded."""
     remarks: list[str] = []
-    verbosity = logging.get_verbosity()
+    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        logging.set_verbosity(logging.ERROR)
+        logging.set_verbosity(ERROR)
+        disable_progress_bars()
         try:
-            with disable_progress_bars():
-                yield remarks
+            yield remarks
         finally:
             logging.set_verbosity(verbosity)
+            if had_bars:
+                enable_progress_bars()
             remarks += [str(item.message) for item in caught if item.category is UserWarning]

@@ -18,6 +18,7 @@ MAX_README_BYTES = 1_000_000
 _BYTE_ORDER_MARK = "\ufeff"
 _MAX_ALIASES = 20
 _TEMPLATE_FIELD = re.compile(r'\{\{\s*\w+\s*\|\s*default\("([^"]*)",\s*true\)\s*\}\}')
+_TEMPLATE_TITLE = "# Model Card for Model ID"
 _PEFT_LINES = re.compile(r"### Framework versions|- PEFT \S+")
 
 
@@ -58,7 +59,7 @@ class Readme:
         """Set top-level metadata keys; every other byte stays. Raises MalformedFile."""
         if not changes:
             return self
-        newline = "\r\n" if "\r\n" in self.text else "\n"
+        newline = "\r\n" if "\r\n" in (self.stop or self.body) else "\n"
         if not self.stop:
             block = _dump(changes, newline)
             return Readme(f"{self.start}---{newline}", block, f"{newline}---{newline}", self.body)
@@ -83,9 +84,11 @@ def decode_readme(data: bytes, label: str) -> str:
 def is_untouched_template(body: str) -> bool:
     """Whether a body is the empty form that PEFT writes beside an adapter, nothing filled in."""
     template = _TEMPLATE_FIELD.sub(r"\1", TEMPLATE_MODELCARD_PATH.read_text(encoding="utf-8"))
-    known = {line.strip() for line in template.splitlines()} | {"# Model Card for Model ID"}
+    known = {line.strip() for line in template.splitlines()}
     lines = [line.strip() for line in body.splitlines() if line.strip()]
-    return bool(lines) and all(line in known or _PEFT_LINES.fullmatch(line) for line in lines)
+    return _TEMPLATE_TITLE in lines and all(
+        line in known or _PEFT_LINES.fullmatch(line) for line in lines
+    )
 
 
 def _load(metadata: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from loratool.adapter import Adapter, LowRankUpdate, ModuleKind, Replacement, Update, module_of
-from loratool.algebra.factorize import factorize, residual_norm
+from loratool.algebra.factorize import factorize, identity_factors, residual_norm
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule, parse_rank_rule
 from loratool.engine import Engine, NoProgress, Progress
@@ -161,7 +161,7 @@ def plan_extract(
         ExtractJob(
             index,
             pair,
-            _treatment(pair, alignment) if pair.name in chosen else Treatment.EXCLUDED,
+            _treatment(pair, alignment, base_side) if pair.name in chosen else Treatment.EXCLUDED,
             rule,
             stored,
             target,
@@ -218,7 +218,7 @@ def run_extract(
             fan_in_fan_out=any(
                 job.pair.kind is ModuleKind.CONV1D and job.pair.name in updates for job in jobs
             ),
-            task_type=plan.base.config.task_type,
+            task_type=_task_type(plan, updates),
         )
         report = ExtractReport.of(
             rows,
@@ -270,19 +270,24 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
     if job.treatment is not Treatment.LOW_RANK:
         status = Status.EXCLUDED if job.treatment is Treatment.EXCLUDED else Status.NO_PLACE
         return ExtractResult(replace(row, status=status))
-    factors = factorize(delta.matrix, job.rule, key=f"{job.seed}:{pair.name}", exact=job.exact)
-    rank = factors.u.shape[1]
+    if job.rule.kind.name == "full":
+        best, method, kept = identity_factors(delta.matrix), "exact (W − W0 itself)", ()
+    else:
+        factors = factorize(delta.matrix, job.rule, key=f"{job.seed}:{pair.name}", exact=job.exact)
+        best, method = factors.low_rank(), factors.method
+        kept = tuple(factors.spectrum.values[: best.rank].tolist())
+    rank = best.rank
     if rank == 0:
         return ExtractResult(replace(row, status=Status.BELOW_RULE))
-    value = _stored_value(pair.name, factors.low_rank(), job.dtype)
+    value = _stored_value(pair.name, best, job.dtype)
     row = replace(
         row,
         status=Status.LOW_RANK,
         rank=rank,
         relative_error=residual_norm(delta.matrix, value) / delta.norm,
         clamped=job.rule.kind.name == "fixed" and rank < job.rule.value,
-        method=factors.method,
-        singular_values=tuple(factors.spectrum.values[:rank].tolist()),
+        method=method,
+        singular_values=kept,
     )
     return ExtractResult(row, _park(job, value))
 
@@ -324,15 +329,21 @@ def _adapter_dtype(text: str | None, tuned: Model) -> DType:
     return BY_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else BY_NAME["F32"]
 
 
-def _treatment(pair: Pair, alignment: Alignment) -> Treatment:
+def _treatment(pair: Pair, alignment: Alignment, base: Model) -> Treatment:
     if not pair.base.dtype.is_float:
         return Treatment.NO_PLACE
+    if _in_task_head(pair.name, base.config.task_type):
+        return Treatment.WHOLE  # PEFT saves a task's head whole, whatever the config lists
     tie = alignment.tie
     if tie is not None and pair.name in (tie.embedding, tie.head):
         return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
     if pair.kind in LOW_RANK_KINDS:
         return Treatment.LOW_RANK
     return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
+
+
+def _in_task_head(name: str, task_type: str | None) -> bool:
+    return name.split(".")[0] in peft.TASK_HEADS.get(task_type or "", ())
 
 
 def _check_rank(rule: RankRule, jobs: Sequence[ExtractJob]) -> None:
@@ -400,6 +411,18 @@ def _updates(plan: ExtractPlan, results: Sequence[ExtractResult]) -> dict[str, U
     for name in list(updates):
         _complete_module(name, updates, by_name)
     return updates
+
+
+def _task_type(plan: ExtractPlan, updates: dict[str, Update]) -> str | None:
+    """The task for PEFT's config. PEFT insists on finding a task's whole head in the file, so
+    the head is completed where part of it changed, and the task not named where none did."""
+    task = plan.base.config.task_type
+    head = [job.pair for job in plan.jobs if _in_task_head(job.pair.name, task)]
+    if head and not any(pair.name in updates for pair in head):
+        return None
+    for pair in head:
+        updates.setdefault(pair.name, Replacement(pair.tuned))
+    return task
 
 
 def _complete_module(

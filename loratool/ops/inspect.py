@@ -239,9 +239,9 @@ class DeltaRow:
     spectrum: Spectrum | None
 
     @property
-    def relative_change(self) -> float:
-        """‖W − W0‖ / ‖W0‖."""
-        return self.delta_norm / self.base_norm if self.base_norm else float("inf")
+    def relative_change(self) -> float | None:
+        """‖W − W0‖ / ‖W0‖; None where the base is zero."""
+        return self.delta_norm / self.base_norm if self.base_norm else None
 
     def to_json(self) -> dict[str, Any]:
         spectrum = self.spectrum

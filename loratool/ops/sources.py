@@ -8,7 +8,12 @@ from pathlib import Path
 from loratool.adapter import Adapter
 from loratool.errors import InputMissing, UnsupportedInput
 from loratool.formats import peft
-from loratool.formats.registry import AdapterFile, decode_adapter, looks_like_adapter
+from loratool.formats.registry import (
+    AdapterFile,
+    decode_adapter,
+    looks_like_adapter,
+    refuse_unread_format,
+)
 from loratool.layouts.config import ModelConfig
 from loratool.storage.checkpoint import (
     MAX_JSON_BYTES,
@@ -43,6 +48,7 @@ def open_model(path: Path) -> Model:
     checkpoint = open_checkpoint(path)
     if looks_like_adapter(frozenset(checkpoint.tensors), {}):
         raise UnsupportedInput(f"{path}: is an adapter; a checkpoint is needed here")
+    refuse_unread_format(str(path), frozenset(checkpoint.tensors))
     return Model(checkpoint, ModelConfig(_config_beside(checkpoint)))
 
 

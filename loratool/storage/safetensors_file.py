@@ -3,7 +3,7 @@
 The header is read with our own parser because a plan needs byte ranges, which the safetensors
 library does not give, and because that library accepts files which contradict themselves
 (duplicate keys). The rules checked here are the format's own, plus: no duplicate keys, no empty
-names, no control characters in names.
+names, no control characters or lone surrogates in names.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from loratool.storage.tensors import TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
+_MAX_MESSAGE = 400
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def tensor_bytes(dtype: DType, shape: tuple[int, ...]) -> int:
 
 
 def _bad(path: Path, problem: str) -> MalformedFile:
+    if len(problem) > _MAX_MESSAGE:
+        problem = f"{problem[:_MAX_MESSAGE]} …"
     return MalformedFile(f"{path}: {problem}", hint="the file is damaged; fetch it again")
 
 
@@ -136,8 +140,18 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
+def _bits(shape: list[int], dtype: DType) -> int | None:
+    """The size of a tensor; None when any product on the way exceeds what a file can hold."""
+    bits = dtype.bits
+    for size in shape:
+        bits *= size
+        if bits >= 2**63:
+            return None
+    return bits
+
+
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    if not name or any(ord(char) < 32 or ord(char) == 127 for char in name):
+    if not name or any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
         raise _bad(path, f"holds a tensor with the unusable name {name!r}")
     if not isinstance(entry, dict):
         raise _bad(path, f"tensor {name!r} is not described by an object")
@@ -154,7 +168,9 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo
         or offsets[0] > offsets[1]
     ):
         raise _bad(path, f"tensor {name!r} has the impossible offsets {offsets!r}")
-    bits = math.prod(shape) * dtype.bits
+    bits = _bits(shape, dtype)
+    if bits is None:
+        raise _bad(path, f"tensor {name!r} has the impossible shape {shape!r}")
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise _bad(
             path,

@@ -9,23 +9,27 @@ file unfold into a huge one.
 
 from __future__ import annotations
 
-import collections
 import io
 import math
 import pickle
 import struct
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from loratool.errors import MalformedFile, UnsupportedInput
-from loratool.storage.dtypes import BY_NAME, DType
+from loratool.storage.dtypes import BY_NAME, BY_TORCH, DType
 from loratool.storage.tensors import TensorInfo
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_ENTRIES = 1_000_000
 MAX_NESTING = 4
+_MAX_DIMENSIONS = 16
+_MAX_QUOTE = 200
+_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, struct.error)
+"""What zipfile raises for damaged archives, by experiment."""
 
 _STORAGE_DTYPES = {
     "DoubleStorage": "F64",
@@ -38,24 +42,51 @@ _STORAGE_DTYPES = {
     "CharStorage": "I8",
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
-    "Float8_e4m3fnStorage": "F8_E4M3",
-    "Float8_e5m2Storage": "F8_E5M2",
+    "UntypedStorage": "U8",
 }
+_TORCH_DTYPES = {str(kind).removeprefix("torch."): dtype for kind, dtype in BY_TORCH.items()}
+
+
+class _Sealed:
+    """What a pickle gets hold of: it can be passed about, its state cannot be set."""
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("a record is rewritten")
+
+
+class _StateDict(dict[Any, Any]):
+    """Stands for OrderedDict; the attributes that modules hang on it are dropped."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 @dataclass(frozen=True)
-class _Storage:
+class _ElementType(_Sealed):
+    dtype: DType
+
+
+@dataclass(frozen=True)
+class _Storage(_Sealed):
     key: str
     dtype: DType
-    numel: int
 
 
 @dataclass(frozen=True)
-class _View:
-    storage: _Storage
+class _View(_Sealed):
+    key: str
+    dtype: DType
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Constructor(_Sealed):
+    function: Callable[..., _View]
+
+    def __call__(self, *arguments: Any) -> _View:
+        return self.function(*arguments)
 
 
 def is_torch_zip(path: Path) -> bool:
@@ -83,9 +114,9 @@ def read_torch_zip(path: Path) -> dict[str, TensorInfo]:
             if records.get(root + "byteorder") and archive.read(root + "byteorder") != b"little":
                 raise UnsupportedInput(f"{path}: was saved on a big-endian machine")
             state = _unpickle(path, archive.read(root + "data.pkl"))
-    except zipfile.BadZipFile as error:
+    except _ZIP_ERRORS as error:
         raise MalformedFile(
-            f"{path}: is a damaged or truncated zip file ({error})", hint="fetch it again"
+            f"{path}: is a damaged or truncated zip file ({_clipped(error)})", hint="fetch it again"
         ) from None
     views = _state_dict(path, state)
     return {name: _locate(path, records, root, name, view) for name, view in views.items()}
@@ -105,7 +136,7 @@ def _records(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
             raise UnsupportedInput(
                 f"{path}: record {info.filename!r} is compressed, which torch.save never does"
             )
-        if info.header_offset + info.file_size > size:
+        if info.header_offset < 0 or info.header_offset + info.file_size > size:
             raise MalformedFile(f"{path}: record {info.filename!r} reaches past the file's end")
         if _is_pickle(info.filename) and info.file_size > MAX_PICKLE_BYTES:
             raise MalformedFile(f"{path}: its pickle is {info.file_size:,} bytes long")
@@ -121,38 +152,71 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
-            return _rebuild_tensor
-        if module == "torch._utils" and name == "_rebuild_parameter":
-            return _rebuild_parameter
+            return _StateDict
+        if module == "torch._utils" and name in _CONSTRUCTORS:
+            return _CONSTRUCTORS[name]
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
-            return BY_NAME[_STORAGE_DTYPES[name]]
+            return _ElementType(BY_NAME[_STORAGE_DTYPES[name]])
+        if module == "torch" and name in _TORCH_DTYPES:
+            return _ElementType(_TORCH_DTYPES[name])
+        wanted = _clipped(f"{module}.{name}")
         raise UnsupportedInput(
-            f"{self._path}: its pickle asks for {module}.{name}, which a state dict does not need",
+            f"{self._path}: its pickle asks for {wanted}, which a state dict does not need",
             hint="loratool never executes pickled code; save the state dict as safetensors",
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _device, numel = pid
-        if kind != "storage" or not isinstance(dtype, DType) or not isinstance(numel, int):
+        kind, element, key, _device, _numel = pid
+        if kind != "storage" or not isinstance(element, _ElementType):
             raise ValueError("unknown storage record")
-        return _Storage(str(key), dtype, numel)
+        return _Storage(str(key), element.dtype)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> _View:
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+    if not isinstance(storage, _Storage) or not all(map(_is_count, (offset, *shape, *strides))):
         raise ValueError("tensor record of the wrong form")
-    if len(shape) != len(strides) or len(shape) > 16:
+    if len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
         raise ValueError("tensor record with an impossible shape")
-    return _View(storage, offset, tuple(shape), tuple(strides))
+    return _View(storage.key, storage.dtype, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_typed(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    _requires_grad: Any,
+    _hooks: Any,
+    element: Any,
+    *_rest: Any,
+) -> _View:
+    """Newer dtypes: bytes with a dtype beside them; the offset counts elements all the same."""
+    if not isinstance(element, _ElementType):
+        raise ValueError("tensor record of the wrong form")
+    return replace(_rebuild_tensor(storage, offset, shape, strides), dtype=element.dtype)
 
 
 def _rebuild_parameter(data: Any, *_rest: Any) -> _View:
     if not isinstance(data, _View):
         raise ValueError("parameter record of the wrong form")
     return data
+
+
+_CONSTRUCTORS = {
+    "_rebuild_tensor": _Constructor(_rebuild_tensor),
+    "_rebuild_tensor_v2": _Constructor(_rebuild_tensor),
+    "_rebuild_tensor_v3": _Constructor(_rebuild_typed),
+    "_rebuild_parameter": _Constructor(_rebuild_parameter),
+}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
+
+
+def _clipped(what: object) -> str:
+    text = str(what)
+    return text if len(text) <= _MAX_QUOTE else f"{text[:_MAX_QUOTE]} …"
 
 
 def _unpickle(path: Path, text: bytes) -> object:
@@ -162,7 +226,8 @@ def _unpickle(path: Path, text: bytes) -> object:
         raise
     except Exception as error:  # a hostile pickle can make the unpickler raise anything
         raise MalformedFile(
-            f"{path}: its pickle cannot be read as a state dict ({type(error).__name__}: {error})"
+            f"{path}: its pickle cannot be read as a state dict "
+            f"({type(error).__name__}: {_clipped(error)})"
         ) from None
 
 
@@ -183,10 +248,10 @@ def _state_dict(path: Path, state: object, depth: int = 0) -> dict[str, _View]:
 def _locate(
     path: Path, records: dict[str, zipfile.ZipInfo], root: str, name: str, view: _View
 ) -> TensorInfo:
-    record = records.get(f"{root}data/{view.storage.key}")
+    record = records.get(f"{root}data/{view.key}")
     if record is None:
-        raise MalformedFile(f"{path}: the data of {name} (storage {view.storage.key}) is missing")
-    item = view.storage.dtype.bits // 8
+        raise MalformedFile(f"{path}: the data of {name} (storage {view.key}) is missing")
+    item = view.dtype.bits // 8
     numel = math.prod(view.shape)
     span = (
         1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
@@ -205,7 +270,7 @@ def _locate(
     start = _data_start(path, record) + view.offset * item
     contiguous = view.strides == _row_major(view.shape) or numel <= 1
     strides = None if contiguous else view.strides
-    return TensorInfo(name, view.storage.dtype, view.shape, path, start, span * item, strides)
+    return TensorInfo(name, view.dtype, view.shape, path, start, span * item, strides)
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

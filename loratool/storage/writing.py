@@ -7,11 +7,12 @@ by a killed process is removed by the next run for the same output.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from loratool.errors import InputMissing, NoSpace, OutputError, OutputExists
+from loratool.storage.checkpoint import WEIGHT_SUFFIXES
 from loratool.storage.dtypes import BY_TORCH, DType
 from loratool.storage.safetensors_file import encode_header, tensor_bytes
 from loratool.storage.tensors import LazyTensor, TensorInfo
@@ -26,6 +28,8 @@ from loratool.storage.tensors import LazyTensor, TensorInfo
 _STAGING_MARK = ".loratool-partial-"
 _LOCK = ".lock"
 _COPY_BYTES = 16 * 2**20
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_DISK_ERRNOS = (*_NO_SPACE, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,8 @@ class OutputSlot:
         if BY_TORCH.get(rows.dtype) != self.dtype:
             raise AssertionError(f"{rows.dtype} into a slot of {self.dtype.name}")
         row_bytes = tensor_bytes(self.dtype, self.shape[1:])
-        data = rows.contiguous().reshape(-1).view(torch.uint8) if rows.numel() else None
-        if data is not None:
-            write_at(self.path, self.offset + start * row_bytes, data.numpy().data)
+        if rows.numel():
+            write_at(self.path, self.offset + start * row_bytes, _bytes_of(rows))
 
 
 def write_at(path: Path, offset: int, data: memoryview) -> None:
@@ -77,7 +80,7 @@ def _copy_some(reader: int, writer: int, start: int, offset: int, nbytes: int) -
         try:
             return os.copy_file_range(reader, writer, nbytes, start, offset)
         except OSError as error:
-            if error.errno in (28, 122):  # ENOSPC, EDQUOT: not a matter of the method
+            if error.errno in _NO_SPACE:  # not a matter of the method
                 raise
     data = os.pread(reader, min(nbytes, _COPY_BYTES), start)
     return os.pwrite(writer, data, offset) if data else 0
@@ -115,12 +118,18 @@ def park(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     parked: dict[str, TensorInfo] = {}
     with disk_errors(path), open(path, "xb") as file:
         for name, tensor in tensors.items():
-            flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+            data = _bytes_of(tensor.cpu())
             parked[name] = TensorInfo(
-                name, BY_TORCH[tensor.dtype], tuple(tensor.shape), path, file.tell(), flat.numel()
+                name, BY_TORCH[tensor.dtype], tuple(tensor.shape), path, file.tell(), len(data)
             )
-            file.write(flat.numpy().data)
+            file.write(data)
     return parked
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The values, row-major. A single value may keep any stride through ``contiguous``."""
+    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data
 
 
 def write_tensors(
@@ -143,10 +152,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (28, 122):
+        if error.errno in _NO_SPACE:
             raise NoSpace(
                 f"{path}: no space left on the disk", hint="free some and try again"
-            ) from (error)
+            ) from error
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
@@ -185,8 +194,13 @@ def check_output(output: Path, *, overwrite: bool, inputs: list[Path]) -> None:
 
 def _check_replaceable(output: Path) -> None:
     """--overwrite replaces what looks like a model or an adapter, never somebody's other files."""
-    if output.is_file() or output.is_symlink():
+    if output.is_symlink() or (output.suffix in WEIGHT_SUFFIXES and output.is_file()):
         return
+    if not output.is_dir():
+        raise OutputError(
+            f"{output}: is no weight file; it will not be replaced",
+            hint="choose another -o, or remove it yourself",
+        )
     if not any(output.iterdir()):
         return
     ours = ("adapter_config.json", "config.json", "model_index.json")
@@ -204,6 +218,7 @@ def _check_replaceable(output: Path) -> None:
 def staged(output: Path) -> Iterator[Staging]:
     """A staging folder for ``output``, removed again unless ``publish`` was called."""
     output = Path(os.path.abspath(output))
+    made = [parent for parent in output.parents if not parent.exists()]
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output)
@@ -213,9 +228,15 @@ def staged(output: Path) -> Iterator[Staging]:
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield Staging(folder, output)
+    except OSError as error:
+        if error.errno in _DISK_ERRNOS:  # only an output can meet these
+            with disk_errors(output):
+                raise
+        raise
     finally:
         os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(made)
 
 
 @dataclass(frozen=True)
@@ -259,6 +280,13 @@ class Staging:
                     os.rename(aside, self.output)
                 raise
             _sync_folder(self.output.parent)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, until one is in use."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _remove_leftovers(output: Path) -> None:

@@ -1,0 +1,64 @@
+"""What rounding alone puts into a difference: the floor below which a spectrum is noise.
+
+A weight stored in a 16-bit dtype carries a rounding error of up to half a unit in the last place,
+as good as uniform, so of variance ulp²/12. In D = W − W0 that error sits in every entry whose
+value was rounded, also in those that did not change (their error is minus the change). Singular
+values below
+
+    τ = max_i √(Σ_j b_ij²) + max_j √(Σ_i b_ij²),   b_ij = ulp(W_ij)/√12
+
+cannot be told from it: τ bounds the expected norm of such a matrix (Latała 2005; Bandeira and van
+Handel 2016, leading terms).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
+_EXPONENT_MASK = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """threshold: τ, in the units of singular values. energy: Σ ulp²/12, the expected ‖noise‖²_F."""
+
+    threshold: float
+    energy: float
+
+
+def noise_floor(stored: Tensor) -> NoiseFloor:
+    """The floor that the rounding of ``stored`` (rows, columns; as kept in its file) sets.
+
+    Zero for dtypes other than bf16, fp16 and fp32.
+    """
+    if stored.dtype not in _MANTISSA_BITS:
+        return NoiseFloor(0.0, 0.0)
+    rows = torch.zeros(stored.shape[0], dtype=torch.float64)
+    columns = torch.zeros(stored.shape[1], dtype=torch.float64)
+    step = max(1, 2**18 // max(1, stored.shape[1]))
+    for start in range(0, stored.shape[0], step):
+        variance = ulp(stored[start : start + step]).square_()
+        rows[start : start + step] = variance.sum(dim=1, dtype=torch.float64)
+        columns += variance.sum(dim=0, dtype=torch.float64)
+    largest = [float(sums.max()) if len(sums) else 0.0 for sums in (rows, columns)]
+    threshold = sum((value / 12) ** 0.5 for value in largest)
+    return NoiseFloor(threshold, float(rows.sum()) / 12)
+
+
+def ulp(values: Tensor) -> Tensor:
+    """Distance to the next larger magnitude, float32; subnormals have that of the smallest normal.
+
+    fp32 ulps below float32's normal range come out as zero.
+    """
+    width, mask = _EXPONENT_MASK[values.dtype]
+    power = (values.contiguous().view(width) & mask).view(values.dtype).float()
+    smallest = torch.finfo(values.dtype).tiny
+    return power.clamp_(min=smallest).mul_(2.0 ** -_MANTISSA_BITS[values.dtype])

@@ -1,0 +1,121 @@
+"""The factoriser against full SVDs in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loratool.algebra.factorize import factorize, gaussian, residual_norm, sum_of_squares
+from loratool.algebra.ranks import REGISTRY, parse_rank_rule
+from loratool.algebra.spectrum import Spectrum
+from loratool.errors import UsageError
+
+
+def with_spectrum(rows: int, columns: int, values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A float32 matrix whose singular values are ``values``."""
+    generator = torch.Generator().manual_seed(seed)
+    count = len(values)
+    u = torch.linalg.qr(torch.randn(rows, count, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(columns, count, generator=generator, dtype=torch.float64)).Q
+    return ((u * values) @ v.T).float()
+
+
+def optimum(d: torch.Tensor, rank: int) -> float:
+    return float(torch.linalg.svdvals(d.double())[rank:].square().sum().sqrt())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
+def test_small_matrices_are_optimal(rows: int, columns: int, rank: int, seed: int) -> None:
+    d = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    factors = factorize(d, parse_rank_rule(str(rank)), key="t")
+    assert factors.u.shape[1] == min(rank, rows, columns)
+    missed = residual_norm(d, factors.low_rank())
+    assert missed <= optimum(d, rank) * (1 + 1e-5) + 1e-5 * float(d.norm())
+
+
+@pytest.mark.parametrize("shape", [(700, 900), (900, 700), (1300, 600)])
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_randomised_method_is_near_the_optimum(
+    shape: tuple[int, int], rank: int, power: float
+) -> None:
+    values = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -power
+    d = with_spectrum(*shape, values)
+    factors = factorize(d, parse_rank_rule(str(rank)), key="t")
+    assert factors.method == "block Krylov"
+    best = optimum(d, rank)
+    assert residual_norm(d, factors.low_rank()) / best - 1 < 1e-3
+    exact = torch.linalg.svdvals(d.double())[:rank]
+    assert torch.allclose(factors.spectrum.values[:rank], exact, rtol=5e-3)
+
+
+def test_exact_flag_forbids_the_sketch() -> None:
+    d = torch.randn(600, 640, generator=torch.Generator().manual_seed(0))
+    factors = factorize(d, parse_rank_rule("8"), key="t", exact=True)
+    assert factors.method.startswith("exact")
+    assert residual_norm(d, factors.low_rank()) == pytest.approx(optimum(d, 8), rel=1e-6)
+
+
+def test_full_rank_gives_the_matrix_back() -> None:
+    d = with_spectrum(60, 90, torch.logspace(0, -11, 60, dtype=torch.float64))
+    value = factorize(d, parse_rank_rule("full"), key="t").low_rank()
+    assert residual_norm(d, value) <= 1e-6 * float(d.norm())
+
+
+@pytest.mark.parametrize(
+    ("rule", "holds"),
+    [
+        ("energy:0.9", lambda s, k: s[:k].sum() >= 0.9 * s.sum() > s[: k - 1].sum()),
+        ("error:0.3", lambda s, k: s[k:].sum() <= 0.09 * s.sum() < s[k - 1 :].sum()),
+    ],
+)
+@pytest.mark.parametrize("side", [80, 700])
+def test_energy_rules_give_the_smallest_rank(rule: str, holds, side: int) -> None:  # type: ignore[no-untyped-def]
+    values = 0.9 ** torch.arange(side, dtype=torch.float64)
+    d = with_spectrum(side, side + 30, values)
+    rank = factorize(d, parse_rank_rule(rule), key="t").u.shape[1]
+    assert holds(values.square(), rank)
+
+
+@pytest.mark.parametrize(("rule", "rank"), [("ratio:0.25", 3), ("absolute:0.2", 3)])
+def test_threshold_rules(rule: str, rank: int) -> None:
+    d = with_spectrum(50, 40, torch.tensor([1.0, 0.5, 0.26, 0.1, 0.05], dtype=torch.float64))
+    assert factorize(d, parse_rank_rule(rule), key="t").u.shape[1] == rank
+
+
+def test_signs_and_randomness_are_fixed() -> None:
+    d = torch.randn(900, 800, generator=torch.Generator().manual_seed(5))
+    rule = parse_rank_rule("4")
+    one, two = (factorize(d, rule, key="layer") for _ in range(2))
+    assert torch.equal(one.u, two.u)
+    assert torch.equal(one.v, two.v)
+    assert bool((one.u.gather(0, one.u.abs().argmax(0, keepdim=True)) > 0).all())
+    assert not torch.equal(gaussian(4, 4, "x"), gaussian(4, 4, "y"))
+
+
+def test_norms_are_float64() -> None:
+    d = torch.full((300, 1000), 1e-4)
+    assert sum_of_squares(d) == pytest.approx(300_000 * float(d[0, 0].double()) ** 2, rel=1e-13)
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "2.5", "", "many", "energy", "energy:2", "full:3"])
+def test_rules_that_make_no_sense(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_rank_rule(text)
+
+
+def test_rules_print_as_they_are_typed() -> None:
+    for text in ("16", "full", "energy:0.95", "error:0.1", "ratio:0.5", "absolute:0.001"):
+        assert str(parse_rank_rule(text)) == text
+    assert all(kind.summary for kind in REGISTRY.values())
+
+
+def test_a_spectrum_cut_short_does_not_decide() -> None:
+    cut = Spectrum(torch.tensor([2.0, 1.0], dtype=torch.float64), 10.0, (9, 9))
+    assert parse_rank_rule("energy:0.9")(cut) is None
+    assert parse_rank_rule("energy:0.4")(cut) == 1
+    assert parse_rank_rule("3")(cut) is None
+    assert parse_rank_rule("ratio:0.1")(cut) is None

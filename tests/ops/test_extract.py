@@ -1,0 +1,227 @@
+"""Extraction: errors as measured, nothing lost unsaid, and the way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import loratool as lt
+from loratool.engine import Engine
+from loratool.errors import NonFiniteValues, NothingMatches, ShapeMismatch, Unplaced, UsageError
+from loratool.ops.extract import plan_extract, run_extract
+from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, load_folder, moved, save_folder
+
+
+def ulp_distance(first: torch.Tensor, second: torch.Tensor) -> int:
+    """Largest distance in representable numbers."""
+    width = torch.int32 if first.element_size() == 4 else torch.int16
+
+    def ordered(value: torch.Tensor) -> torch.Tensor:
+        bits = value.contiguous().view(width).long()
+        return torch.where(bits < 0, -(bits & (2 ** (8 * value.element_size() - 1) - 1)), bits)
+
+    return int((ordered(first) - ordered(second)).abs().max()) if first.numel() else 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("like", ["llama", "gpt2"])
+def test_full_rank_gives_back_the_tuned_model(
+    tmp_path: Path, dtype: torch.dtype, like: str
+) -> None:
+    state = llama_like(dtype) if like == "llama" else gpt2_like(dtype)
+    config = LLAMA if like == "llama" else GPT2
+    base = save_folder(state, tmp_path / "base", config)
+    tuned_state = moved(state)
+    tuned = save_folder(tuned_state, tmp_path / "tuned", config)
+    lt.extract(base, tuned, tmp_path / "adapter", rank="full", dtype="float32")
+    lt.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = load_folder(tmp_path / "merged")
+    assert set(merged) == set(tuned_state)
+    for name, value in tuned_state.items():
+        # A float32 change W − W0 larger than W itself is not exact: one unit of the change then.
+        delta = (value.double() - state[name].double()).abs()
+        larger = delta > value.double().abs() if dtype == torch.float32 else delta < 0
+        assert ulp_distance(merged[name][~larger], value[~larger]) <= 1
+        missed = (merged[name].double() - value.double()).abs()
+        assert bool((missed <= 2.0**-23 * delta)[larger].all())
+    equal = sum(int((merged[n] == tuned_state[n]).sum()) for n in merged)
+    total = sum(t.numel() for t in merged.values())
+    print(f"{like} {dtype}: {100 * equal / total:.2f} % of the weights exactly equal")
+    assert equal / total > (0.95 if dtype != torch.float32 else 0.2)
+
+
+def test_stated_errors_are_the_true_ones(tmp_path: Path) -> None:
+    state = llama_like(torch.bfloat16)
+    tuned_state = moved(state, size=0.05)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(tuned_state, tmp_path / "tuned", LLAMA)
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=3)
+    updates = lt.open_adapter(tmp_path / "adapter").low_rank
+    missed = total = 0.0
+    for row in report.rows:
+        delta = tuned_state[row.name].double() - state[row.name].double()
+        total += delta.square().sum().item()
+        if row.rank:
+            rest = delta - updates[row.name].load().dense()
+            assert row.relative_error == pytest.approx((rest.norm() / delta.norm()).item(), 1e-6)
+            missed += rest.square().sum().item()
+            best = torch.linalg.svdvals(delta)[row.rank :].norm().item()
+            assert best <= rest.norm().item() <= best * 1.001 + 0.01 * delta.norm().item()
+    assert report.relative_error == pytest.approx((missed / total) ** 0.5, 1e-6)
+    assert report.energy == pytest.approx(total, 1e-9)
+
+
+def test_a_low_rank_change_is_found_exactly(tmp_path: Path) -> None:
+    state = {name: t for name, t in llama_like().items() if t.ndim == 2}
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(state, rank=2), tmp_path / "tuned", LLAMA)
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=2)
+    assert all(row.relative_error is not None and row.relative_error < 1e-5 for row in report.rows)
+    by_rule = lt.extract(base, tuned, tmp_path / "by_rule", rank="error:0.001")
+    assert {row.rank for row in by_rule.rows} == {2}
+
+
+def test_every_tensor_has_one_row_and_unchanged_ones_no_factors(tmp_path: Path) -> None:
+    state = llama_like()
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned_state = {**state}
+    name = "model.layers.1.mlp.up_proj.weight"
+    tuned_state[name] = state[name] + 0.01 * torch.randn(state[name].shape)
+    tuned = save_folder(tuned_state, tmp_path / "tuned", LLAMA)
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=4)
+    assert sorted(row.name for row in report.rows) == sorted(state)
+    assert [row.name for row in report.rows if row.rank] == [name]
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.mlp.up_proj"]
+    assert list(lt.open_adapter(tmp_path / "adapter").updates) == [name]
+
+
+def test_clamped_rank_is_said_and_patterned(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(llama_like()), tmp_path / "tuned", LLAMA)
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=20)
+    clamped = [row for row in report.rows if row.clamped]
+    assert {row.rank for row in clamped} == {12}
+    assert all("k_proj" in row.name for row in clamped)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"].values()) == {12}
+    with pytest.raises(UsageError, match="above the smaller side of every matrix"):
+        lt.extract(base, tuned, tmp_path / "no", rank=25)
+
+
+@pytest.mark.parametrize(("base_shards", "tuned_shards"), [(1, 3), (3, 1), (2, 3)])
+def test_sharding_may_differ(tmp_path: Path, base_shards: int, tuned_shards: int) -> None:
+    state = llama_like()
+    base = save_folder(state, tmp_path / "base", LLAMA, base_shards)
+    tuned = save_folder(moved(state), tmp_path / "tuned", LLAMA, tuned_shards)
+    lt.extract(base, tuned, tmp_path / "adapter", rank=3)
+    one = save_folder(state, tmp_path / "base1", LLAMA)
+    two = save_folder(moved(state), tmp_path / "tuned1", LLAMA)
+    lt.extract(one, two, tmp_path / "adapter1", rank=3)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "adapter1" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("base_prefix", "tuned_prefix"), [("transformer.", ""), ("", "transformer.")]
+)
+def test_prefixes_may_differ_and_names_are_the_full_models(
+    tmp_path: Path, base_prefix: str, tuned_prefix: str
+) -> None:
+    state = gpt2_like(prefix=base_prefix)
+    tuned_state = {
+        tuned_prefix + name.removeprefix(base_prefix): value for name, value in moved(state).items()
+    }
+    base = save_folder(state, tmp_path / "base", GPT2)
+    tuned = save_folder(tuned_state, tmp_path / "tuned", GPT2)
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=3)
+    assert any("prefix 'transformer.'" in note for note in report.notes)
+    assert all(row.name.startswith("transformer.") for row in report.rows)
+    lt.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = load_folder(tmp_path / "merged")
+    assert set(merged) == set(state)
+    norm = f"{base_prefix}ln_f.weight"
+    assert torch.equal(merged[norm], tuned_state[f"{tuned_prefix}ln_f.weight"])
+
+
+def test_bare_names_on_both_sides_get_the_head_models_prefix(tmp_path: Path) -> None:
+    base = save_folder(gpt2_like(), tmp_path / "base", GPT2)
+    tuned = save_folder(moved(gpt2_like()), tmp_path / "tuned", GPT2)
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=3)
+    assert all(row.name.startswith("transformer.") for row in report.rows)
+    assert any("GPT2LMHeadModel adds" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)]
+)
+def test_dtypes_may_differ(tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    state = llama_like(dtypes[0])
+    tuned_state = {name: value.to(dtypes[1]) for name, value in moved(state, size=0.05).items()}
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(tuned_state, tmp_path / "tuned", LLAMA)
+    lt.extract(base, tuned, tmp_path / "adapter", rank="full", dtype="float32")
+    lt.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    for name, value in load_folder(tmp_path / "merged").items():
+        assert value.dtype == dtypes[0]
+        assert torch.allclose(value.float(), tuned_state[name].float(), rtol=1e-2, atol=1e-5)
+
+
+def test_unplaceable_changes_are_refused_by_name(tmp_path: Path) -> None:
+    state = llama_like() | {"model.cls_token": torch.zeros(1, 24)}
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(state), tmp_path / "tuned", LLAMA)
+    with pytest.raises(Unplaced) as caught:
+        lt.extract(base, tuned, tmp_path / "adapter", rank=2)
+    assert caught.value.details == ("model.cls_token [1, 24]",)
+    assert not (tmp_path / "adapter").exists()
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=2, drop_rest=True)
+    assert {row.name for row in report.rows if row.status == "dropped"} == {
+        name for name, value in state.items() if value.ndim == 1 or "cls" in name
+    }
+    assert 0 < report.left_out_share < 1
+
+
+def test_refusals(tmp_path: Path) -> None:
+    state = llama_like()
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    out = tmp_path / "out"
+    with pytest.raises(NothingMatches, match="nothing to extract"):
+        lt.extract(base, save_folder(state, tmp_path / "same", LLAMA), out)
+    other = {**moved(state), "lm_head.weight": torch.zeros(51, 24)}
+    with pytest.raises(ShapeMismatch) as shapes:
+        lt.extract(base, save_folder(other, tmp_path / "grown", LLAMA), out)
+    assert shapes.value.details == ("lm_head.weight: base [50, 24], tuned [51, 24]",)
+    short = {name: value for name, value in moved(state).items() if "layers.1" not in name}
+    with pytest.raises(NothingMatches, match="5 tensors are in one checkpoint only"):
+        lt.extract(base, save_folder(short, tmp_path / "short", LLAMA), out)
+    sick = moved(state)
+    sick["model.norm.weight"][4] = float("nan")
+    with pytest.raises(NonFiniteValues, match=r"model.norm.weight.*\[4\]"):
+        lt.extract(base, save_folder(sick, tmp_path / "sick", LLAMA), out)
+    assert not out.exists()
+
+
+def test_threads_do_not_change_bytes(tmp_path: Path) -> None:
+    base = save_folder(llama_like(torch.bfloat16), tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(llama_like(torch.bfloat16)), tmp_path / "tuned", LLAMA)
+    for workers in (1, 4):
+        run_extract(plan_extract(base, tuned, tmp_path / f"a{workers}", rank=4), Engine(workers))
+    assert (tmp_path / "a1" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "a4" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_the_report_travels_with_the_adapter_and_names_no_path(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(llama_like()), tmp_path / "tuned", LLAMA)
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=4, base_model="someone/base")
+    text = (tmp_path / "adapter" / "loratool_report.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text) == json.loads(json.dumps(report.to_json()))
+    assert lt.open_adapter(tmp_path / "adapter").base_model == "someone/base"
+    assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()

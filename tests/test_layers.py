@@ -1,0 +1,78 @@
+"""Imports only point downwards; this table is the architecture."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "loratool"
+
+ALLOWED = {
+    "errors": set(),
+    "storage": {"errors"},
+    "engine": {"errors"},
+    "algebra": {"errors"},
+    "adapter": {"errors", "storage", "algebra"},
+    "provenance": {"errors", "storage", "algebra", "adapter"},
+    "layouts": {"errors", "storage", "algebra", "adapter", "provenance"},
+    "formats": {"errors", "storage", "algebra", "adapter", "provenance"},
+    "hub": {"errors", "storage", "algebra", "adapter", "provenance", "engine"},
+}
+BELOW_OPS = {*ALLOWED}
+ALLOWED["ops"] = BELOW_OPS
+ALLOWED["api"] = BELOW_OPS | {"ops"}
+ALLOWED["cli"] = BELOW_OPS | {"ops", "api"}
+ALLOWED["__init__"] = BELOW_OPS | {"ops", "api"}
+ALLOWED["__main__"] = {"cli"}
+
+ONLY_IN = {"click": {"cli"}, "rich": {"cli"}, "huggingface_hub": {"hub"}, "transformers": set()}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            if node.module == "loratool":
+                found |= {f"loratool.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    layer = layer_of(path)
+    for name in imports_of(path):
+        head, *rest = name.split(".")
+        if head == "loratool" and rest:
+            assert rest[0] == layer or rest[0] in ALLOWED[layer], f"{path.name} imports {name}"
+        if head in ONLY_IN:
+            assert layer in ONLY_IN[head], f"{path.name} imports {name}"
+
+
+def test_every_layer_is_in_the_table() -> None:
+    assert {layer_of(path) for path in modules()} <= set(ALLOWED)
+
+
+def test_only_the_command_line_prints() -> None:
+    for path in modules():
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("print", "exit")
+        ]
+        assert not calls or layer_of(path) == "cli", f"{path} prints"
