@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,11 @@ def extract(
     output: PathArg,
     *,
     rank: str | int = 16,
+    rank_for: Mapping[str, str | int] | None = None,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    multiple_of: int = 1,
+    targets: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
     include: Sequence[str] = (),
@@ -56,6 +61,11 @@ def extract(
         Path(tuned),
         Path(output),
         rank=rank,
+        rank_for=rank_for,
+        min_rank=min_rank,
+        max_rank=max_rank,
+        multiple_of=multiple_of,
+        targets=targets,
         dtype=dtype,
         device=device,
         include=include,

@@ -8,14 +8,14 @@ norms and small eigenproblems in float64.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from loratool.algebra.certificate import EXACT, ExcessBound, excess_bound
 from loratool.algebra.lowrank import LowRank
+from loratool.algebra.random import gaussian
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.spectrum import Spectrum
 
@@ -32,53 +32,77 @@ class Factors:
     """The leading part of D's singular value decomposition.
 
     u: (m, k) and v: (n, k) with orthonormal columns, float32. spectrum: every value that was
-    resolved (k or more), with D's total energy.
+    resolved (k or more), with D's total energy. bound: how much more than the best rank-k matrix
+    this one can miss.
     """
 
     u: Tensor
     v: Tensor
     spectrum: Spectrum
     method: str
+    bound: ExcessBound
+
+    @property
+    def rank(self) -> int:
+        return self.u.shape[1]
 
     def low_rank(self) -> LowRank:
         """The balanced update (U·√Σ)(√Σ·Vᵀ), scale 1, float32."""
-        rank = self.u.shape[1]
-        root = self.spectrum.values[:rank].sqrt().to(self.u)
+        root = self.spectrum.values[: self.rank].sqrt().to(self.u)
         return LowRank(self.u * root, (self.v * root).T)
 
 
-def factorize(d: Tensor, rule: RankRule, *, key: str, exact: bool = False) -> Factors:
+@dataclass(frozen=True)
+class _Ritz:
+    """Approximate singular triplets of a tall matrix, more of them than anybody asked for."""
+
+    u: Tensor
+    values: Tensor
+    v: Tensor
+
+
+def factorize(
+    d: Tensor, rule: RankRule, *, key: str, exact: bool = False, noise_floor: float = 0.0
+) -> Factors:
     """The components of ``d`` that ``rule`` keeps.
 
     d: (m, n) float32, on any device, finite. ``key`` (a seed and the tensor's name) determines
     the random start block, so that results do not depend on the order of the work. ``exact``
-    forbids the randomised method. The sign of each pair is fixed: the entry of the left vector
-    with the largest magnitude is positive.
+    forbids the randomised method. ``noise_floor`` is handed to the rule. The sign of each pair is
+    fixed: the entry of the left vector with the largest magnitude is positive.
     """
     if d.shape[0] < d.shape[1]:
-        mirrored = factorize(d.T, rule, key=key, exact=exact)
-        spectrum = Spectrum(
-            mirrored.spectrum.values, mirrored.spectrum.total_energy, (d.shape[0], d.shape[1])
+        factors = factorize(d.T, rule, key=key, exact=exact, noise_floor=noise_floor)
+        shape = (d.shape[0], d.shape[1])
+        return _with_fixed_signs(
+            replace(
+                factors, u=factors.v, v=factors.u, spectrum=replace(factors.spectrum, shape=shape)
+            )
         )
-        return _with_fixed_signs(mirrored.v, mirrored.u, spectrum, mirrored.method)
+    shape = (d.shape[0], d.shape[1])
     energy = sum_of_squares(d)
-    side = d.shape[1]
-    guess = rule.first_guess((d.shape[0], side))
     if not exact:
-        while side > EXACT_SIDE and (guess + OVERSAMPLING) * (KRYLOV_STEPS + 1) <= side // 2:
-            u, values, v = _block_krylov(d, guess + OVERSAMPLING, key)
-            spectrum = Spectrum(values[:guess], energy, (d.shape[0], side))
+        guess = rule.first_guess(shape)
+        while shape[1] > EXACT_SIDE and _sketch_pays(guess, shape[1]):
+            ritz = _block_krylov(d, guess + OVERSAMPLING, key)
+            spectrum = Spectrum(ritz.values[:guess].cpu(), energy, shape, noise_floor)
             rank = rule(spectrum)
             if rank is not None:
-                return _with_fixed_signs(u[:, :rank], v[:, :rank], spectrum, "block Krylov")
+                bound = excess_bound(d, ritz.u, ritz.values, ritz.v, rank, energy, key)
+                return _with_fixed_signs(
+                    Factors(ritz.u[:, :rank], ritz.v[:, :rank], spectrum, "block Krylov", bound)
+                )
             guess *= 2
     v, values = _gram_eigenvectors(d)
-    spectrum = Spectrum(values, energy, (d.shape[0], side))
+    spectrum = Spectrum(values.cpu(), energy, shape, noise_floor)
     rank = rule(spectrum)
     assert rank is not None, "a complete spectrum decides every rule"
-    return _with_fixed_signs(
-        *_left_from_right(d, v[:, :rank], values[:rank]), spectrum, "exact (Gram)"
-    )
+    u, v = _left_from_right(d, v[:, :rank], values[:rank])
+    return _with_fixed_signs(Factors(u, v, spectrum, "exact (Gram)", EXACT))
+
+
+def _sketch_pays(guess: int, side: int) -> bool:
+    return (guess + OVERSAMPLING) * (KRYLOV_STEPS + 1) <= side // 2
 
 
 def identity_factors(d: Tensor) -> LowRank:
@@ -123,53 +147,44 @@ def _gram_eigenvectors(d: Tensor) -> tuple[Tensor, Tensor]:
         wide = block.double()
         gram.addmm_(wide.T, wide)
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    values = eigenvalues.flip(0).clamp(min=0).sqrt()
-    return vectors.flip(1), values.cpu()
+    return vectors.flip(1), eigenvalues.flip(0).clamp(min=0).sqrt()
 
 
 def _left_from_right(d: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """u = D·v/σ in float64 where σ is resolved by a Gram matrix; elsewhere D·v is kept as it is.
+    """u = D·v/σ in float64.
 
-    Below about 1e-8·σ₁ the Gram matrix's eigenvalues are noise. There the product u·σ·vᵀ matters
-    and not u's length: σ is replaced by ‖D·v‖ by the caller's spectrum only where it is sound, so
-    u is normalised with the same σ that the factors are balanced with.
+    A Gram matrix resolves σ down to about 1e-8·σ₁; below, u is not of length one. Its product
+    with σ, which is all that an update needs, is D·v whatever σ is.
     """
     u = torch.cat([block.double() @ v for block in torch.split(d, block_rows(d.shape[1]))])
-    safe = torch.where(values > 0, values, torch.ones_like(values)).to(u)
+    safe = torch.where(values > 0, values, torch.ones_like(values))
     return (u / safe).float(), v.float()
 
 
-def _block_krylov(d: Tensor, width: int, key: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets of a tall (m, n) matrix from the Krylov space of DᵀD.
+def _block_krylov(d: Tensor, width: int, key: str) -> _Ritz:
+    """All Ritz triplets of a tall (m, n) matrix on the Krylov space of DᵀD from ``width`` columns.
 
-    The basis lives on the smaller side n. Returns u (m, w), values (w,) float64, v (n, w).
+    The basis lives on the smaller side n. It is orthonormal to float64 where it counts: the
+    float32 basis is whitened by its own Gram matrix.
     """
-    block = gaussian(d.shape[1], width, key).to(d.device)
-    block = torch.linalg.qr(block).Q
+    block = torch.linalg.qr(gaussian(d.shape[1], width, key).to(d.device)).Q
     basis = []
     for _ in range(KRYLOV_STEPS + 1):
         block = torch.linalg.qr(d.T @ (d @ block)).Q
         basis.append(block)
-    q = torch.linalg.qr(torch.cat(basis, dim=1).double()).Q.float()
-    image = d @ q
-    wide = image.double()
-    eigenvalues, small = torch.linalg.eigh(wide.T @ wide)
-    values = eigenvalues.flip(0).clamp(min=0).sqrt()[:width]
-    small = small.flip(1)[:, :width]
+    q = torch.linalg.qr(torch.cat(basis, dim=1)).Q
+    whiten = torch.linalg.inv(torch.linalg.cholesky(q.T.double() @ q.double())).T
+    image = (d @ q).double() @ whiten
+    eigenvalues, small = torch.linalg.eigh(image.T @ image)
+    values = eigenvalues.flip(0).clamp(min=0).sqrt()
+    small = small.flip(1)
     safe = torch.where(values > 0, values, torch.ones_like(values))
-    return (wide @ small / safe).float(), values.cpu(), (q.double() @ small).float()
+    return _Ritz((image @ small / safe).float(), values, (q.double() @ (whiten @ small)).float())
 
 
-def gaussian(rows: int, columns: int, key: str) -> Tensor:
-    """(rows, columns) float32 standard normal numbers, a function of ``key`` alone (Philox)."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    return torch.from_numpy(generator.standard_normal((rows, columns), dtype=np.float32))
-
-
-def _with_fixed_signs(u: Tensor, v: Tensor, spectrum: Spectrum, method: str) -> Factors:
-    if u.shape[1]:
-        top = u.abs().argmax(dim=0, keepdim=True)
-        signs = torch.where(u.gather(0, top) < 0, -1.0, 1.0)
-        u, v = u * signs, v * signs
-    return Factors(u, v, spectrum, method)
+def _with_fixed_signs(factors: Factors) -> Factors:
+    if not factors.rank:
+        return factors
+    top = factors.u.abs().argmax(dim=0, keepdim=True)
+    signs = torch.where(factors.u.gather(0, top) < 0, -1.0, 1.0)
+    return replace(factors, u=factors.u * signs, v=factors.v * signs)

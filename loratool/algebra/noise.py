@@ -41,8 +41,8 @@ def noise_floor(stored: Tensor) -> NoiseFloor:
     """
     if stored.dtype not in _MANTISSA_BITS:
         return NoiseFloor(0.0, 0.0)
-    rows = torch.zeros(stored.shape[0], dtype=torch.float64)
-    columns = torch.zeros(stored.shape[1], dtype=torch.float64)
+    rows = torch.zeros(stored.shape[0], dtype=torch.float64, device=stored.device)
+    columns = torch.zeros(stored.shape[1], dtype=torch.float64, device=stored.device)
     step = max(1, 2**18 // max(1, stored.shape[1]))
     for start in range(0, stored.shape[0], step):
         variance = ulp(stored[start : start + step]).square_()

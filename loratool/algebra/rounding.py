@@ -213,7 +213,8 @@ def _bits(values: Tensor) -> Tensor:
 
 def _norms_up(factor: Tensor, dim: int) -> Tensor:
     """Euclidean norms in float64, rounded up."""
-    return torch.linalg.vector_norm(factor.double(), dim=dim) * (1 + 1e-9)
+    norms: Tensor = torch.linalg.vector_norm(factor.double(), dim=dim)
+    return norms * (1 + 1e-9)
 
 
 def _scaled_exactly(products: np.ndarray, scale: float) -> list[np.ndarray]:

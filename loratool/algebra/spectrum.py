@@ -13,17 +13,26 @@ class Spectrum:
     """The largest singular values of a matrix D.
 
     values: (k,) float64, descending. total_energy: ‖D‖²_F, of which Σ values² is the resolved
-    part. shape: D's (rows, columns).
+    part. shape: D's (rows, columns). noise_floor: values below it cannot be told from the
+    rounding of D's operands (see ``noise``); zero when nothing is known of it. cut: the values end
+    at a maximum rank on purpose, and rules that look at all values take these for all.
     """
 
     values: Tensor
     total_energy: float
     shape: tuple[int, int]
+    noise_floor: float = 0.0
+    cut: bool = False
 
     @property
     def is_complete(self) -> bool:
         """Whether every singular value is there."""
         return len(self.values) >= min(self.shape)
+
+    @property
+    def decides_all(self) -> bool:
+        """Whether a rule that looks at every value may take these for all."""
+        return self.is_complete or self.cut
 
     @property
     def norm(self) -> float:
@@ -56,3 +65,17 @@ class Spectrum:
         """‖D‖²_F / σ₁² (Rudelson and Vershynin, 2007)."""
         top = float(self.values[0]) if len(self.values) else 0.0
         return self.total_energy / top**2 if top else 0.0
+
+    def effective_rank(self) -> float:
+        """exp of the entropy of σ/Σσ over the resolved values (Roy and Vetterli, 2007, eq. 3)."""
+        positive = self.values[self.values > 0]
+        if not len(positive):
+            return 0.0
+        shares = positive / positive.sum()
+        return float(torch.exp(-(shares * shares.log()).sum()))
+
+    def participation_ratio(self) -> float:
+        """(Σσ²)² / Σσ⁴ over the resolved values."""
+        energy = self.values.square()
+        fourth = float(energy.square().sum())
+        return float(energy.sum()) ** 2 / fourth if fourth else 0.0

@@ -10,6 +10,7 @@ import click
 
 from loratool.cli import options
 from loratool.cli.output import Output, percent, size_text
+from loratool.errors import UsageError
 
 if TYPE_CHECKING:
     from loratool.engine import Engine
@@ -26,8 +27,24 @@ if TYPE_CHECKING:
     default="16",
     show_default=True,
     metavar="N|full|RULE",
-    help="Components to keep: a number, full, energy:SHARE, error:SHARE, ratio:SHARE or "
-    "absolute:SIGMA.",
+    help="Components to keep: a number, full, or a rule such as energy:0.95, error:0.1 or auto "
+    "(see docs/ranks.md).",
+)
+@click.option(
+    "--rank-for",
+    multiple=True,
+    metavar="PATTERN=RANK",
+    help="Another rank or rule for matching parameters ('mlp=32'); repeatable, the last one wins.",
+)
+@click.option("--min-rank", type=click.IntRange(min=1), default=1, help="At least this rank.")
+@click.option("--max-rank", type=click.IntRange(min=1), help="At most this rank.")
+@click.option(
+    "--multiple-of", type=click.IntRange(min=1), default=1, help="Round ranks up to a multiple."
+)
+@click.option(
+    "--targets",
+    metavar="attention|mlp|all-linear|q,v|REGEX",
+    help="Only these modules, by role, short names or regular expression.",
 )
 @click.option("--dtype", help="Dtype of the factors [default: the tuned checkpoint's].")
 @click.option(
@@ -59,6 +76,11 @@ def extract_command(
     tuned: Path,
     output: Path,
     rank: str,
+    rank_for: tuple[str, ...],
+    min_rank: int,
+    max_rank: int | None,
+    multiple_of: int,
+    targets: str | None,
     dtype: str | None,
     drop_rest: bool,
     svd: str,
@@ -90,6 +112,11 @@ def extract_command(
         tuned,
         output,
         rank=rank,
+        rank_for=_rank_for(rank_for),
+        min_rank=min_rank,
+        max_rank=max_rank,
+        multiple_of=multiple_of,
+        targets=targets,
         dtype=dtype,
         device=device,
         include=include,
@@ -110,6 +137,16 @@ def extract_command(
         out.document(result.to_json())
     else:
         _show(out, result, output)
+
+
+def _rank_for(pairs: tuple[str, ...]) -> dict[str, str]:
+    ranks = {}
+    for text in pairs:
+        pattern, equals, rank = text.rpartition("=")
+        if not equals or not pattern or not rank:
+            raise UsageError(f"--rank-for {text!r} is not of the form PATTERN=RANK")
+        ranks[pattern] = rank
+    return ranks
 
 
 def _show_plan(out: Output, plan: ExtractPlan, engine: Engine) -> None:
@@ -164,6 +201,8 @@ def _show(out: Output, report: ExtractReport, output: Path) -> None:
         f"adapter: {report.adapter_parameters:,} values, {size_text(report.adapter_bytes)} "
         f"in {output}"
     )
+    if summary := report.lora_summary():
+        out.line(summary)
     out.notes(report.notes)
 
 

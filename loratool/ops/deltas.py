@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loratool.algebra.factorize import sum_of_squares
+from loratool.algebra.noise import NoiseFloor, noise_floor
 from loratool.errors import NonFiniteValues
 from loratool.layouts.pairs import Pair
 
@@ -16,12 +17,15 @@ from loratool.layouts.pairs import Pair
 class Delta:
     """W − W0 as a float32 matrix; vectors as one row, kernels as (out, in·k…).
 
-    energy: ‖D‖²_F in float64. base_norm: ‖W0‖_F.
+    energy: ‖D‖²_F in float64. base_norm: ‖W0‖_F. noise: what the tuned side's rounding puts into
+    D. changed_share: share of entries that differ.
     """
 
     matrix: Tensor
     energy: float
     base_norm: float
+    noise: NoiseFloor
+    changed_share: float
 
     @property
     def norm(self) -> float:
@@ -37,7 +41,11 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
     """
     before, after = pair.base.read(), pair.tuned.read()
     if not before.is_floating_point():
-        return None if torch.equal(before, after) else Delta(torch.zeros(1, 1), 0.0, 0.0)
+        return (
+            None
+            if torch.equal(before, after)
+            else Delta(torch.zeros(1, 1), 0.0, 0.0, NoiseFloor(0.0, 0.0), 1.0)
+        )
     if before.dtype == after.dtype and torch.equal(before, after):
         return None
     before, after = before.to(device), after.to(device)
@@ -49,10 +57,12 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
             f"{pair.name}: NaN or infinity at {where} in base or tuned",
             hint="the checkpoint is broken, or its training diverged",
         )
-    del after
     matrix = delta.reshape(delta.shape[0], -1) if delta.ndim > 1 else delta.reshape(1, -1)
+    noise = noise_floor(after.reshape(matrix.shape))
+    del after
     energy = sum_of_squares(matrix)
     if energy == 0:
         return None
     base_norm = sum_of_squares(before.float().reshape(matrix.shape)) ** 0.5
-    return Delta(matrix, energy, base_norm)
+    changed = float(torch.count_nonzero(matrix)) / matrix.numel()
+    return Delta(matrix, energy, base_norm, noise, changed)

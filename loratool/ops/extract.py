@@ -13,8 +13,9 @@ import torch
 
 from loratool.adapter import Adapter, LowRankUpdate, ModuleKind, Replacement, Update, module_of
 from loratool.algebra.factorize import factorize, identity_factors, residual_norm
+from loratool.algebra.lora_test import lora_rank
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.ranks import RankRule, parse_rank_rule
+from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import (
@@ -26,7 +27,8 @@ from loratool.errors import (
 from loratool.formats import peft
 from loratool.layouts.config import is_hub_id
 from loratool.layouts.pairs import Alignment, Pair, align, check_floats
-from loratool.layouts.patterns import select
+from loratool.layouts.patterns import matches, select
+from loratool.layouts.targets import targeted
 from loratool.ops.deltas import read_delta
 from loratool.ops.extract_report import ExtractReport, Status, TensorRow
 from loratool.ops.sources import Model, open_model
@@ -130,6 +132,11 @@ def plan_extract(
     output: Path,
     *,
     rank: str | int = 16,
+    rank_for: Mapping[str, str | int] | None = None,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    multiple_of: int = 1,
+    targets: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
     include: Sequence[str] = (),
@@ -142,9 +149,13 @@ def plan_extract(
 ) -> ExtractPlan:
     """Read headers and decide what happens to every tensor. Nothing is written.
 
-    Raises InputError, DisagreementError, UsageError or OutputError, before any long work.
+    rank_for: pattern → rank or rule, for the tensors it matches; the last match wins.
+    targets: see layouts.targets. Raises InputError, DisagreementError, UsageError or OutputError,
+    before any long work.
     """
-    rule = parse_rank_rule(str(rank))
+    limits = RankLimits(min_rank, max_rank, multiple_of)
+    rule = parse_rank_rule(str(rank), limits)
+    special = {p: parse_rank_rule(str(r), limits) for p, r in (rank_for or {}).items()}
     target = resolve_device(device)
     if base_model is not None and not is_hub_id(base_model):
         raise UsageError(f"--base-model {base_model!r} is not of the form owner/name")
@@ -155,14 +166,18 @@ def plan_extract(
     )
     pairs = list(alignment.pairs)
     check_floats(pairs)
-    chosen = select([pair.name for pair in pairs], include, exclude)
+    names = [pair.name for pair in pairs]
+    chosen = select(names, include, exclude)
+    if targets is not None:
+        chosen &= targeted(targets, {pair.name: pair.kind for pair in pairs})
+    select(names, list(special), ())  # a pattern that matches nothing is an error
     stored = _adapter_dtype(dtype, tuned_side)
     jobs = [
         ExtractJob(
             index,
             pair,
             _treatment(pair, alignment, base_side) if pair.name in chosen else Treatment.EXCLUDED,
-            rule,
+            next((r for p, r in reversed(special.items()) if matches(p, pair.name)), rule),
             stored,
             target,
             seed,
@@ -171,7 +186,7 @@ def plan_extract(
         )
         for index, pair in enumerate(pairs)
     ]
-    _check_rank(rule, jobs)
+    _check_rank(jobs)
     plan = ExtractPlan(
         base_side,
         tuned_side,
@@ -264,18 +279,40 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
     delta = read_delta(pair, job.device)
     if delta is None:
         return ExtractResult(row)
-    row = replace(row, delta_norm=delta.norm, base_norm=delta.base_norm)
+    row = replace(
+        row,
+        delta_norm=delta.norm,
+        base_norm=delta.base_norm,
+        noise_floor=delta.noise.threshold,
+        changed_share=delta.changed_share,
+    )
     if job.treatment is Treatment.WHOLE:
         return ExtractResult(replace(row, status=Status.WHOLE, relative_error=0.0))
     if job.treatment is not Treatment.LOW_RANK:
         status = Status.EXCLUDED if job.treatment is Treatment.EXCLUDED else Status.NO_PLACE
         return ExtractResult(replace(row, status=status))
     if job.rule.kind.name == "full":
-        best, method, kept = identity_factors(delta.matrix), "exact (W − W0 itself)", ()
+        best = identity_factors(delta.matrix)
+        row = replace(row, method="exact (W − W0 itself)", excess_bound=0.0, failure=0.0)
     else:
-        factors = factorize(delta.matrix, job.rule, key=f"{job.seed}:{pair.name}", exact=job.exact)
-        best, method = factors.low_rank(), factors.method
-        kept = tuple(factors.spectrum.values[: best.rank].tolist())
+        factors = factorize(
+            delta.matrix,
+            job.rule,
+            key=f"{job.seed}:{pair.name}",
+            exact=job.exact,
+            noise_floor=delta.noise.threshold,
+        )
+        best = factors.low_rank()
+        answer = lora_rank(factors.spectrum, delta.noise, delta.changed_share)
+        row = replace(
+            row,
+            method=factors.method,
+            singular_values=tuple(factors.spectrum.values[: best.rank].tolist()),
+            excess_bound=factors.bound.excess,
+            failure=factors.bound.failure,
+            lora_rank=answer.rank if answer else None,
+            lora_tail=answer.tail if answer else None,
+        )
     rank = best.rank
     if rank == 0:
         return ExtractResult(replace(row, status=Status.BELOW_RULE))
@@ -285,9 +322,7 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
         status=Status.LOW_RANK,
         rank=rank,
         relative_error=residual_norm(delta.matrix, value) / delta.norm,
-        clamped=job.rule.kind.name == "fixed" and rank < job.rule.value,
-        method=method,
-        singular_values=kept,
+        clamped=job.rule.clamps(rank),
     )
     return ExtractResult(row, _park(job, value))
 
@@ -346,17 +381,27 @@ def _in_task_head(name: str, task_type: str | None) -> bool:
     return name.split(".")[0] in peft.TASK_HEADS.get(task_type or "", ())
 
 
-def _check_rank(rule: RankRule, jobs: Sequence[ExtractJob]) -> None:
-    sides = [min(job.pair.base.shape) for job in jobs if job.treatment is Treatment.LOW_RANK]
+def _check_rank(jobs: Sequence[ExtractJob]) -> None:
+    """A fixed rank above a matrix's smaller side is clamped; above every matrix's it is a slip."""
+    sides: dict[RankRule, int] = {}
+    for job in jobs:
+        if job.treatment is Treatment.LOW_RANK:
+            sides[job.rule] = max(sides.get(job.rule, 0), min(_matrix_shape(job.pair)))
     if not sides:
         raise NothingMatches(
-            "no matrix is left to factorise", hint="loosen --include and --exclude"
+            "no matrix is left to factorise", hint="loosen --include, --exclude and --targets"
         )
-    if rule.kind.name == "fixed" and rule.value > max(sides):
-        raise UsageError(
-            f"rank {rule} is above the smaller side of every matrix (at most {max(sides)})",
-            hint="use --rank full to keep everything",
-        )
+    for rule, side in sides.items():
+        if rule.clamps(side):
+            raise UsageError(
+                f"rank {rule} is above the smaller side of every matrix (at most {side})",
+                hint="use --rank full to keep everything",
+            )
+
+
+def _matrix_shape(pair: Pair) -> tuple[int, int]:
+    """(rows, columns) of the weight as a matrix; a kernel's columns are in·k…"""
+    return pair.base.shape[0], pair.base.numel // max(1, pair.base.shape[0])
 
 
 def _output_bytes(job: ExtractJob) -> int:
@@ -364,7 +409,7 @@ def _output_bytes(job: ExtractJob) -> int:
         return job.pair.tuned.nbytes
     if job.treatment is not Treatment.LOW_RANK:
         return 0
-    rows, columns = job.pair.base.shape
+    rows, columns = _matrix_shape(job.pair)
     return job.rule.first_guess((rows, columns)) * (rows + columns) * job.dtype.bits // 8
 
 

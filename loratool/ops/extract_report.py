@@ -32,7 +32,12 @@ class TensorRow:
     """One tensor of the report.
 
     delta_norm: ‖W − W0‖_F. base_norm: ‖W0‖_F. relative_error: ‖D − s·B·A‖_F / ‖D‖_F of the
-    factors as stored. singular_values: those kept.
+    factors as stored. singular_values: those kept. excess_bound: what the factors miss beyond the
+    best ones of their rank, at most, before their rounding; it fails with probability ``failure``
+    (see algebra.certificate). noise_floor: singular values below it cannot be told from rounding.
+    lora_rank: the rank of the LoRA that explains the change to within rounding, if one does;
+    lora_tail: the share of ‖D‖ that a further change could have without being noticed (None where
+    the question cannot be decided).
     """
 
     name: str
@@ -46,6 +51,12 @@ class TensorRow:
     clamped: bool = False
     method: str | None = None
     singular_values: tuple[float, ...] = ()
+    excess_bound: float | None = None
+    failure: float | None = None
+    noise_floor: float = 0.0
+    changed_share: float = 0.0
+    lora_rank: int | None = None
+    lora_tail: float | None = None
 
     @property
     def energy(self) -> float:
@@ -72,6 +83,12 @@ class TensorRow:
             "energy_kept": self.energy_kept,
             "clamped": self.clamped,
             "method": self.method,
+            "excess_bound": self.excess_bound,
+            "excess_bound_failure_probability": self.failure,
+            "noise_floor": self.noise_floor,
+            "changed_share": self.changed_share,
+            "lora_rank": self.lora_rank,
+            "lora_tail": self.lora_tail,
             "singular_values": list(self.singular_values),
         }
 
@@ -130,6 +147,25 @@ class ExtractReport:
         """Share of the change's energy in tensors that were left out altogether."""
         lost = sum(row.energy for row in self.rows if row.status in LEFT_OUT)
         return lost / self.energy if self.energy else 0.0
+
+    def lora_summary(self) -> str | None:
+        """Whether the change is a LoRA's, in words; None where no matrix lets one decide."""
+        asked = [row for row in self.rows if row.lora_tail is not None]
+        found = sorted({row.lora_rank for row in asked if row.lora_rank is not None})
+        if not asked:
+            return None
+        ranks = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}" if found else ""
+        tail = max(row.lora_tail or 0.0 for row in asked)
+        unnoticed = f"a further change of {tail:.1%} of a matrix's would go unnoticed"
+        count = sum(row.lora_rank is not None for row in asked)
+        if count == len(asked):
+            return f"the change is a LoRA's of rank {ranks}, to within rounding ({unnoticed})"
+        if found:
+            return (
+                f"{count} of {len(asked)} matrices changed as by a LoRA of rank {ranks}, to within "
+                f"rounding ({unnoticed})"
+            )
+        return None
 
     def to_json(self) -> dict[str, Any]:
         return document(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -257,7 +257,7 @@ def _report(folder: Path, adapter: Adapter) -> dict[str, Any] | None:
     _refuse_local_paths(report, REPORT_FILE)
     stated = report_ranks(report)
     actual = {name: update.rank for name, update in adapter.low_rank.items()}
-    if stated and stated != actual:
+    if stated and not _agree(stated, actual):
         odd = sorted(set(stated.items()) ^ set(actual.items()))
         raise DisagreementError(
             f"{path}: describes another adapter: ranks differ",
@@ -265,6 +265,17 @@ def _report(folder: Path, adapter: Adapter) -> dict[str, Any] | None:
             hint="the adapter was changed after its report was written; remove the report",
         )
     return report
+
+
+def _agree(stated: Mapping[str, int], actual: Mapping[str, int]) -> bool:
+    """Whether two rank tables are one, up to a prefix (``transformer.``) of the adapter's names."""
+    shortest = min(stated, key=len)
+    prefixes = {name.removesuffix(shortest) for name in actual if name.endswith(shortest)}
+    return any(
+        {(prefix + name if prefix + name in actual else name): r for name, r in stated.items()}
+        == actual
+        for prefix in prefixes
+    )
 
 
 def _config_upload(folder: Path, config: dict[str, Any], base: str) -> Upload:

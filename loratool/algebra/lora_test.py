@@ -1,0 +1,54 @@
+"""Was this change made by a LoRA, and of which rank?
+
+The smallest r is the answer for which the rest of D looks like rounding and nothing else:
+σ_{r+1} is below the noise floor, and ‖D − D_r‖² is no more than the rounding's expected energy
+less what r components can absorb of it, r·(m+n)/(m·n), within a margin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loratool.algebra.noise import NoiseFloor
+from loratool.algebra.spectrum import Spectrum
+
+MARGIN = 0.06
+"""Of the rounding's energy. Measured: exact rank 8 lies 0.01–0.02 above the expectation, a tail of
+5 % of the update 0.3 and more."""
+
+MOSTLY_UNCHANGED = 0.6
+"""Above this share of unchanged entries the rounding hides the update: no answer."""
+
+
+@dataclass(frozen=True)
+class LoraAnswer:
+    """rank: of the LoRA that explains the change, None if none of the resolved ranks does.
+
+    tail: the largest further change, as a share of ‖D‖, that would have gone unnoticed.
+    """
+
+    rank: int | None
+    tail: float
+
+
+def lora_rank(spectrum: Spectrum, noise: NoiseFloor, changed_share: float) -> LoraAnswer | None:
+    """The answer for one matrix; None where the question cannot be decided.
+
+    That is: without a rounding to compare with (noise energy zero), where most entries did not
+    change at all, or where the whole change is no larger than the rounding.
+    """
+    rows, columns = spectrum.shape
+    if noise.energy == 0 or changed_share < 1 - MOSTLY_UNCHANGED or spectrum.total_energy == 0:
+        return None
+    if spectrum.total_energy <= noise.energy * (1 + MARGIN):
+        return None
+    tail = (MARGIN * noise.energy / spectrum.total_energy) ** 0.5
+    rest = spectrum.total_energy - spectrum.values.square().cumsum(0)
+    for rank in range(1, len(spectrum.values)):
+        if float(spectrum.values[rank]) > noise.threshold:
+            continue
+        absorbed = rank * (rows + columns) / (rows * columns)
+        if float(rest[rank - 1]) <= noise.energy * (1 - absorbed + MARGIN):
+            return LoraAnswer(rank, tail)
+        break
+    return LoraAnswer(None, tail)

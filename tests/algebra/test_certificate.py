@@ -1,0 +1,55 @@
+"""The bound on the excess error holds, and is not absurdly loose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratool.algebra.certificate import NEGLIGIBLE
+from loratool.algebra.factorize import factorize, residual_norm
+from loratool.algebra.ranks import parse_rank_rule
+from tests.algebra.test_factorize import with_spectrum
+
+
+def decays(count: int) -> dict[str, torch.Tensor]:
+    i = torch.arange(1, count + 1, dtype=torch.float64)
+    return {
+        "1/i": 1 / i,
+        "1/sqrt i": i**-0.5,
+        "geometric": 0.93**i,
+        "flat": torch.ones(count, dtype=torch.float64),
+        "clustered": torch.where(i <= 10, 1.0, torch.where(i <= 40, 0.3, 0.01)).double(),
+        "low rank and noise": torch.where(i <= 6, 1.0, 0.02).double(),
+    }
+
+
+@pytest.mark.parametrize("decay", list(decays(1)))
+@pytest.mark.parametrize("shape", [(620, 560), (560, 900)])
+@pytest.mark.parametrize("rank", [3, 12, 40])
+def test_bound_holds(decay: str, shape: tuple[int, int], rank: int) -> None:
+    d = with_spectrum(*shape, decays(min(shape))[decay], seed=rank)
+    values = torch.linalg.svdvals(d.double())
+    factors = factorize(d, parse_rank_rule(str(rank)), key=decay)
+    assert factors.method == "block Krylov"
+    norm = float(values.square().sum().sqrt())
+    best = float(values[rank:].square().sum().sqrt())
+    missed = residual_norm(d, factors.low_rank())
+    excess = (missed - best) / (best if best >= NEGLIGIBLE * norm else norm)
+    assert excess <= factors.bound.excess + 1e-7
+    assert factors.bound.excess <= 0.1
+    assert factors.bound.failure <= 2e-8
+    if decay == "1/i":
+        assert factors.bound.excess <= 1e-3
+
+
+def test_exact_methods_need_no_bound() -> None:
+    factors = factorize(torch.eye(40), parse_rank_rule("4"), key="k")
+    assert factors.bound.excess == 0
+    assert factors.bound.failure == 0
+
+
+def test_a_matrix_of_exactly_low_rank() -> None:
+    d = with_spectrum(600, 700, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
+    factors = factorize(d, parse_rank_rule("5"), key="k")
+    assert residual_norm(d, factors.low_rank()) <= 1e-5 * float(d.norm())
+    assert factors.bound.excess <= 1e-2

@@ -1,0 +1,98 @@
+"""The noise floor, and the question whether a change was a LoRA's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loratool.algebra.factorize import factorize
+from loratool.algebra.lora_test import LoraAnswer, lora_rank
+from loratool.algebra.noise import NoiseFloor, noise_floor, ulp
+from loratool.algebra.ranks import parse_rank_rule
+from loratool.algebra.spectrum import Spectrum
+
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+
+
+@given(st.floats(1e-4, 1e4), st.sampled_from([*SIXTEEN_BITS, torch.float32]))
+def test_ulp_is_the_distance_to_the_next_number(value: float, dtype: torch.dtype) -> None:
+    stored = torch.tensor([value], dtype=dtype)
+    width = torch.int32 if dtype == torch.float32 else torch.int16
+    following = (stored.view(width) + 1).view(dtype)
+    assert ulp(stored).double().item() == (following.double() - stored.double()).item()
+    assert torch.equal(ulp(-stored), ulp(stored))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_floor_bounds_the_norm_of_real_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    exact = torch.randn(400, 300, dtype=torch.float64) * 0.02
+    stored = exact.to(dtype)
+    error = stored.double() - exact
+    floor = noise_floor(stored)
+    largest = torch.linalg.svdvals(error)[0].item()
+    assert largest < floor.threshold < 1.3 * largest
+    assert floor.energy == pytest.approx(error.square().sum().item(), rel=0.02)
+
+
+def change(
+    dtype: torch.dtype, relative: float, tail: float = 0.0, rank: int = 8
+) -> tuple[torch.Tensor, NoiseFloor, float]:
+    """D, its floor and its share of changed entries: rank-r update plus a full-rank tail."""
+    generator = torch.Generator().manual_seed(11)
+    rows, columns = 560, 700
+    base = (torch.randn(rows, columns, generator=generator) * 0.02).to(dtype)
+    b = torch.randn(rows, rank, generator=generator)
+    update = b @ torch.randn(rank, columns, generator=generator)
+    update *= relative * base.float().norm() / update.norm()
+    if tail:
+        rest = torch.randn(rows, columns, generator=generator)
+        update += rest * tail * update.norm() / rest.norm()
+    tuned = (base.float() + update).to(dtype)
+    d = tuned.float() - base.float()
+    return d, noise_floor(tuned), float((d != 0).float().mean())
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("relative", [0.003, 0.01, 0.1])
+def test_auto_finds_the_rank(dtype: torch.dtype, relative: float) -> None:
+    d, floor, _ = change(dtype, relative)
+    factors = factorize(d, parse_rank_rule("auto"), key="k", noise_floor=floor.threshold)
+    assert factors.rank == 8
+
+
+def answer(dtype: torch.dtype, relative: float, tail: float = 0.0) -> LoraAnswer | None:
+    d, floor, changed = change(dtype, relative, tail)
+    spectrum = factorize(d, parse_rank_rule("16"), key="k").spectrum
+    return lora_rank(spectrum, floor, changed)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("relative", [0.01, 0.1])
+def test_a_lora_is_recognised_and_a_tail_is_not_taken_for_one(
+    dtype: torch.dtype, relative: float
+) -> None:
+    plain, tailed = answer(dtype, relative), answer(dtype, relative, tail=0.05)
+    assert plain is not None
+    assert plain.rank == 8
+    assert plain.tail < 0.05
+    assert tailed is not None
+    assert tailed.rank is None
+
+
+def test_what_cannot_be_decided_is_not_answered() -> None:
+    assert answer(torch.bfloat16, 0.0005) is None  # most entries did not change at all
+    spectrum = Spectrum(torch.tensor([1.0, 0.5]).double(), 2.0, (10, 10))
+    assert lora_rank(spectrum, NoiseFloor(0.0, 0.0), 1.0) is None
+    assert lora_rank(spectrum, NoiseFloor(1.0, 3.0), 1.0) is None
+
+
+def test_the_stated_power_is_true() -> None:
+    """A tail a little above the stated one is noticed."""
+    plain = answer(torch.bfloat16, 0.02)
+    assert plain is not None
+    noticed = answer(torch.bfloat16, 0.02, tail=1.3 * plain.tail)
+    assert noticed is not None
+    assert noticed.rank is None
