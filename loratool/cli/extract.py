@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from loratool.ops.extract_report import ExtractReport, TensorRow
 
 
-@click.command("extract")
+class _ExtractCommand(click.Command):
+    """Understands ``--dry-run=ranks`` beside the plain flag ``--dry-run``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(
+            ctx, ["--dry-run-ranks" if word == "--dry-run=ranks" else word for word in args]
+        )
+
+
+@click.command("extract", cls=_ExtractCommand)
 @click.argument("base", type=options.PATH)
 @click.argument("tuned", type=options.PATH)
 @options.output_option
@@ -27,8 +36,8 @@ if TYPE_CHECKING:
     default="16",
     show_default=True,
     metavar="N|full|RULE",
-    help="Components to keep: a number, full, or a rule such as energy:0.95, error:0.1 or auto "
-    "(see docs/ranks.md).",
+    help="Components to keep: a number, full, a rule such as energy:0.95, error:0.1 or auto "
+    "(see docs/ranks.md), or a global budget such as budget:20MB or budget:2%.",
 )
 @click.option(
     "--rank-for",
@@ -67,7 +76,13 @@ if TYPE_CHECKING:
 @options.device_option
 @options.jobs_option
 @options.report_option
-@options.dry_run_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and say what would happen; write nothing. --dry-run=ranks reads the "
+    "spectra and shows what each rank would cost and keep.",
+)
+@click.option("--dry-run-ranks", is_flag=True, hidden=True)
 @options.overwrite_option
 @options.framed
 def extract_command(
@@ -92,6 +107,7 @@ def extract_command(
     jobs: int | None,
     report: Path | None,
     dry_run: bool,
+    dry_run_ranks: bool,
     overwrite: bool,
 ) -> None:
     """Extract a low-rank adapter: what turned BASE into TUNED.
@@ -128,6 +144,9 @@ def extract_command(
         overwrite=overwrite,
     )
     engine = Engine(jobs) if jobs else Engine()
+    if dry_run_ranks:
+        _show_ranks(out, plan, engine, max_rank)
+        return
     if dry_run:
         _show_plan(out, plan, engine)
         return
@@ -149,6 +168,33 @@ def _rank_for(pairs: tuple[str, ...]) -> dict[str, str]:
     return ranks
 
 
+def _show_ranks(out: Output, plan: ExtractPlan, engine: Engine, max_rank: int | None) -> None:
+    from loratool.ops.extract_tradeoff import rank_tradeoff
+
+    tradeoff = rank_tradeoff(plan, max_rank=max_rank, engine=engine, progress=out.progress())
+    if out.as_json:
+        out.document(tradeoff.to_json())
+        return
+    out.table(
+        f"{tradeoff.matrices} changed matrices, factors in {plan.dtype.name}",
+        ["rank", "parameters", "size", "error", "energy kept", "error as a budget"],
+        [
+            [
+                str(row.rank),
+                f"{row.parameters:,}",
+                size_text(row.nbytes),
+                percent(row.error),
+                percent(1 - row.error**2),
+                percent(row.budget_error),
+            ]
+            for row in tradeoff.rows
+        ],
+        text=0,
+    )
+    out.line("error: ‖D − D_r‖ / ‖D‖ over these matrices, before the factors are rounded")
+    out.line("as a budget: the same size by --rank budget:SIZE, spent where it helps most")
+
+
 def _show_plan(out: Output, plan: ExtractPlan, engine: Engine) -> None:
     from loratool.provenance import document
 
@@ -158,7 +204,7 @@ def _show_plan(out: Output, plan: ExtractPlan, engine: Engine) -> None:
     counts: dict[str, int] = defaultdict(int)
     for job in plan.jobs:
         counts[str(job.treatment)] += 1
-    out.line(f"would extract at rank {plan.rule} in {plan.dtype.name} on {plan.device}")
+    out.line(f"would extract at rank {plan.rank} in {plan.dtype.name} on {plan.device}")
     out.table(
         "tensors, if they changed",
         ["treatment", "tensors"],

@@ -5,74 +5,48 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loratool.adapter import Adapter, LowRankUpdate, ModuleKind, Replacement, Update, module_of
-from loratool.algebra.factorize import factorize, identity_factors, residual_norm
-from loratool.algebra.lora_test import lora_rank
-from loratool.algebra.lowrank import LowRank
+from loratool.adapter import Adapter, ModuleKind
+from loratool.algebra.budget import Allocation, allocate, parse_size
 from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
+from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
-from loratool.errors import (
-    NothingMatches,
-    RangeOverflow,
-    Unplaced,
-    UsageError,
-)
+from loratool.errors import NothingMatches, Unplaced, UsageError
 from loratool.formats import peft
 from loratool.layouts.config import is_hub_id
 from loratool.layouts.pairs import Alignment, Pair, align, check_floats
 from loratool.layouts.patterns import matches, select
 from loratool.layouts.targets import targeted
-from loratool.ops.deltas import read_delta
+from loratool.ops.extract_adapter import base_modules, build_adapter, in_task_head, stored_size
+from loratool.ops.extract_jobs import (
+    ExtractJob,
+    Treatment,
+    extract_tensor,
+    matrix_shape,
+    resolve_spectrum,
+)
 from loratool.ops.extract_report import ExtractReport, Status, TensorRow
 from loratool.ops.sources import Model, open_model
 from loratool.provenance import REPORT_FILE, fingerprint
 from loratool.storage.dtypes import BY_NAME, USER_NAMES, DType
-from loratool.storage.tensors import LazyTensor, TensorInfo
 from loratool.storage.writing import (
     check_free_space,
     check_output,
-    park,
     staged,
     write_tensors,
 )
 
 LOW_RANK_KINDS = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EMBEDDING)
+BUDGET_RANK = 256
+"""Components per matrix that a budget chooses among, unless --max-rank says otherwise."""
+
 _STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION, ModuleKind.CONV)
-
-
-class Treatment(StrEnum):
-    """What happens to a tensor if it changed."""
-
-    LOW_RANK = "low-rank"
-    WHOLE = "whole"
-    EXCLUDED = "excluded"
-    NO_PLACE = "no place"
-
-
-@dataclass(frozen=True)
-class ExtractJob:
-    """One tensor: where it lies on both sides and what to make of its change."""
-
-    index: int
-    pair: Pair
-    treatment: Treatment
-    rule: RankRule
-    dtype: DType
-    device: torch.device
-    seed: int
-    exact: bool
-    scratch: Path | None
-
-    @property
-    def cost(self) -> int:
-        return self.pair.base.nbytes + self.pair.tuned.nbytes
+_BUDGET = "budget:"
 
 
 @dataclass(frozen=True)
@@ -82,7 +56,8 @@ class ExtractPlan:
     base: Model
     tuned: Model
     output: Path
-    rule: RankRule
+    rank: str
+    budget: int | None
     dtype: DType
     device: torch.device
     seed: int
@@ -99,15 +74,18 @@ class ExtractPlan:
     @property
     def adapter_bytes_at_most(self) -> int:
         """Size of the adapter if every tensor changed."""
-        return sum(_output_bytes(job) for job in self.jobs)
+        whole = sum(j.output_bytes_at_most for j in self.jobs if j.treatment is Treatment.WHOLE)
+        if self.budget is not None:
+            return whole + self.budget * self.dtype.bits // 8
+        return sum(job.output_bytes_at_most for job in self.jobs)
 
     def peak_bytes(self, workers: int) -> int:
         """Working memory: the largest jobs that can run side by side."""
-        return sum(sorted((_job_memory(job) for job in self.jobs), reverse=True)[:workers])
+        return sum(sorted((job.memory_bytes for job in self.jobs), reverse=True)[:workers])
 
     def to_json(self, workers: int) -> dict[str, Any]:
         return {
-            "rank": str(self.rule),
+            "rank": self.rank,
             "dtype": self.dtype.name,
             "device": str(self.device),
             "read_bytes": self.read_bytes,
@@ -153,8 +131,14 @@ def plan_extract(
     targets: see layouts.targets. Raises InputError, DisagreementError, UsageError or OutputError,
     before any long work.
     """
+    is_budget = str(rank).startswith(_BUDGET)
+    if is_budget:
+        if min_rank > 1 or multiple_of > 1:
+            raise UsageError("a budget goes with --max-rank, not with --min-rank or --multiple-of")
+        rule = parse_rank_rule(str(max_rank or BUDGET_RANK))
     limits = RankLimits(min_rank, max_rank, multiple_of)
-    rule = parse_rank_rule(str(rank), limits)
+    if not is_budget:
+        rule = parse_rank_rule(str(rank), limits)
     special = {p: parse_rank_rule(str(r), limits) for p, r in (rank_for or {}).items()}
     target = resolve_device(device)
     if base_model is not None and not is_hub_id(base_model):
@@ -186,12 +170,15 @@ def plan_extract(
         )
         for index, pair in enumerate(pairs)
     ]
-    _check_rank(jobs)
+    budget = _budget(str(rank), stored, base_side) if is_budget else None
+    if budget is None:
+        _check_rank(jobs)
     plan = ExtractPlan(
         base_side,
         tuned_side,
         output,
-        rule,
+        str(rank) if is_budget else str(rule),
+        budget,
         stored,
         target,
         seed,
@@ -214,8 +201,11 @@ def run_extract(
     drop it, NothingMatches when nothing changed at all.
     """
     engine, progress = engine or Engine(), progress or NoProgress()
+    jobs, allocation = list(plan.jobs), None
+    if plan.budget is not None:
+        jobs, allocation = _spend(plan, plan.budget, engine, progress)
     with staged(plan.output) as staging:
-        jobs = [replace(job, scratch=staging.scratch) for job in plan.jobs]
+        jobs = [replace(job, scratch=staging.scratch) for job in jobs]
         results = engine.map(
             extract_tensor,
             jobs,
@@ -223,34 +213,28 @@ def run_extract(
             progress=progress,
             what="extracting",
         )
-        rows = [_placed(result.row, plan) for result in results]
-        _refuse_lost_changes(rows, plan)
-        updates = _updates(plan, results)
-        adapter = Adapter(
-            updates,
-            peft.NAME,
+        results = [replace(result, row=_placed(result.row, plan)) for result in results]
+        rows = [result.row for result in results]
+        _refuse_lost_changes(rows)
+        adapter = build_adapter(
+            plan.alignment,
+            results,
+            task_type=plan.base.config.task_type,
             base_model=plan.base_model,
-            fan_in_fan_out=any(
-                job.pair.kind is ModuleKind.CONV1D and job.pair.name in updates for job in jobs
-            ),
-            task_type=_task_type(plan, updates),
         )
         report = ExtractReport.of(
             rows,
-            rank=str(plan.rule),
+            rank=plan.rank,
             dtype=plan.dtype.name,
             device=str(plan.device),
             seed=plan.seed,
             base_model=plan.base_model,
             base=_side(plan.base),
             tuned=_side(plan.tuned),
-            notes=_notes(plan, updates),
-            stored=_stored(updates),
+            notes=_notes(plan, adapter, allocation),
+            stored=stored_size(adapter),
         )
-        modules = {module_of(job.pair.name) for job in jobs if job.pair.name.endswith(".weight")}
-        if plan.alignment.tie is not None:
-            modules.add(module_of(plan.alignment.tie.head))
-        tensors, side_files = peft.encode(adapter, modules)
+        tensors, side_files = peft.encode(adapter, base_modules(plan.alignment))
         write_tensors(staging.out / peft.WEIGHTS_FILE, tensors, {"format": "pt"})
         for name, content in side_files.items():
             (staging.out / name).write_bytes(content)
@@ -259,97 +243,44 @@ def run_extract(
         return report
 
 
-# One tensor -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ExtractResult:
-    """A tensor's row, and its update where it has one."""
-
-    row: TensorRow
-    update: LowRankUpdate | None = None
-
-
-def extract_tensor(job: ExtractJob) -> ExtractResult:
-    """Compare one tensor and, where that is the plan, factorise and park its change."""
-    pair = job.pair
-    row = TensorRow(
-        name=pair.name, kind=str(pair.kind), shape=pair.base.shape, status=Status.UNCHANGED
+def resolve_spectra(
+    plan: ExtractPlan, engine: Engine | None = None, progress: Progress | None = None
+) -> dict[str, Spectrum]:
+    """The spectra that the plan's rules look at, by tensor; nothing is written."""
+    spectra = (engine or Engine()).map(
+        resolve_spectrum,
+        plan.jobs,
+        cost=lambda job: job.cost,
+        progress=progress or NoProgress(),
+        what="reading spectra",
     )
-    delta = read_delta(pair, job.device)
-    if delta is None:
-        return ExtractResult(row)
-    row = replace(
-        row,
-        delta_norm=delta.norm,
-        base_norm=delta.base_norm,
-        noise_floor=delta.noise.threshold,
-        changed_share=delta.changed_share,
-    )
-    if job.treatment is Treatment.WHOLE:
-        return ExtractResult(replace(row, status=Status.WHOLE, relative_error=0.0))
-    if job.treatment is not Treatment.LOW_RANK:
-        status = Status.EXCLUDED if job.treatment is Treatment.EXCLUDED else Status.NO_PLACE
-        return ExtractResult(replace(row, status=status))
-    if job.rule.kind.name == "full":
-        best = identity_factors(delta.matrix)
-        row = replace(row, method="exact (W − W0 itself)", excess_bound=0.0, failure=0.0)
-    else:
-        factors = factorize(
-            delta.matrix,
-            job.rule,
-            key=f"{job.seed}:{pair.name}",
-            exact=job.exact,
-            noise_floor=delta.noise.threshold,
-        )
-        best = factors.low_rank()
-        answer = lora_rank(factors.spectrum, delta.noise, delta.changed_share)
-        row = replace(
-            row,
-            method=factors.method,
-            singular_values=tuple(factors.spectrum.values[: best.rank].tolist()),
-            excess_bound=factors.bound.excess,
-            failure=factors.bound.failure,
-            lora_rank=answer.rank if answer else None,
-            lora_tail=answer.tail if answer else None,
-        )
-    rank = best.rank
-    if rank == 0:
-        return ExtractResult(replace(row, status=Status.BELOW_RULE))
-    value = _stored_value(pair.name, best, job.dtype)
-    row = replace(
-        row,
-        status=Status.LOW_RANK,
-        rank=rank,
-        relative_error=residual_norm(delta.matrix, value) / delta.norm,
-        clamped=job.rule.clamps(rank),
-    )
-    return ExtractResult(row, _park(job, value))
+    return {
+        job.pair.name: spectrum
+        for job, spectrum in zip(plan.jobs, spectra, strict=True)
+        if spectrum is not None
+    }
 
 
-def _stored_value(name: str, value: LowRank, dtype: DType) -> LowRank:
-    assert dtype.torch is not None
-    stored = LowRank(value.b.to(dtype.torch), value.a.to(dtype.torch))
-    for factor in (stored.b, stored.a):
-        if not bool(torch.isfinite(factor).all()):
-            raise RangeOverflow(
-                f"{name}: a factor exceeds the range of {dtype.name}", hint="use --dtype float32"
-            )
-    return stored
+def _spend(
+    plan: ExtractPlan, parameters: int, engine: Engine, progress: Progress
+) -> tuple[list[ExtractJob], Allocation]:
+    """Jobs with the ranks that the budget gives them: one pass over the checkpoints of its own."""
+    spectra = resolve_spectra(plan, engine, progress)
+    allocation = allocate(list(spectra.values()), parameters)
+    ranks = dict(zip(spectra, allocation.ranks, strict=True))
+    jobs = []
+    for job in plan.jobs:
+        rank = ranks.get(job.pair.name)
+        if rank is None:
+            jobs.append(job)
+        elif rank == 0:
+            jobs.append(replace(job, treatment=Treatment.NO_BUDGET))
+        else:
+            jobs.append(replace(job, rule=parse_rank_rule(str(rank))))
+    return jobs, allocation
 
 
-def _park(job: ExtractJob, value: LowRank) -> LowRankUpdate:
-    """Keep the factors on disk, as PEFT's module wants them: (out, r) and (r, in)."""
-    assert job.scratch is not None
-    is_embedding = job.pair.kind is ModuleKind.EMBEDDING
-    if is_embedding or job.pair.kind is ModuleKind.CONV1D:
-        value = value.T
-    parked = park(job.scratch / f"{job.index}.raw", {"b": value.b, "a": value.a})
-    rank = value.rank
-    return LowRankUpdate(parked["b"], parked["a"], 1.0, float(rank), is_embedding)
-
-
-# Planning and assembling ----------------------------------------------------------------------
+# Planning -------------------------------------------------------------------------------------
 
 
 def _adapter_dtype(text: str | None, tuned: Model) -> DType:
@@ -367,7 +298,7 @@ def _adapter_dtype(text: str | None, tuned: Model) -> DType:
 def _treatment(pair: Pair, alignment: Alignment, base: Model) -> Treatment:
     if not pair.base.dtype.is_float:
         return Treatment.NO_PLACE
-    if _in_task_head(pair.name, base.config.task_type):
+    if in_task_head(pair.name, base.config.task_type):
         return Treatment.WHOLE  # PEFT saves a task's head whole, whatever the config lists
     tie = alignment.tie
     if tie is not None and pair.name in (tie.embedding, tie.head):
@@ -377,8 +308,17 @@ def _treatment(pair: Pair, alignment: Alignment, base: Model) -> Treatment:
     return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
 
 
-def _in_task_head(name: str, task_type: str | None) -> bool:
-    return name.split(".")[0] in peft.TASK_HEADS.get(task_type or "", ())
+def _budget(rank: str, dtype: DType, base: Model) -> int:
+    """Parameters that a budget allows. Raises UsageError."""
+    text = rank.removeprefix(_BUDGET)
+    values = sum(info.numel for info in base.checkpoint.tensors.values())
+    parameters = parse_size(text, dtype.bits // 8, values)
+    if not parameters:
+        raise UsageError(
+            f"rank {rank!r}: a budget is a number of parameters, a size or a share of the base",
+            hint="for example budget:500000, budget:20MB, budget:2%",
+        )
+    return parameters
 
 
 def _check_rank(jobs: Sequence[ExtractJob]) -> None:
@@ -386,7 +326,7 @@ def _check_rank(jobs: Sequence[ExtractJob]) -> None:
     sides: dict[RankRule, int] = {}
     for job in jobs:
         if job.treatment is Treatment.LOW_RANK:
-            sides[job.rule] = max(sides.get(job.rule, 0), min(_matrix_shape(job.pair)))
+            sides[job.rule] = max(sides.get(job.rule, 0), min(matrix_shape(job.pair)))
     if not sides:
         raise NothingMatches(
             "no matrix is left to factorise", hint="loosen --include, --exclude and --targets"
@@ -399,25 +339,6 @@ def _check_rank(jobs: Sequence[ExtractJob]) -> None:
             )
 
 
-def _matrix_shape(pair: Pair) -> tuple[int, int]:
-    """(rows, columns) of the weight as a matrix; a kernel's columns are in·k…"""
-    return pair.base.shape[0], pair.base.numel // max(1, pair.base.shape[0])
-
-
-def _output_bytes(job: ExtractJob) -> int:
-    if job.treatment is Treatment.WHOLE:
-        return job.pair.tuned.nbytes
-    if job.treatment is not Treatment.LOW_RANK:
-        return 0
-    rows, columns = _matrix_shape(job.pair)
-    return job.rule.first_guess((rows, columns)) * (rows + columns) * job.dtype.bits // 8
-
-
-def _job_memory(job: ExtractJob) -> int:
-    float32 = 4 * job.pair.base.numel
-    return job.cost + (2 * float32 if job.treatment is Treatment.LOW_RANK else float32)
-
-
 def _placed(row: TensorRow, plan: ExtractPlan) -> TensorRow:
     if row.status is Status.NO_PLACE and plan.drop_rest:
         return replace(row, status=Status.DROPPED)
@@ -426,7 +347,7 @@ def _placed(row: TensorRow, plan: ExtractPlan) -> TensorRow:
     return row
 
 
-def _refuse_lost_changes(rows: Sequence[TensorRow], plan: ExtractPlan) -> None:
+def _refuse_lost_changes(rows: Sequence[TensorRow]) -> None:
     if all(row.status is Status.UNCHANGED for row in rows):
         raise NothingMatches(
             "base and tuned hold the same values: there is nothing to extract",
@@ -441,56 +362,7 @@ def _refuse_lost_changes(rows: Sequence[TensorRow], plan: ExtractPlan) -> None:
         )
 
 
-def _updates(plan: ExtractPlan, results: Sequence[ExtractResult]) -> dict[str, Update]:
-    by_name = {job.pair.name: job for job in plan.jobs}
-    changed = {result.row.name: result for result in results}
-    updates: dict[str, Update] = {}
-    for name, result in changed.items():
-        if result.update is not None:
-            updates[name] = result.update
-        elif result.row.status is Status.WHOLE and not plan.drop_rest:
-            updates[name] = Replacement(by_name[name].pair.tuned)
-    tie = plan.alignment.tie
-    if tie is not None and tie.embedding in updates:
-        updates[tie.head] = updates[tie.embedding]
-    for name in list(updates):
-        _complete_module(name, updates, by_name)
-    return updates
-
-
-def _task_type(plan: ExtractPlan, updates: dict[str, Update]) -> str | None:
-    """The task for PEFT's config. PEFT insists on finding a task's whole head in the file, so
-    the head is completed where part of it changed, and the task not named where none did."""
-    task = plan.base.config.task_type
-    head = [job.pair for job in plan.jobs if _in_task_head(job.pair.name, task)]
-    if head and not any(pair.name in updates for pair in head):
-        return None
-    for pair in head:
-        updates.setdefault(pair.name, Replacement(pair.tuned))
-    return task
-
-
-def _complete_module(
-    name: str, updates: dict[str, Update], by_name: Mapping[str, ExtractJob]
-) -> None:
-    """A module stored whole is stored with its unchanged half too: PEFT copies whole modules."""
-    partner = f"{module_of(name)}.bias"
-    if name.endswith(".weight") and isinstance(updates[name], Replacement) and partner in by_name:
-        updates.setdefault(partner, Replacement(by_name[partner].pair.tuned))
-    weight = by_name.get(f"{module_of(name)}.weight")
-    if name.endswith(".bias") and weight is not None and weight.pair.kind is ModuleKind.NORM:
-        updates.setdefault(weight.pair.name, Replacement(weight.pair.tuned))
-
-
-def _stored(updates: Mapping[str, Update]) -> tuple[int, int]:
-    tensors: list[LazyTensor] = []
-    for update in updates.values():
-        tensors += [update.value] if isinstance(update, Replacement) else [update.b, update.a]
-    infos = [tensor for tensor in tensors if isinstance(tensor, TensorInfo)]
-    return sum(info.numel for info in infos), sum(info.nbytes for info in infos)
-
-
-def _notes(plan: ExtractPlan, updates: Mapping[str, Update]) -> tuple[str, ...]:
+def _notes(plan: ExtractPlan, adapter: Adapter, allocation: Allocation | None) -> tuple[str, ...]:
     notes = list(plan.alignment.notes)
     if plan.alignment.ignored:
         names = ", ".join(plan.alignment.ignored[:3])
@@ -498,10 +370,16 @@ def _notes(plan: ExtractPlan, updates: Mapping[str, Update]) -> tuple[str, ...]:
             f"{len(plan.alignment.ignored)} constant buffers on one side ignored ({names})"
         )
     tie = plan.alignment.tie
-    if tie is not None and tie.embedding in updates:
+    if tie is not None and tie.embedding in adapter.updates:
         notes.append(
             f"{tie.embedding} and {tie.head} are one tied matrix: stored whole under both names, "
             "the form in which PEFT's forward, PEFT's merge and loratool's merge agree"
+        )
+    if allocation is not None:
+        how = "exactly" if not allocation.loss else f"to within {allocation.loss:.2e} of Σ‖D‖²"
+        notes.append(
+            f"the budget of {plan.budget:,} parameters was spent {how} where it lowers the error "
+            f"most; {allocation.used:,} are used"
         )
     if plan.base_model is None:
         notes.append("the base's Hub name is not known; --base-model owner/name records it")

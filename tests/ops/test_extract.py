@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import loratool as lt
-from loratool.engine import Engine
+from loratool.engine import Engine, NoProgress
 from loratool.errors import NonFiniteValues, NothingMatches, ShapeMismatch, Unplaced, UsageError
 from loratool.ops.extract import plan_extract, run_extract
+from loratool.ops.extract_tradeoff import rank_tradeoff
 from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, load_folder, moved, save_folder
 
 
@@ -225,3 +226,70 @@ def test_the_report_travels_with_the_adapter_and_names_no_path(tmp_path: Path) -
     assert json.loads(text) == json.loads(json.dumps(report.to_json()))
     assert lt.open_adapter(tmp_path / "adapter").base_model == "someone/base"
     assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
+def test_rank_options(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(llama_like()), tmp_path / "tuned", LLAMA)
+    report = lt.extract(
+        base,
+        tuned,
+        tmp_path / "a",
+        rank="energy:0.5",
+        max_rank=6,
+        multiple_of=2,
+        rank_for={"mlp": 3, "layers.1.mlp": 5},
+        targets="all-linear",
+    )
+    ranks = {row.name: row.rank for row in report.rows if row.rank}
+    assert "lm_head.weight" not in ranks
+    assert ranks["model.layers.0.mlp.up_proj.weight"] == 4
+    assert ranks["model.layers.1.mlp.up_proj.weight"] == 6
+    assert all(rank % 2 == 0 and rank <= 6 for rank in ranks.values())
+    with pytest.raises(NothingMatches, match="'conv' matches nothing"):
+        lt.extract(base, tuned, tmp_path / "b", rank_for={"conv": 3})
+
+
+def test_budget_is_kept_and_beats_a_uniform_rank(tmp_path: Path) -> None:
+    state = llama_like(layers=3)
+    tuned_state = moved(state)
+    loud = "model.layers.1.mlp.up_proj.weight"
+    tuned_state[loud] = state[loud] + (tuned_state[loud] - state[loud]) * 20
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(tuned_state, tmp_path / "tuned", LLAMA)
+    uniform = lt.extract(base, tuned, tmp_path / "u", rank=2, drop_rest=True)
+    spent = lt.extract(
+        base, tuned, tmp_path / "b", rank=f"budget:{uniform.adapter_parameters}", drop_rest=True
+    )
+    assert spent.adapter_parameters <= uniform.adapter_parameters
+    assert spent.relative_error < 0.8 * uniform.relative_error
+    ranks = {row.name: row.rank for row in spent.rows}
+    assert ranks[loud] == max(rank for rank in ranks.values() if rank)
+    assert any("budget" in note for note in spent.notes)
+    for wrong in ("budget:", "budget:lots", "budget:0"):
+        with pytest.raises(UsageError):
+            lt.extract(base, tuned, tmp_path / "c", rank=wrong)
+    half = sum(t.numel() for t in state.values()) // 2
+    assert lt.extract(base, tuned, tmp_path / "d", rank="budget:50%", drop_rest=True)
+    assert lt.open_adapter(tmp_path / "d").updates
+    stored = sum(
+        t.a.read().numel() + t.b.read().numel()
+        for t in lt.open_adapter(tmp_path / "d").low_rank.values()
+    )
+    assert stored <= half
+
+
+def test_tradeoff_tells_what_extraction_then_gives(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(llama_like()), tmp_path / "tuned", LLAMA)
+    plan = plan_extract(base, tuned, tmp_path / "a", drop_rest=True, dtype="float32")
+    tradeoff = rank_tradeoff(plan, max_rank=None, engine=Engine(1), progress=NoProgress())
+    assert not (tmp_path / "a").exists()
+    row = next(row for row in tradeoff.rows if row.rank == 4)
+    report = lt.extract(base, tuned, tmp_path / "a", rank=4, drop_rest=True, dtype="float32")
+    matrices = [r for r in report.rows if r.rank]
+    energy = sum(r.energy for r in matrices)
+    missed = sum(r.energy * (r.relative_error or 0) ** 2 for r in matrices)
+    assert row.parameters == report.adapter_parameters
+    assert row.error == pytest.approx((missed / energy) ** 0.5, rel=1e-4)
+    assert all(row.budget_error <= row.error + 1e-12 for row in tradeoff.rows)

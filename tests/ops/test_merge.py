@@ -240,7 +240,7 @@ def test_include_exclude_and_scale_of_replacements(tmp_path: Path) -> None:
         lt.merge(base, adapter, tmp_path / "m2", include=["attn"])
     tuned = {name: value + 0.1 for name, value in llama_like().items()}
     lt.extract(base, save_folder(tuned, tmp_path / "tuned", LLAMA), tmp_path / "whole", rank=2)
-    with pytest.raises(UsageError, match="--scale 0.5 does not apply"):
+    with pytest.raises(UsageError, match=r"--scale 0.5 does not apply"):
         lt.merge(base, tmp_path / "whole", tmp_path / "m2", scale=0.5)
 
 

@@ -1,0 +1,89 @@
+"""From the results of an extraction to the adapter: what is stored, and under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from loratool.adapter import Adapter, ModuleKind, Replacement, Update, module_of
+from loratool.formats import peft
+from loratool.layouts.pairs import Alignment, Pair
+from loratool.ops.extract_jobs import ExtractResult
+from loratool.ops.extract_report import Status
+from loratool.storage.tensors import LazyTensor, TensorInfo
+
+
+def build_adapter(
+    alignment: Alignment,
+    results: Sequence[ExtractResult],
+    *,
+    task_type: str | None,
+    base_model: str | None,
+) -> Adapter:
+    """The adapter that holds every stored change, complete in the way PEFT's loader expects."""
+    pairs = {pair.name: pair for pair in alignment.pairs}
+    updates: dict[str, Update] = {}
+    for result in results:
+        if result.update is not None:
+            updates[result.row.name] = result.update
+        elif result.row.status is Status.WHOLE:
+            updates[result.row.name] = Replacement(pairs[result.row.name].tuned)
+    tie = alignment.tie
+    if tie is not None and tie.embedding in updates:
+        updates[tie.head] = updates[tie.embedding]
+    for name in list(updates):
+        _complete_module(name, updates, pairs)
+    task = _complete_task_head(task_type, updates, pairs)
+    return Adapter(
+        updates,
+        peft.NAME,
+        base_model=base_model,
+        fan_in_fan_out=any(
+            pairs[name].kind is ModuleKind.CONV1D for name in updates if name in pairs
+        ),
+        task_type=task,
+    )
+
+
+def in_task_head(name: str, task_type: str | None) -> bool:
+    """Whether a parameter belongs to the head that PEFT saves whole for this task."""
+    return name.split(".")[0] in peft.TASK_HEADS.get(task_type or "", ())
+
+
+def _complete_module(name: str, updates: dict[str, Update], pairs: Mapping[str, Pair]) -> None:
+    """A module stored whole is stored with its unchanged half too: PEFT copies whole modules."""
+    partner = f"{module_of(name)}.bias"
+    if name.endswith(".weight") and isinstance(updates[name], Replacement) and partner in pairs:
+        updates.setdefault(partner, Replacement(pairs[partner].tuned))
+    weight = pairs.get(f"{module_of(name)}.weight")
+    if name.endswith(".bias") and weight is not None and weight.kind is ModuleKind.NORM:
+        updates.setdefault(weight.name, Replacement(weight.tuned))
+
+
+def _complete_task_head(
+    task: str | None, updates: dict[str, Update], pairs: Mapping[str, Pair]
+) -> str | None:
+    """The task for PEFT's config. PEFT insists on finding a task's whole head in the file, so
+    the head is completed where part of it changed, and the task not named where none did."""
+    head = [pair for pair in pairs.values() if in_task_head(pair.name, task)]
+    if head and not any(pair.name in updates for pair in head):
+        return None
+    for pair in head:
+        updates.setdefault(pair.name, Replacement(pair.tuned))
+    return task
+
+
+def base_modules(alignment: Alignment) -> set[str]:
+    """Every module of the base that owns a weight, a tied head included."""
+    modules = {module_of(p.name) for p in alignment.pairs if p.name.endswith(".weight")}
+    if alignment.tie is not None:
+        modules.add(module_of(alignment.tie.head))
+    return modules
+
+
+def stored_size(adapter: Adapter) -> tuple[int, int]:
+    """(values, bytes) of an adapter whose tensors lie in files."""
+    tensors: list[LazyTensor] = []
+    for update in adapter.updates.values():
+        tensors += [update.value] if isinstance(update, Replacement) else [update.b, update.a]
+    infos = [tensor for tensor in tensors if isinstance(tensor, TensorInfo)]
+    return sum(info.numel for info in infos), sum(info.nbytes for info in infos)

@@ -1,0 +1,188 @@
+"""The work on one tensor of an extraction, as a job that any worker can run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+from loratool.adapter import LowRankUpdate, ModuleKind
+from loratool.algebra.factorize import Factors, factorize, identity_factors, residual_norm
+from loratool.algebra.lora_test import lora_rank
+from loratool.algebra.lowrank import LowRank
+from loratool.algebra.ranks import RankRule
+from loratool.algebra.spectrum import Spectrum
+from loratool.errors import RangeOverflow
+from loratool.layouts.pairs import Pair
+from loratool.ops.deltas import Delta, read_delta
+from loratool.ops.extract_report import Status, TensorRow
+from loratool.storage.dtypes import DType
+from loratool.storage.writing import park
+
+
+class Treatment(StrEnum):
+    """What happens to a tensor if it changed."""
+
+    LOW_RANK = "low-rank"
+    WHOLE = "whole"
+    EXCLUDED = "excluded"
+    NO_BUDGET = "no budget"
+    NO_PLACE = "no place"
+
+
+@dataclass(frozen=True)
+class ExtractJob:
+    """One tensor: where it lies on both sides and what to make of its change."""
+
+    index: int
+    pair: Pair
+    treatment: Treatment
+    rule: RankRule
+    dtype: DType
+    device: torch.device
+    seed: int
+    exact: bool
+    scratch: Path | None
+
+    @property
+    def cost(self) -> int:
+        """Bytes to read."""
+        return self.pair.base.nbytes + self.pair.tuned.nbytes
+
+    @property
+    def key(self) -> str:
+        """What the randomised method's numbers depend on."""
+        return f"{self.seed}:{self.pair.name}"
+
+    @property
+    def memory_bytes(self) -> int:
+        """Working memory of the job."""
+        float32 = 4 * self.pair.base.numel
+        return self.cost + (2 if self.treatment is Treatment.LOW_RANK else 1) * float32
+
+    @property
+    def output_bytes_at_most(self) -> int:
+        """Size of what it stores, if the tensor changed."""
+        if self.treatment is Treatment.WHOLE:
+            return self.pair.tuned.nbytes
+        if self.treatment is not Treatment.LOW_RANK:
+            return 0
+        rows, columns = matrix_shape(self.pair)
+        return self.rule.first_guess((rows, columns)) * (rows + columns) * self.dtype.bits // 8
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """A tensor's row, and its update where it has one."""
+
+    row: TensorRow
+    update: LowRankUpdate | None = None
+
+
+_NOT_STORED = {
+    Treatment.EXCLUDED: Status.EXCLUDED,
+    Treatment.NO_BUDGET: Status.BELOW_RULE,
+    Treatment.NO_PLACE: Status.NO_PLACE,
+}
+
+
+def extract_tensor(job: ExtractJob) -> ExtractResult:
+    """Compare one tensor and, where that is the plan, factorise and park its change."""
+    row = TensorRow(
+        name=job.pair.name,
+        kind=str(job.pair.kind),
+        shape=job.pair.base.shape,
+        status=Status.UNCHANGED,
+    )
+    delta = read_delta(job.pair, job.device)
+    if delta is None:
+        return ExtractResult(row)
+    row = replace(
+        row,
+        delta_norm=delta.norm,
+        base_norm=delta.base_norm,
+        noise_floor=delta.noise.threshold,
+        changed_share=delta.changed_share,
+    )
+    if job.treatment is Treatment.WHOLE:
+        return ExtractResult(replace(row, status=Status.WHOLE, relative_error=0.0))
+    if job.treatment is not Treatment.LOW_RANK:
+        return ExtractResult(replace(row, status=_NOT_STORED[job.treatment]))
+    if job.rule.kind.name == "full":
+        best = identity_factors(delta.matrix)
+        row = replace(row, method="exact (W − W0 itself)", excess_bound=0.0, failure=0.0)
+    else:
+        factors = _factorize(job, delta)
+        best = factors.low_rank()
+        row = _with_findings(row, factors, delta)
+    if best.rank == 0:
+        return ExtractResult(replace(row, status=Status.BELOW_RULE))
+    value = _stored_value(job.pair.name, best, job.dtype)
+    row = replace(
+        row,
+        status=Status.LOW_RANK,
+        rank=best.rank,
+        relative_error=residual_norm(delta.matrix, value) / delta.norm,
+        clamped=job.rule.clamps(best.rank),
+    )
+    return ExtractResult(row, _park(job, value))
+
+
+def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
+    """The singular values that the job's rule resolves; None for what has no factors."""
+    if job.treatment is not Treatment.LOW_RANK:
+        return None
+    delta = read_delta(job.pair, job.device)
+    return None if delta is None else _factorize(job, delta).spectrum
+
+
+def _factorize(job: ExtractJob, delta: Delta) -> Factors:
+    return factorize(
+        delta.matrix,
+        job.rule,
+        key=job.key,
+        exact=job.exact,
+        noise_floor=delta.noise.threshold,
+    )
+
+
+def _with_findings(row: TensorRow, factors: Factors, delta: Delta) -> TensorRow:
+    answer = lora_rank(factors.spectrum, delta.noise, delta.changed_share)
+    return replace(
+        row,
+        method=factors.method,
+        singular_values=tuple(factors.spectrum.values[: factors.rank].tolist()),
+        excess_bound=factors.bound.excess,
+        failure=factors.bound.failure,
+        lora_rank=answer.rank if answer else None,
+        lora_tail=answer.tail if answer else None,
+    )
+
+
+def _stored_value(name: str, value: LowRank, dtype: DType) -> LowRank:
+    assert dtype.torch is not None
+    stored = LowRank(value.b.to(dtype.torch), value.a.to(dtype.torch))
+    for factor in (stored.b, stored.a):
+        if not bool(torch.isfinite(factor).all()):
+            raise RangeOverflow(
+                f"{name}: a factor exceeds the range of {dtype.name}", hint="use --dtype float32"
+            )
+    return stored
+
+
+def _park(job: ExtractJob, value: LowRank) -> LowRankUpdate:
+    """Keep the factors on disk, as PEFT's module wants them: (out, r) and (r, in)."""
+    assert job.scratch is not None
+    is_embedding = job.pair.kind is ModuleKind.EMBEDDING
+    if is_embedding or job.pair.kind is ModuleKind.CONV1D:
+        value = value.T
+    parked = park(job.scratch / f"{job.index}.raw", {"b": value.b, "a": value.a})
+    rank = value.rank
+    return LowRankUpdate(parked["b"], parked["a"], 1.0, float(rank), is_embedding)
+
+
+def matrix_shape(pair: Pair) -> tuple[int, int]:
+    """(rows, columns) of the weight as a matrix; a kernel's columns are in·k…"""
+    return pair.base.shape[0], pair.base.numel // max(1, pair.base.shape[0])
