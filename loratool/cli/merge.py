@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @options.output_option
 @click.option(
     "--scale",
-    type=float,
+    type=options.FINITE,
     default=1.0,
     show_default=True,
     help="Multiplies the adapter's own alpha/r.",

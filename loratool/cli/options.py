@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,19 @@ from loratool.errors import InputError, LoratoolError
 Command = Callable[..., None]
 
 PATH = click.Path(path_type=Path)
+
+
+class FiniteFloat(click.types.FloatParamType):
+    """A float that is a number: neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+FINITE = FiniteFloat()
 
 
 def framed(function: Command) -> Command:
@@ -62,7 +76,8 @@ def framed(function: Command) -> Command:
 
 def _fail(out: Output, error: LoratoolError, code: int) -> None:
     if out.debug:
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            out.complain(line)
     out.failure(error, code)
     sys.exit(code)
 
@@ -99,7 +114,7 @@ exclude_option = click.option(
     "--exclude", multiple=True, metavar="PATTERN", help="Not these; repeatable."
 )
 alpha_option = click.option(
-    "--alpha", type=float, help="LoRA alpha, for adapter formats that do not store it."
+    "--alpha", type=FINITE, help="LoRA alpha, for adapter formats that do not store it."
 )
 report_option = click.option(
     "--report", type=PATH, metavar="FILE", help="Also write the report to FILE as JSON."

@@ -305,7 +305,16 @@ def _config_of(
     has_bias: bool,
 ) -> dict[str, Any]:
     ranks = {module: update.rank for module, update in low_rank.items()}
-    alphas = {module: update.alpha for module, update in low_rank.items()}
+    stabilised = bool(low_rank) and all(
+        update.scale == update.alpha / math.sqrt(update.rank) != update.alpha / update.rank
+        for update in low_rank.values()
+    )
+    alphas = {
+        module: update.alpha
+        if stabilised or update.scale == update.alpha / update.rank
+        else update.scale * update.rank
+        for module, update in low_rank.items()
+    }
     rank = _most_common(ranks.values(), default=1)
     alpha = _most_common(alphas.values(), default=1)
     config: dict[str, Any] = {
@@ -329,6 +338,8 @@ def _config_of(
 
     odd_ranks = {exactly(m): r for m, r in sorted(ranks.items()) if r != rank}
     odd_alphas = {exactly(m): _plain(x) for m, x in sorted(alphas.items()) if x != alpha}
+    if stabilised:
+        config["use_rslora"] = True
     if odd_ranks:
         config["rank_pattern"] = odd_ranks
     if odd_alphas:

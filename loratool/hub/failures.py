@@ -56,8 +56,11 @@ def endpoint() -> str:
 
 def is_transient(error: Exception) -> bool:
     """Whether the same request may well succeed a moment later."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, HfHubHTTPError):
+            return link.response.status_code >= 500
+        link = link.__cause__
     # The client parses some answers before it looks at their status.
     return type(error).__name__ == "JSONDecodeError"
 

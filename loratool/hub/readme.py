@@ -16,7 +16,9 @@ from loratool.errors import MalformedFile
 README = "README.md"
 MAX_README_BYTES = 1_000_000
 _BYTE_ORDER_MARK = "\ufeff"
+_MAX_METADATA = 200_000
 _MAX_ALIASES = 20
+_MAX_DEPTH = 50
 _TEMPLATE_FIELD = re.compile(r'\{\{\s*\w+\s*\|\s*default\("([^"]*)",\s*true\)\s*\}\}')
 _TEMPLATE_TITLE = "# Model Card for Model ID"
 _PEFT_LINES = re.compile(r"### Framework versions|- PEFT \S+")
@@ -93,9 +95,7 @@ def is_untouched_template(body: str) -> bool:
 
 def _load(metadata: str) -> dict[str, Any]:
     try:
-        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(metadata))
-        if aliases > _MAX_ALIASES:
-            raise MalformedFile("its metadata refers to itself too often")
+        _check_effort(metadata)
         values = yaml.safe_load(metadata)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -105,6 +105,19 @@ def _load(metadata: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise MalformedFile("its metadata is not a mapping of names to values")
     return values
+
+
+def _check_effort(metadata: str) -> None:
+    """Refuse YAML that is small to write and dear to read."""
+    depth = aliases = 0
+    if len(metadata) > _MAX_METADATA:
+        raise MalformedFile(f"its metadata is over {_MAX_METADATA:,} characters long")
+    for event in yaml.parse(metadata):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if aliases > _MAX_ALIASES or depth > _MAX_DEPTH:
+            raise MalformedFile("its metadata is nested too deeply or refers to itself too often")
 
 
 def _dump(values: Mapping[str, Any], newline: str) -> str:

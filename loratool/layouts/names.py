@@ -64,9 +64,10 @@ def match_names(names: Iterable[str], targets: Collection[str]) -> NameMatch:
     found = {name: name for name in names if name in target_set}
     if not left:
         return NameMatch(found, (), None)
-    change = _best_prefix(left, target_set - set(found.values()))
+    free = target_set - set(found.values())
+    change = _best_prefix(left, free)
     if change is not None:
-        found |= {name: change.apply(name) for name in left if change.apply(name) in target_set}
+        found |= {name: change.apply(name) for name in left if change.apply(name) in free}
     missing = tuple(name for name in left if name not in found)
     note = change.describe() if change is not None and len(missing) < len(left) else None
     return NameMatch(found, missing, note)
@@ -90,19 +91,24 @@ class _PrefixChange:
 
 def _best_prefix(names: list[str], targets: set[str]) -> _PrefixChange | None:
     votes: Counter[_PrefixChange] = Counter()
-    by_tail: dict[str, list[str]] = {}
+    prefixes: dict[str, list[str]] = {}
     for target in targets:
-        by_tail.setdefault(_tail(target), []).append(target)
+        for prefix, rest in _splits(target):
+            prefixes.setdefault(rest, []).append(prefix)
     for name in names:
-        for target in by_tail.get(_tail(name), ()):
-            if target.endswith("." + name):
-                votes[_PrefixChange("", target.removesuffix(name))] += 1
-            elif name.endswith("." + target):
-                votes[_PrefixChange(name.removesuffix(target), "")] += 1
+        votes.update(_PrefixChange("", prefix) for prefix in prefixes.get(name, ()))
+        votes.update(_PrefixChange(prefix, "") for prefix, rest in _splits(name) if rest in targets)
     if not votes:
         return None
     (best, count), *others = votes.most_common(2)
     return best if not others or others[0][1] < count else None
+
+
+def _splits(name: str) -> list[tuple[str, str]]:
+    """Every way to take whole components off the front: ``a.b.c`` → (a., b.c), (a.b., c)."""
+    parts = name.split(".")
+    rests = [".".join(parts[start:]) for start in range(1, len(parts))]
+    return [(name.removesuffix(rest), rest) for rest in rests]
 
 
 def _tail(name: str) -> str:

@@ -25,12 +25,14 @@ from loratool.layouts.targets import targeted
 from loratool.ops.extract_adapter import base_modules, build_adapter, in_task_head, stored_size
 from loratool.ops.extract_jobs import (
     ExtractJob,
+    ExtractResult,
     Treatment,
     extract_tensor,
     matrix_shape,
     resolve_spectrum,
 )
 from loratool.ops.extract_report import ExtractReport, Status, TensorRow
+from loratool.ops.extract_resume import keep, pending, resume_key
 from loratool.ops.sources import Model, open_model
 from loratool.provenance import REPORT_FILE, fingerprint
 from loratool.storage.dtypes import BY_NAME, USER_NAMES, DType
@@ -204,15 +206,18 @@ def run_extract(
     jobs, allocation = list(plan.jobs), None
     if plan.budget is not None:
         jobs, allocation = _spend(plan, plan.budget, engine, progress)
-    with staged(plan.output) as staging:
+    with staged(plan.output, resume_key(jobs)) as staging:
         jobs = [replace(job, scratch=staging.scratch) for job in jobs]
-        results = engine.map(
-            extract_tensor,
-            jobs,
+        done, left = pending(jobs)
+        new = engine.map(
+            extract_and_keep,
+            left,
             cost=lambda job: job.cost,
             progress=progress,
             what="extracting",
         )
+        done |= {job.index: result for job, result in zip(left, new, strict=True)}
+        results = [done[job.index] for job in jobs]
         results = [replace(result, row=_placed(result.row, plan)) for result in results]
         rows = [result.row for result in results]
         _refuse_lost_changes(rows)
@@ -241,6 +246,13 @@ def run_extract(
         (staging.out / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n")
         staging.publish(overwrite=plan.overwrite)
         return report
+
+
+def extract_and_keep(job: ExtractJob) -> ExtractResult:
+    """One tensor, recorded for a run that may have to go on from here."""
+    result = extract_tensor(job)
+    keep(job, result)
+    return result
 
 
 def resolve_spectra(

@@ -27,6 +27,7 @@ from loratool.storage.tensors import LazyTensor, TensorInfo
 
 _STAGING_MARK = ".loratool-partial-"
 _LOCK = ".lock"
+_KEY = ".key"
 _COPY_BYTES = 16 * 2**20
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _DISK_ERRNOS = (*_NO_SPACE, errno.EFBIG, errno.EROFS)
@@ -116,7 +117,7 @@ def park(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     The returned infos read them back, and can be copied by range.
     """
     parked: dict[str, TensorInfo] = {}
-    with disk_errors(path), open(path, "xb") as file:
+    with disk_errors(path), open(path, "wb") as file:
         for name, tensor in tensors.items():
             data = _bytes_of(tensor.cpu())
             parked[name] = TensorInfo(
@@ -215,27 +216,32 @@ def _check_replaceable(output: Path) -> None:
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Staging]:
-    """A staging folder for ``output``, removed again unless ``publish`` was called."""
+def staged(output: Path, resume_key: str | None = None) -> Iterator[Staging]:
+    """A staging folder for ``output``, removed again unless ``publish`` was called.
+
+    With a ``resume_key``, a folder that an interrupted or killed run with the same key left is
+    taken over with its scratch files; without, or with another key, it is removed.
+    """
     output = Path(os.path.abspath(output))
     made = [parent for parent in output.parents if not parent.exists()]
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(output)
-        folder = output.parent / f".{output.name}{_STAGING_MARK}{os.getpid()}-{os.urandom(4).hex()}"
-        folder.mkdir()
-        lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder, lock = _take_leftover(output, resume_key) or _new_folder(output, resume_key)
+    keep = False
     try:
         yield Staging(folder, output)
+    except KeyboardInterrupt:
+        keep = resume_key is not None
+        raise
     except OSError as error:
         if error.errno in _DISK_ERRNOS:  # only an output can meet these
             with disk_errors(output):
                 raise
         raise
     finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(made)
 
 
@@ -289,14 +295,38 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _remove_leftovers(output: Path) -> None:
+def _new_folder(output: Path, resume_key: str | None) -> tuple[Path, int]:
+    folder = output.parent / f".{output.name}{_STAGING_MARK}{os.getpid()}-{os.urandom(4).hex()}"
+    folder.mkdir()
+    lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if resume_key is not None:
+        (folder / _KEY).write_text(resume_key)
+    return folder, lock
+
+
+def _take_leftover(output: Path, resume_key: str | None) -> tuple[Path, int] | None:
+    """A dead run's folder with this key, locked; dead folders with other keys are removed."""
+    taken = None
     for folder in output.parent.glob(f".{_glob_escape(output.name)}{_STAGING_MARK}*"):
         try:
-            with open(folder / _LOCK, "r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = os.open(folder / _LOCK, os.O_RDWR)
         except OSError:
-            continue  # alive, or being set up
-        shutil.rmtree(folder, ignore_errors=True)
+            continue  # being set up or removed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            continue  # alive
+        key = folder / _KEY
+        fits = resume_key is not None and key.is_file() and key.read_text() == resume_key
+        if fits and taken is None:
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            taken = folder, lock
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+    return taken
 
 
 def _glob_escape(name: str) -> str:

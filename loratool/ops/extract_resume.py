@@ -1,0 +1,110 @@
+"""Finished tensors of an extraction, kept beside their factors so that a killed run can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from loratool.adapter import LowRankUpdate
+from loratool.ops.extract_jobs import ExtractJob, ExtractResult
+from loratool.ops.extract_report import Status, TensorRow
+from loratool.provenance import loratool_version
+from loratool.storage.dtypes import BY_NAME
+from loratool.storage.tensors import LazyTensor, TensorInfo
+
+
+def resume_key(jobs: Sequence[ExtractJob]) -> str:
+    """What must be equal for finished tensors to be taken over: inputs, options, version."""
+    files = sorted({info.path for job in jobs for info in (job.pair.base, job.pair.tuned)})
+    state = [loratool_version()]
+    for path in files:
+        stat = path.stat()
+        state.append(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
+    for job in jobs:
+        options = (job.rule, job.rule.limits, job.dtype.name, job.device, job.seed, job.exact)
+        state.append(f"{job.pair.name}:{job.treatment}:{':'.join(map(str, options))}")
+    return hashlib.sha256("\n".join(state).encode()).hexdigest()
+
+
+def keep(job: ExtractJob, result: ExtractResult) -> None:
+    """Record a finished tensor. The record appears whole, after the factors it speaks of."""
+    assert job.scratch is not None
+    update = result.update
+    record = {"row": asdict(result.row), "update": None}
+    if update is not None:
+        record["update"] = {
+            "b": _place(update.b),
+            "a": _place(update.a),
+            "scale": update.scale.hex(),
+            "alpha": update.alpha.hex(),
+            "is_embedding": update.is_embedding,
+        }
+    path = _record(job)
+    partial = path.with_suffix(".tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def recall(job: ExtractJob) -> ExtractResult | None:
+    """What an earlier run recorded of this tensor, if it did and its factors are there."""
+    path = _record(job)
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    row = record["row"]
+    row["status"] = Status(row["status"])
+    for field in ("shape", "singular_values"):
+        row[field] = tuple(row[field])
+    update = None
+    if record["update"] is not None:
+        stored = record["update"]
+        update = LowRankUpdate(
+            _tensor(job, stored["b"]),
+            _tensor(job, stored["a"]),
+            float.fromhex(stored["scale"]),
+            float.fromhex(stored["alpha"]),
+            stored["is_embedding"],
+        )
+    return ExtractResult(TensorRow(**row), update)
+
+
+def pending(jobs: Sequence[ExtractJob]) -> tuple[dict[int, ExtractResult], list[ExtractJob]]:
+    """Results that an earlier run left, by job index, and the jobs that remain."""
+    done = {job.index: result for job in jobs if (result := recall(job)) is not None}
+    return done, [job for job in jobs if job.index not in done]
+
+
+def _record(job: ExtractJob) -> Path:
+    assert job.scratch is not None
+    return job.scratch / f"{job.index}.json"
+
+
+def _place(tensor: LazyTensor) -> dict[str, object]:
+    assert isinstance(tensor, TensorInfo)
+    return {
+        "name": tensor.name,
+        "file": tensor.path.name,
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+        "offset": tensor.offset,
+        "nbytes": tensor.nbytes,
+    }
+
+
+def _tensor(job: ExtractJob, place: dict[str, object]) -> TensorInfo:
+    assert job.scratch is not None
+    return TensorInfo(
+        str(place["name"]),
+        BY_NAME[str(place["dtype"])],
+        tuple(place["shape"]),  # type: ignore[arg-type]
+        job.scratch / str(place["file"]),
+        int(place["offset"]),  # type: ignore[call-overload]
+        int(place["nbytes"]),  # type: ignore[call-overload]
+    )

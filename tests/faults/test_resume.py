@@ -1,0 +1,111 @@
+"""A killed extraction goes on where it was, and ends in the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import loratool as lt
+from loratool.ops import extract as extract_op
+from tests.ops.builders import LLAMA, llama_like, moved, save_folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    state = llama_like(layers=12)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    return base, save_folder(moved(state), tmp_path / "tuned", LLAMA)
+
+
+def run(base: Path, tuned: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "loratool", "extract", str(base), str(tuned), "-o", str(out)]
+    return subprocess.Popen([*command, "--rank", "4", "--jobs", "1", "-q"])
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".out.loratool-partial-*"))
+
+
+def test_killed_at_random_moments(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """SIGKILL again and again, at moments spread over the run; the last run is left alone."""
+    lt.extract(*pair, tmp_path / "whole", rank=4)
+    inputs = {p: p.read_bytes() for side in pair for p in side.iterdir()}
+    out = tmp_path / "out"
+    generator = random.Random(1)
+    went_on = 0
+    for _ in range(6):
+        process = run(*pair, out)
+        deadline = time.monotonic() + 60
+        records = generator.randrange(1, 60)
+        while process.poll() is None and time.monotonic() < deadline:
+            if sum(len(list(f.glob("scratch/*.json"))) for f in leftovers(tmp_path)) >= records:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if out.exists():
+            break
+        went_on += bool(leftovers(tmp_path))
+    assert went_on
+    if not out.exists():
+        assert run(*pair, out).wait() == 0
+    assert leftovers(tmp_path) == []
+    for name in ("adapter_model.safetensors", "adapter_config.json", "loratool_report.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert inputs == {p: p.read_bytes() for side in pair for p in side.iterdir()}
+
+
+def test_finished_tensors_are_not_done_again(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    done: list[str] = []
+    original = extract_op.extract_tensor
+
+    def interrupted(job: extract_op.ExtractJob) -> extract_op.ExtractResult:
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        done.append(job.pair.name)
+        return original(job)
+
+    monkeypatch.setattr(extract_op, "extract_tensor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lt.extract(*pair, out, rank=4, jobs=1)
+    first, done = done, []
+    assert len(leftovers(tmp_path)) == 1
+    monkeypatch.setattr(extract_op, "extract_tensor", lambda job: done.append(job) or original(job))
+    lt.extract(*pair, out, rank=4, jobs=1)
+    assert len(first) == 20
+    assert not {job.pair.name for job in done} & set(first)
+    lt.extract(*pair, tmp_path / "whole", rank=4)
+    for name in os.listdir(out):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_options_or_inputs_start_afresh(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    original = extract_op.extract_tensor
+    seen: list[str] = []
+
+    def stop_late(job: extract_op.ExtractJob) -> extract_op.ExtractResult:
+        if len(seen) == 10:
+            raise KeyboardInterrupt
+        seen.append(job.pair.name)
+        return original(job)
+
+    monkeypatch.setattr(extract_op, "extract_tensor", stop_late)
+    with pytest.raises(KeyboardInterrupt):
+        lt.extract(*pair, out, rank=4, jobs=1)
+    monkeypatch.setattr(extract_op, "extract_tensor", original)
+    report = lt.extract(*pair, out, rank=5, jobs=1)
+    assert {row.rank for row in report.rows if row.rank} == {5}
+    assert leftovers(tmp_path) == []
