@@ -141,15 +141,18 @@ def decode(
             f"{label}: {len(unplaced)} tensors have no known meaning in a PEFT LoRA",
             details=unplaced[:12],
         )
-    base = config.get("base_model_name_or_path")
     return Adapter(
         updates,
         NAME,
-        base_model=base if isinstance(base, str) and base else None,
+        base_model=_text(config.get("base_model_name_or_path")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        task_type=config.get("task_type"),
+        task_type=_text(config.get("task_type")),
         base_copies=base_copies,
     )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _config(label: str, side_files: Mapping[str, bytes]) -> dict[str, Any]:

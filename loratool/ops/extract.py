@@ -36,12 +36,8 @@ from loratool.ops.extract_resume import keep, pending, resume_key
 from loratool.ops.sources import Model, open_model
 from loratool.provenance import REPORT_FILE, fingerprint
 from loratool.storage.dtypes import BY_NAME, USER_NAMES, DType
-from loratool.storage.writing import (
-    check_free_space,
-    check_output,
-    staged,
-    write_tensors,
-)
+from loratool.storage.outputs import check_free_space, check_output, staged
+from loratool.storage.writing import write_tensors
 
 LOW_RANK_KINDS = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EMBEDDING)
 BUDGET_RANK = 256
@@ -146,7 +142,7 @@ def plan_extract(
     if base_model is not None and not is_hub_id(base_model):
         raise UsageError(f"--base-model {base_model!r} is not of the form owner/name")
     base_side, tuned_side = open_model(base), open_model(tuned)
-    check_output(output, overwrite=overwrite, inputs=[base, tuned])
+    check_output(output, overwrite=overwrite, inputs=[*base_side.paths, *tuned_side.paths])
     alignment = align(
         base_side.checkpoint, tuned_side.checkpoint, base_side.config, tuned_side.config
     )

@@ -33,16 +33,10 @@ from loratool.storage.checkpoint import (
     WEIGHT_SUFFIXES,
     WeightFile,
 )
+from loratool.storage.outputs import check_free_space, check_output, staged
 from loratool.storage.safetensors_file import encode_header
 from loratool.storage.tensors import LazyTensor, TensorInfo
-from loratool.storage.writing import (
-    OutputSlot,
-    check_free_space,
-    check_output,
-    copy_range,
-    create_with_header,
-    staged,
-)
+from loratool.storage.writing import OutputSlot, copy_range, create_with_header
 
 _JOB_BYTES = 128 * 2**20
 _BLOCK_ELEMENTS = 2**18
@@ -155,7 +149,7 @@ def plan_merge(
     """
     target = resolve_device(device)
     model, value = open_model(base), open_adapter(adapter, alpha)
-    check_output(output, overwrite=overwrite, inputs=[base, adapter])
+    check_output(output, overwrite=overwrite, inputs=[*model.paths, adapter])
     chosen = select(list(value.updates), include, exclude)
     left_out = tuple(name for name in value.updates if name not in chosen)
     value = replace(value, updates={n: u for n, u in value.updates.items() if n in chosen})

@@ -33,6 +33,12 @@ class Model:
     checkpoint: Checkpoint
     config: ModelConfig
 
+    @property
+    def paths(self) -> list[Path]:
+        """What was named, and every weight file and index behind it."""
+        index = [self.checkpoint.index_path] if self.checkpoint.index_path else []
+        return [self.checkpoint.path, *(file.path for file in self.checkpoint.files), *index]
+
 
 def open_model(path: Path) -> Model:
     """A checkpoint from a file, an index or a folder; config.json beside it is read if there.

@@ -14,7 +14,8 @@ import torch
 
 from loratool.errors import NoSpace
 from loratool.storage.dtypes import BY_NAME
-from loratool.storage.writing import create_safetensors, staged
+from loratool.storage.outputs import staged
+from loratool.storage.writing import create_safetensors
 from tests.builders import (
     gpt2_weights,
     lora_factors,

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from loratool.cli.main import main
-from loratool.storage.writing import staged
+from loratool.storage.outputs import staged
 from tests.builders import lora_factors, random_tensor, relative_paths, write_checkpoint, write_peft
 
 STAGES_AND_WAITS = """
 import sys, time
 from pathlib import Path
-from loratool.storage.writing import staged
+from loratool.storage.outputs import staged
 with staged(Path(sys.argv[1])) as staging:
     (staging.out / "model.safetensors").write_bytes(b"half a model")
     print("ready", flush=True)

@@ -16,6 +16,7 @@ from loratool.errors import (
     DisagreementError,
     NonFiniteValues,
     NothingMatches,
+    OutputError,
     RangeOverflow,
     ShapeMismatch,
     UsageError,
@@ -256,3 +257,15 @@ def test_symlinked_shards_work_and_stay_untouched(tmp_path: Path) -> None:
     lt.merge(snapshot, adapter, tmp_path / "merged")
     assert not any(path.is_symlink() for path in (tmp_path / "merged").iterdir())
     assert before == {path.name: path.read_bytes() for path in real.iterdir()}
+
+
+def test_no_file_of_an_input_is_ever_the_output(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA, shards=2)
+    adapter = save_peft(tmp_path / "adapter", {Q0: factors(24, 24)})
+    shard = base / "model-00001-of-00002.safetensors"
+    index = base / "model.safetensors.index.json"
+    before = {path: path.read_bytes() for path in base.iterdir()}
+    for named, target in [(index, shard), (index, index), (base, shard), (base, base)]:
+        with pytest.raises(OutputError):
+            lt.merge(named, adapter, target, overwrite=True)
+    assert before == {path: path.read_bytes() for path in base.iterdir()}

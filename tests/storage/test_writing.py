@@ -11,17 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from loratool.errors import InputMissing, NoSpace, OutputError, OutputExists
 from loratool.storage.dtypes import BY_NAME
+from loratool.storage.outputs import check_free_space, check_output, staged
 from loratool.storage.safetensors_file import read_header
 from loratool.storage.tensors import MemoryTensor
-from loratool.storage.writing import (
-    check_free_space,
-    check_output,
-    copy_range,
-    create_safetensors,
-    park,
-    staged,
-    write_tensors,
-)
+from loratool.storage.writing import copy_range, create_safetensors, park, write_tensors
 from tests.builders import relative_paths, snapshot, write_checkpoint
 
 LAYOUTS = {

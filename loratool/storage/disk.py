@@ -1,0 +1,26 @@
+"""The operating system's refusals to write, as errors that name the output."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loratool.errors import NoSpace, OutputError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+ONLY_ON_WRITING = (*NO_SPACE, errno.EFBIG, errno.EROFS)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that name the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise NoSpace(
+                f"{path}: no space left on the disk", hint="free some and try again"
+            ) from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
