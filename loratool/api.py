@@ -46,6 +46,7 @@ def extract(
     exact: bool = False,
     seed: int = 0,
     base_model: str | None = None,
+    profile: str = "peft",
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -74,6 +75,7 @@ def extract(
         exact=exact,
         seed=seed,
         base_model=base_model,
+        profile=profile,
         overwrite=overwrite,
     )
     return _extract.run_extract(plan, _engine(jobs), progress)

@@ -18,6 +18,7 @@ ALLOWED = {
     "provenance": {"errors", "storage", "algebra", "adapter"},
     "layouts": {"errors", "storage", "algebra", "adapter", "provenance"},
     "formats": {"errors", "storage", "algebra", "adapter", "provenance"},
+    "profiles": {"errors", "storage", "algebra", "adapter", "provenance"},
     "hub": {"errors", "storage", "algebra", "adapter", "provenance", "engine"},
 }
 BELOW_OPS = {*ALLOWED}

@@ -71,6 +71,14 @@ class _ExtractCommand(click.Command):
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised method.")
 @click.option("--base-model", metavar="OWNER/NAME", help="The base's Hub name, for the adapter.")
+@click.option(
+    "--profile",
+    default="peft",
+    show_default=True,
+    metavar="peft|vllm|sglang|llama.cpp",
+    help="Guarantee what this consumer takes (one rank, nothing stored whole), or say what is in "
+    "the way.",
+)
 @options.include_option
 @options.exclude_option
 @options.device_option
@@ -101,6 +109,7 @@ def extract_command(
     svd: str,
     seed: int,
     base_model: str | None,
+    profile: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     device: str,
@@ -141,6 +150,7 @@ def extract_command(
         exact=svd == "exact",
         seed=seed,
         base_model=base_model,
+        profile=profile,
         overwrite=overwrite,
     )
     engine = Engine(jobs) if jobs else Engine()

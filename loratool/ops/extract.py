@@ -34,6 +34,7 @@ from loratool.ops.extract_jobs import (
 from loratool.ops.extract_report import ExtractReport, Status, TensorRow
 from loratool.ops.extract_resume import keep, pending, resume_key
 from loratool.ops.sources import Model, open_model
+from loratool.profiles import Profile, find_profile, fit
 from loratool.provenance import REPORT_FILE, fingerprint
 from loratool.storage.dtypes import BY_NAME, USER_NAMES, DType
 from loratool.storage.outputs import check_free_space, check_output, staged
@@ -60,6 +61,7 @@ class ExtractPlan:
     device: torch.device
     seed: int
     base_model: str | None
+    profile: Profile
     drop_rest: bool
     overwrite: bool
     alignment: Alignment
@@ -121,6 +123,7 @@ def plan_extract(
     exact: bool = False,
     seed: int = 0,
     base_model: str | None = None,
+    profile: str = "peft",
     overwrite: bool = False,
 ) -> ExtractPlan:
     """Read headers and decide what happens to every tensor. Nothing is written.
@@ -181,6 +184,7 @@ def plan_extract(
         target,
         seed,
         base_model or base_side.config.hub_name,
+        find_profile(profile),
         drop_rest,
         overwrite,
         alignment,
@@ -223,6 +227,7 @@ def run_extract(
             task_type=plan.base.config.task_type,
             base_model=plan.base_model,
         )
+        fitted = fit(adapter, plan.profile, str(plan.seed))
         report = ExtractReport.of(
             rows,
             rank=plan.rank,
@@ -232,10 +237,10 @@ def run_extract(
             base_model=plan.base_model,
             base=_side(plan.base),
             tuned=_side(plan.tuned),
-            notes=_notes(plan, adapter, allocation),
-            stored=stored_size(adapter),
+            notes=(*_notes(plan, adapter, allocation), *fitted.notes),
+            stored=stored_size(fitted.adapter),
         )
-        tensors, side_files = peft.encode(adapter, base_modules(plan.alignment))
+        tensors, side_files = peft.encode(fitted.adapter, base_modules(plan.alignment))
         write_tensors(staging.out / peft.WEIGHTS_FILE, tensors, {"format": "pt"})
         for name, content in side_files.items():
             (staging.out / name).write_bytes(content)

@@ -1,0 +1,5 @@
+"""One consumer of adapters per file: what it accepts."""
+
+from loratool.profiles.profile import PROFILES, Fitted, Profile, find_profile, fit
+
+__all__ = ["PROFILES", "Fitted", "Profile", "find_profile", "fit"]

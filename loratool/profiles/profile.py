@@ -1,0 +1,114 @@
+"""What a consumer accepts, and making an adapter acceptable to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from loratool.adapter import Adapter, LowRankUpdate
+from loratool.errors import Unplaced, UsageError
+from loratool.profiles import llama_cpp, peft, sglang, vllm
+from loratool.profiles.limits import Limits
+from loratool.profiles.padding import PaddedColumns, PaddedRows
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A consumer by name, and its limits."""
+
+    name: str
+    limits: Limits
+
+
+PROFILES = {
+    name: Profile(name, module.LIMITS)
+    for name, module in {
+        "peft": peft,
+        "vllm": vllm,
+        "sglang": sglang,
+        "llama.cpp": llama_cpp,
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter that the profile accepts, and what had to be done to it."""
+
+    adapter: Adapter
+    notes: tuple[str, ...]
+
+
+def find_profile(name: str) -> Profile:
+    """The profile of that name. Raises UsageError naming the choices."""
+    if name not in PROFILES:
+        raise UsageError(f"unknown profile {name!r}", hint=f"choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def fit(adapter: Adapter, profile: Profile, key: str) -> Fitted:
+    """The adapter as ``profile`` takes it: its values are not changed, only their form.
+
+    Ranks are made uniform by adding columns of zeros to B and Gaussian rows to A (not zeros, or
+    the added rank could never be trained), drawn from ``key``. Raises Unplaced for what is in
+    the way, naming it.
+    """
+    _check(adapter, profile)
+    if not profile.limits.one_rank or not adapter.low_rank:
+        return Fitted(adapter, ())
+    ranks = sorted({update.rank for update in adapter.low_rank.values()})
+    rank = _allowed_rank(ranks[-1], profile)
+    updates = dict(adapter.updates)
+    for name, update in adapter.low_rank.items():
+        updates[name] = _padded(update, rank, f"{key}:{name}")
+    notes = [profile.limits.serve.format(rank=rank)] if profile.limits.serve else []
+    if ranks != [rank]:
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        notes.append(f"ranks of {span} were padded to {rank} for {profile.name}")
+    return Fitted(replace(adapter, updates=updates), tuple(notes))
+
+
+def _check(adapter: Adapter, profile: Profile) -> None:
+    limits = profile.limits
+    in_the_way = []
+    for name in adapter.replacements:
+        if not (limits.biases if name.endswith(".bias") else limits.whole_modules):
+            in_the_way.append(f"{name}: stored whole")
+    for name, update in adapter.low_rank.items():
+        last = name.split(".")[-2] if "." in name else name
+        if update.is_embedding and not limits.embeddings:
+            in_the_way.append(f"{name}: an update of an embedding")
+        elif last in limits.refused_modules:
+            in_the_way.append(f"{name}: an update of {last}")
+    if in_the_way:
+        more = [f"… {len(in_the_way) - 12} more"] if len(in_the_way) > 12 else []
+        raise Unplaced(
+            f"{profile.name} does not take {len(in_the_way)} of the adapter's parameters",
+            details=[*in_the_way[:12], *more],
+            hint="leave them out with --drop-rest or --exclude, or use --profile peft",
+        )
+
+
+def _allowed_rank(largest: int, profile: Profile) -> int:
+    if profile.limits.ranks is None:
+        return largest
+    fitting = [rank for rank in profile.limits.ranks if rank >= largest]
+    if not fitting:
+        raise Unplaced(
+            f"{profile.name} takes ranks up to {profile.limits.ranks[-1]}, this adapter has "
+            f"{largest}",
+            hint=f"use --max-rank {profile.limits.ranks[-1]}",
+        )
+    return fitting[0]
+
+
+def _padded(update: LowRankUpdate, rank: int, key: str) -> LowRankUpdate:
+    """Rank and alpha raised together, so that the scale stays what it is."""
+    extra = rank - update.rank
+    if not extra:
+        return update
+    return replace(
+        update,
+        b=PaddedColumns(update.b, extra),
+        a=PaddedRows(update.a, extra, key),
+        alpha=update.alpha * rank / update.rank,
+    )
