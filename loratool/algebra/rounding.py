@@ -18,14 +18,16 @@ Bounds: standard dot product analysis (Higham, 2002, §3.1), γ_r ≤ 1.01·r·u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loratool.algebra.exact_sum import scaled_exactly, sum_rounded_to_odd
+from loratool.algebra.kernels import decide_bf16
 from loratool.algebra.lowrank import LowRank
 from loratool.errors import NonFiniteValues, UnsupportedInput
 
@@ -33,8 +35,9 @@ U32 = 2.0**-24
 U64 = 2.0**-53
 _TINY = 2.0**-126
 _GATHER_ELEMENTS = 2**22
-_MAX_SWEEPS = 12
-_SPLITTER = 2.0**27 + 1
+_UP = 1 + 1e-6
+_HUGE = 2.0**100
+"""Beyond this size float32 estimates might overflow; float64 decides then."""
 
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -52,6 +55,17 @@ class RoundedBlock:
     level2: int
     level3: int
     overflowed: int
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What a level made of a block: values, flat positions it left open (their values are only
+    close), how many values differ from w0, and the largest |w0|."""
+
+    values: Tensor
+    open: Tensor
+    changed: int
+    largest: float
 
 
 class CertifiedSum:
@@ -72,10 +86,19 @@ class CertifiedSum:
         self._terms = list(terms)
         self._a32 = [term.a.float().contiguous() for term in terms]
         self._b32 = [term.b.float().contiguous() for term in terms]
+        self._b64 = [b.double() for b in self._b32]
+        self._at64 = [a.T.double().contiguous() for a in self._a32]  # so that columns lie together
         self._a_norm = [_norms_up(a, dim=0) for a in self._a32]
         self._b_norm = [_norms_up(b, dim=1) for b in self._b32]
-        self._a_max = [float(norm.max()) if norm.numel() else 0.0 for norm in self._a_norm]
-        self._adds = len(terms) + 2
+        # per row of ΔW: no |ΔW_ij| is above ``size`` (Cauchy–Schwarz), and no sum of its products
+        # errs by more than ``rounding`` units
+        self._size = torch.zeros_like(self._b_norm[0])
+        self._rounding = torch.zeros_like(self._b_norm[0])
+        for term, a, b in zip(terms, self._a_norm, self._b_norm, strict=True):
+            size = abs(term.scale) * (float(a.max()) if a.numel() else 0.0) * b
+            self._size += size
+            self._rounding += (1.01 * term.rank + 4) * size
+        self._adds = len(terms) + 3
 
     def add_to(self, w0: Tensor, first_row: int, dtype: torch.dtype) -> RoundedBlock:
         """RN(w0 + ΔW[first_row : first_row + len(w0)]) in ``dtype``.
@@ -83,82 +106,88 @@ class CertifiedSum:
         w0: (rows, columns) in bf16, fp16 or fp32. Raises NonFiniteValues when w0 holds NaN or
         infinity. A result beyond the dtype's range is ±infinity, as IEEE rounding has it.
         """
-        rows = slice(first_row, first_row + w0.shape[0])
         if w0.numel() == 0:
             return RoundedBlock(w0.to(dtype), 0, 0, 0, 0)
-        largest = w0.abs().amax(dim=1, keepdim=True).double()
-        if not bool(torch.isfinite(largest).all()):
+        rows = slice(first_row, first_row + w0.shape[0])
+        if dtype == torch.float32:
+            decided = self._decide_float64(w0, rows)
+        else:
+            decided = self._decide_float32(w0, rows, dtype)
+        if not math.isfinite(decided.largest):
             bad = torch.nonzero(~torch.isfinite(w0))[0].tolist()
             raise NonFiniteValues(f"NaN or infinity at [{first_row + bad[0]}, {bad[1]}]")
-        level2 = 0
-        if dtype == torch.float32:
-            values, open_ = self._decide_float64(w0, rows, largest)
-        else:
-            values, open_ = self._decide_float32(w0, rows, largest, dtype)
-            level2 = len(open_)
-            open_ = self._settle_float64(w0, first_row, open_, values)
-        self._settle_exactly(w0, first_row, open_, values)
-        changed = int((_bits(values) != _bits(w0.to(dtype))).sum())
-        reach = float((largest + self._size_bound(rows)).max())
+        reach = decided.largest + float(self._size[rows].max())
+        values, open_ = decided.values, decided.open
+        if reach > _HUGE and dtype != torch.float32:
+            open_ = torch.arange(w0.numel(), device=w0.device)  # float32 may have overflowed
+        start = w0.to(dtype).reshape(-1)
+        flat = values.reshape(-1)
+        changed = decided.changed - int((_bits(flat[open_]) != _bits(start[open_])).sum())
+        level2 = 0 if dtype == torch.float32 else len(open_)
+        left = open_
+        if dtype != torch.float32:
+            left = self._settle_float64(w0, first_row, open_, values)
+        self._settle_exactly(w0, first_row, left, values)
+        changed += int((_bits(flat[open_]) != _bits(start[open_])).sum())
         might_overflow = reach >= torch.finfo(dtype).max
         overflowed = int(torch.isinf(values).sum()) if might_overflow else 0
-        return RoundedBlock(values, changed, level2, len(open_), overflowed)
+        return RoundedBlock(values, changed, level2, len(left), overflowed)
 
     # Level 1 ---------------------------------------------------------------------------------
 
-    def _decide_float32(
-        self, w0: Tensor, rows: slice, largest: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        estimate = w0.float()
-        for term, b, a in zip(self._terms, self._b32, self._a32, strict=True):
-            estimate.addmm_(b[rows], a, alpha=term.scale)
-        margin = self._row_bound(rows, largest, U32, _TINY).float() * (1 + 2 * U32)
-        low = (estimate - margin).to(dtype)
-        values = estimate.add_(margin).to(dtype)
-        return values, torch.nonzero(_bits(low) != _bits(values))
+    def _decide_float32(self, w0: Tensor, rows: slice, dtype: torch.dtype) -> _Decided:
+        product = torch.empty(w0.shape, dtype=torch.float32, device=w0.device)
+        for index, (term, b, a) in enumerate(zip(self._terms, self._b32, self._a32, strict=True)):
+            torch.addmm(product, b[rows], a, beta=min(index, 1), alpha=term.scale, out=product)
+        per_row = self._rounding[rows] + self._adds * self._size[rows]
+        margin = ((U32 * per_row + self._tiny(_TINY)) * _UP).float()
+        per_value = U32 * self._adds * _UP
+        decide = decide_bf16() if dtype == w0.dtype == torch.bfloat16 else None
+        if decide is not None and w0.device.type == "cpu":
+            return _Decided(*decide(w0, product, margin, per_value))
+        start = w0.float()
+        size = start.abs()
+        largest = float(size.max())
+        estimate = product.add_(start)
+        margins = size.mul_(per_value).add_(margin[:, None])
+        low = (estimate - margins).to(dtype)
+        values = estimate.add_(margins).to(dtype)
+        open_ = torch.nonzero((_bits(low) != _bits(values)).reshape(-1))[:, 0]
+        changed = int(torch.count_nonzero(_bits(values) != _bits(w0.to(dtype))))
+        return _Decided(values, open_, changed, largest)
 
     # Level 2 ---------------------------------------------------------------------------------
 
-    def _decide_float64(self, w0: Tensor, rows: slice, largest: Tensor) -> tuple[Tensor, Tensor]:
+    def _decide_float64(self, w0: Tensor, rows: slice) -> _Decided:
         estimate = w0.double()
+        largest = float(estimate.abs().max())
+        size = estimate.abs().amax(dim=1)
         for term, b, a in zip(self._terms, self._b32, self._a32, strict=True):
             estimate.addmm_(b[rows].double(), a.double(), alpha=term.scale)
-        margin = self._row_bound(rows, largest, U64, 2.0**-1000)
+        per_row = self._rounding[rows] + self._adds * (size + self._size[rows])
+        margin = (U64 * per_row + self._tiny(2.0**-1000))[:, None]
         low = (estimate - margin).float()
         values = estimate.add_(margin).float()
-        return values, torch.nonzero(_bits(low) != _bits(values))
-
-    def _row_bound(self, rows: slice, largest: Tensor, unit: float, tiny: float) -> Tensor:
-        """(rows, 1) float64: bound on |estimate − Y|, and on rounding estimate ± bound itself."""
-        rounding = self._adds * (largest + self._size_bound(rows))
-        for term, b_norm, a_max in zip(self._terms, self._b_norm, self._a_max, strict=True):
-            rounding += (1.01 * term.rank + 4) * abs(term.scale) * a_max * b_norm[rows, None]
-        return unit * rounding + self._tiny(tiny)
-
-    def _size_bound(self, rows: slice) -> Tensor:
-        """(rows, 1) float64: no |ΔW_ij| of a row is above it (Cauchy–Schwarz)."""
-        size = torch.zeros_like(self._b_norm[0][rows, None])
-        for term, b_norm, a_max in zip(self._terms, self._b_norm, self._a_max, strict=True):
-            size += abs(term.scale) * a_max * b_norm[rows, None]
-        return size
+        open_ = torch.nonzero((_bits(low) != _bits(values)).reshape(-1))[:, 0]
+        changed = int(torch.count_nonzero(_bits(values) != _bits(w0.float())))
+        return _Decided(values, open_, changed, largest)
 
     def _tiny(self, smallest: float) -> float:
         return smallest * (2 + sum(term.rank + 2 for term in self._terms))
 
-    def _settle_float64(
-        self, w0: Tensor, first_row: int, positions: Tensor, values: Tensor
-    ) -> Tensor:
-        """Decide ``positions`` (N, 2) in float64, in place; return those still open."""
-        still_open = []
+    def _settle_float64(self, w0: Tensor, first_row: int, open_: Tensor, values: Tensor) -> Tensor:
+        """Decide the flat positions ``open_`` in float64, in place; return those still open."""
+        still_open = [open_[:0]]
         width = max(1, max((term.rank for term in self._terms), default=1))
-        for part in torch.split(positions, max(1, _GATHER_ELEMENTS // width)):
-            row, column = part[:, 0], part[:, 1]
+        columns = w0.shape[1]
+        for part in torch.split(open_, max(1, _GATHER_ELEMENTS // width)):
+            row, column = part // columns, part % columns
             start = w0[row, column].double()
             estimate, margin = start.clone(), self._adds * start.abs()
             for term, b, a, b_norm, a_norm in zip(
-                self._terms, self._b32, self._a32, self._b_norm, self._a_norm, strict=True
+                self._terms, self._b64, self._at64, self._b_norm, self._a_norm, strict=True
             ):
-                product = (b[first_row + row].double() * a[:, column].T.double()).sum(dim=1)
+                product = (b[first_row + row] * a[column]).sum(dim=1)
                 estimate += term.scale * product
                 size = abs(term.scale) * b_norm[first_row + row] * a_norm[column]
                 margin += (1.01 * term.rank + 4 + self._adds) * size
@@ -167,22 +196,20 @@ class CertifiedSum:
             high = round_float64(estimate + margin, values.dtype)
             values[row, column] = high
             still_open.append(part[_bits(low) != _bits(high)])
-        return torch.cat(still_open) if still_open else positions
+        return torch.cat(still_open)
 
     # Level 3 ---------------------------------------------------------------------------------
 
-    def _settle_exactly(
-        self, w0: Tensor, first_row: int, positions: Tensor, values: Tensor
-    ) -> None:
+    def _settle_exactly(self, w0: Tensor, first_row: int, open_: Tensor, values: Tensor) -> None:
         width = 1 + 2 * sum(term.rank for term in self._terms)
-        for part in torch.split(positions, max(1, _GATHER_ELEMENTS // width)):
-            row, column = part[:, 0], part[:, 1]
+        for part in torch.split(open_, max(1, _GATHER_ELEMENTS // width)):
+            row, column = part // w0.shape[1], part % w0.shape[1]
             start = w0[row, column]
             addends = [start.double().cpu().numpy()[None]]
-            for term, b, a in zip(self._terms, self._b32, self._a32, strict=True):
-                product = b[first_row + row].double() * a[:, column].T.double()
-                addends += _scaled_exactly(product.T.cpu().numpy(), term.scale)
-            exact = torch.from_numpy(_sum_rounded_to_odd(np.concatenate(addends)))
+            for term, b, a in zip(self._terms, self._b64, self._at64, strict=True):
+                product = b[first_row + row] * a[column]
+                addends += scaled_exactly(product.T.cpu().numpy(), term.scale)
+            exact = torch.from_numpy(sum_rounded_to_odd(np.concatenate(addends)))
             rounded = round_float64(exact, values.dtype).to(values.device)
             unchanged_zero = (exact == 0).to(start.device) & (start == 0)
             values[row, column] = torch.where(unchanged_zero, start.to(values.dtype), rounded)
@@ -215,68 +242,3 @@ def _norms_up(factor: Tensor, dim: int) -> Tensor:
     """Euclidean norms in float64, rounded up."""
     norms: Tensor = torch.linalg.vector_norm(factor.double(), dim=dim)
     return norms * (1 + 1e-9)
-
-
-def _scaled_exactly(products: np.ndarray, scale: float) -> list[np.ndarray]:
-    """``scale · products`` as an unevaluated sum of two arrays, without error (TwoProduct)."""
-    high = products * scale
-    p_high, p_low = _split(products)
-    s_high, s_low = _split(np.float64(scale))
-    low = ((p_high * s_high - high) + p_high * s_low + p_low * s_high) + p_low * s_low
-    return [high, low]
-
-
-def _split(values: np.ndarray | np.float64) -> tuple[np.ndarray, np.ndarray]:
-    scaled = values * _SPLITTER
-    high = scaled - (scaled - values)
-    return np.asarray(high), np.asarray(values - high)
-
-
-def _sum_rounded_to_odd(addends: np.ndarray) -> np.ndarray:
-    """Column sums of (K, N) doubles, exact where representable, else rounded to odd.
-
-    Rounding to odd keeps, in 53 bits, which side of every narrower rounding boundary the exact
-    sum lies on.
-    """
-    result = np.empty(addends.shape[1])
-    active = np.arange(addends.shape[1])
-    terms = addends
-    for _ in range(_MAX_SWEEPS):
-        if not len(active):
-            return result
-        terms = _two_sum_sweep(terms)
-        head, rest = terms[-1], terms[:-1]
-        size = np.abs(rest).sum(axis=0)
-        tail = rest.sum(axis=0)
-        certain = np.abs(tail) > size * (2 * len(rest) * U64)
-        done = (size == 0) | (certain & (head + tail == head))
-        result[active[done]] = _to_odd(head[done], np.sign(tail[done]))
-        active, terms = active[~done], terms[:, ~done]
-    for index, column in zip(active, terms.T, strict=True):
-        result[index] = _fraction_to_odd(sum((Fraction(float(x)) for x in column), Fraction(0)))
-    return result
-
-
-def _two_sum_sweep(terms: np.ndarray) -> np.ndarray:
-    """One VecSum pass: the same exact sum, with its leading part collected in the last row."""
-    swept = np.empty_like(terms)
-    head = terms[0]
-    for index in range(1, len(terms)):
-        total = head + terms[index]
-        part = total - head
-        swept[index - 1] = (head - (total - part)) + (terms[index] - part)
-        head = total
-    swept[-1] = head
-    return swept
-
-
-def _to_odd(head: np.ndarray, side: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(head).view(np.int64)
-    inward = (side != 0) & (side * np.sign(head) < 0)
-    return np.where(side != 0, (bits - inward) | 1, bits).view(np.float64)
-
-
-def _fraction_to_odd(value: Fraction) -> float:
-    nearest = float(value)
-    side = (value > Fraction(nearest)) - (value < Fraction(nearest))
-    return float(_to_odd(np.array([nearest]), np.array([float(side)]))[0])

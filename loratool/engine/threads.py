@@ -97,11 +97,16 @@ class Engine:
             progress.finish()
 
 
+def _settle_thread() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)  # tiny weights are values like any other
+
+
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+        with ThreadPoolExecutor(workers, initializer=_settle_thread) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)

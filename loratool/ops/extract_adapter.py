@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from loratool.adapter import Adapter, ModuleKind, Replacement, Update, module_of
@@ -9,7 +10,7 @@ from loratool.formats import peft
 from loratool.layouts.pairs import Alignment, Pair
 from loratool.ops.extract_jobs import ExtractResult
 from loratool.ops.extract_report import Status
-from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.storage.tensors import LazyTensor
 
 
 def build_adapter(
@@ -81,9 +82,9 @@ def base_modules(alignment: Alignment) -> set[str]:
 
 
 def stored_size(adapter: Adapter) -> tuple[int, int]:
-    """(values, bytes) of an adapter whose tensors lie in files."""
+    """(values, bytes) of an adapter's tensors."""
     tensors: list[LazyTensor] = []
     for update in adapter.updates.values():
         tensors += [update.value] if isinstance(update, Replacement) else [update.b, update.a]
-    infos = [tensor for tensor in tensors if isinstance(tensor, TensorInfo)]
-    return sum(info.numel for info in infos), sum(info.nbytes for info in infos)
+    sizes = [(math.prod(tensor.shape), tensor.dtype.bits // 8) for tensor in tensors]
+    return sum(count for count, _ in sizes), sum(count * item for count, item in sizes)
