@@ -39,7 +39,7 @@ def _compiled() -> Decide | None:
     ) -> tuple[Tensor, Tensor, int, float]:
         """w0: (rows, columns) bf16. product: float32. margin: (rows,) float32."""
         values = torch.empty_like(w0)
-        open_ = np.empty(w0.numel(), dtype=np.int64)
+        open_ = np.empty(w0.numel(), dtype=np.int32)
         count, changed, largest = loop(
             w0.contiguous().view(torch.uint16).numpy(),
             product.numpy(),
@@ -49,7 +49,7 @@ def _compiled() -> Decide | None:
             open_,
         )
         top = torch.tensor([largest], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-        return values, torch.from_numpy(open_[:count].copy()), int(changed), float(top)
+        return values, torch.from_numpy(open_[:count].astype(np.int64)), int(changed), float(top)
 
     return decide
 

@@ -39,7 +39,10 @@ from loratool.storage.tensors import LazyTensor, TensorInfo
 from loratool.storage.writing import OutputSlot, copy_range, create_with_header
 
 _JOB_BYTES = 128 * 2**20
-_BLOCK_ELEMENTS = 2**18
+_BLOCK_ELEMENTS = 2**20
+_COMPILE_ELEMENTS = 2 * 10**8
+"""From this many changed weights on, loading the compiled pass pays."""
+
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -53,6 +56,7 @@ class MergeJob:
     stop: int
     slot: OutputSlot
     device: torch.device
+    compiled: bool
 
     @property
     def cost(self) -> int:
@@ -284,7 +288,7 @@ def _certified(job: MergeJob) -> CertifiedSum:
     part = value.rows(job.start, job.stop)
     scaled = LowRank(part.b.to(job.device), part.a.to(job.device), part.scale * job.update.weight)
     try:
-        return CertifiedSum([scaled])
+        return CertifiedSum([scaled], compiled=job.compiled)
     except (NonFiniteValues, UnsupportedInput) as error:
         raise type(error)(f"{job.update.source}: {error.message}") from None
 
@@ -310,7 +314,7 @@ def _file_jobs(file: WeightFile, target: Path, plan: MergePlan) -> Iterator[Merg
         info, slot = file.tensors[name], slots[name]
         if name in updates:
             update = replace(updates[name], weight=plan.scale)
-            yield from _row_jobs(info, update, slot, plan.device)
+            yield from _row_jobs(info, update, slot, plan)
         elif info.nbytes:
             if pending and _continues(pending, info, slot):
                 pending = replace(pending, nbytes=pending.nbytes + info.nbytes)
@@ -333,12 +337,14 @@ def _continues(job: CopyJob, info: TensorInfo, slot: OutputSlot) -> bool:
 
 
 def _row_jobs(
-    info: TensorInfo, update: PlacedUpdate, slot: OutputSlot, device: torch.device
+    info: TensorInfo, update: PlacedUpdate, slot: OutputSlot, plan: MergePlan
 ) -> Iterator[MergeJob]:
     rows = info.rows
+    compiled = plan.changed_bytes >= 2 * _COMPILE_ELEMENTS
     step = max(1, _JOB_BYTES * rows // max(1, info.nbytes))
     for start in range(0, rows, step):
-        yield MergeJob(info, update, start, min(start + step, rows), slot, device)
+        stop = min(start + step, rows)
+        yield MergeJob(info, update, start, stop, slot, plan.device, compiled)
 
 
 def _create_like(file: WeightFile, target: Path) -> dict[str, OutputSlot]:
