@@ -73,8 +73,8 @@ class CertifiedSum:
 
     terms: updates in the tensor's own (rows, columns) orientation, factors of at most float32
     precision, on one device. compiled: use the compiled pass where numba is installed; it costs
-    a third of a second to load and gives the same result. Raises UnsupportedInput for float64 factors and NonFiniteValues for
-    NaN or infinite ones.
+    a third of a second to load and gives the same result. Raises UnsupportedInput for float64
+    factors and NonFiniteValues for NaN or infinite ones.
     """
 
     def __init__(self, terms: Sequence[LowRank], *, compiled: bool = True):

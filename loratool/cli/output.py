@@ -46,7 +46,9 @@ class Output:
     def line(self, text: str = "") -> None:
         """A line of the result."""
         if not self.as_json and not self.quiet:
-            _console(sys.stdout).print(printable(text), markup=False, highlight=False)
+            _console(sys.stdout).print(
+                printable(text), markup=False, highlight=False, soft_wrap=True
+            )
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1
