@@ -21,13 +21,11 @@ HERE = Path(__file__).resolve().parent
 RANKS = ("1", "4", "16", "64")
 
 
-def loratool(*arguments: str) -> None:
-    """Run a loratool command as a user would, and show it."""
-    print(f"$ loratool {' '.join(arguments)}", flush=True)
-    subprocess.run(
-        [sys.executable, "-m", "loratool", *arguments, "--quiet"],
-        check=True,
-    )
+def loratool(folder: Path, command: str) -> None:
+    """Run a loratool command in ``folder`` as a user would, and show it."""
+    print(f"$ loratool {command}", flush=True)
+    words = [sys.executable, "-m", "loratool", *command.split(), "--quiet"]
+    subprocess.run(words, cwd=folder, check=True)
 
 
 def size(folder: Path) -> int:
@@ -42,15 +40,18 @@ def main() -> None:
     print(f"held-out text: {len(lines)} lines that no model here was trained on\n")
     start, goal = bits_per_byte(base, lines), bits_per_byte(tuned, lines)
     rows = [("base model", size(base), "", start), ("fine-tuned model", size(tuned), "", goal)]
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        (work / "base").symlink_to(base)
+        (work / "tuned").symlink_to(tuned)
         for rank in RANKS:
-            adapter, merged = Path(work) / f"adapter-r{rank}", Path(work) / f"merged-r{rank}"
-            loratool("extract", str(base), str(tuned), "-o", str(adapter), "--rank", rank)
-            loratool("merge", str(base), str(adapter), "-o", str(merged))
-            report = json.loads((adapter / "loratool_report.json").read_text())
+            loratool(work, f"extract base tuned -o adapter-r{rank} --rank {rank}")
+            loratool(work, f"merge base adapter-r{rank} -o merged-r{rank}")
+            report = json.loads((work / f"adapter-r{rank}" / "loratool_report.json").read_text())
             kept = f"{100 * report['totals']['energy_kept']:.1f} %"
+            loss = bits_per_byte(work / f"merged-r{rank}", lines)
             rows.append(
-                (f"base + adapter, rank {rank}", size(adapter), kept, bits_per_byte(merged, lines))
+                (f"base + adapter, rank {rank}", size(work / f"adapter-r{rank}"), kept, loss)
             )
     print()
     print(

@@ -138,6 +138,9 @@ def _show_adapter(out: Output, report: AdapterReport) -> None:
 def _show_pair(out: Output, report: PairReport) -> None:
     from loratool.ops.inspect import family_of, layer_of
 
+    if not report.rows:
+        out.line(f"{report.base} and {report.tuned} hold the same values")
+        return
     families: dict[str, list[DeltaRow]] = defaultdict(list)
     for row in report.rows:
         families[row.name if out.verbose else family_of(row.name)].append(row)
