@@ -1,0 +1,123 @@
+"""Measure everything and print it as Markdown; ``--write`` makes docs/benchmarks.md of it.
+
+``--quick`` uses small models and few rounds, to see that the scripts work. ``--from-json``
+renders results measured before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench_extract import LARGEST, SHAPES, compare_errors, compare_times, usable_cores
+from bench_extract import whole_command as extract_whole
+from bench_memory import peaks
+from bench_merge import compare_merges
+from measure import HERE, WORK, note, python, run
+from report import markdown
+
+STAGES = ("merge", "extract_times", "extract_errors", "extract_whole", "memory")
+PACKAGES = ("loratool", "torch", "safetensors", "peft", "transformers")
+DOCS = HERE.parent / "docs" / "benchmarks.md"
+
+
+def measure(
+    file: Path, stages: Sequence[str], *, rounds: int, quick: bool, largest: bool
+) -> dict[str, Any]:
+    """Measure ``stages``, adding each to ``file`` as soon as it is known; all results in it."""
+    shapes: tuple[tuple[int, int], ...]
+    if quick:
+        small, large = _pair(1024, 2816, 1, 8000), _pair(1024, 2816, 2, 8000)
+        shapes, error_shape = ((1024, 1024),), (1024, 1024)
+    else:
+        small, large = _pair(2048, 5632, 4, 32000), _pair(2048, 5632, 8, 32000)
+        shapes, error_shape = SHAPES, (2048, 2048)
+    work: dict[str, Callable[[], Any]] = {
+        "merge": lambda: compare_merges(large, rounds),
+        "extract_times": lambda: compare_times(
+            (*shapes, LARGEST) if largest else shapes, min(rounds, 3)
+        ),
+        "extract_errors": lambda: compare_errors(error_shape),
+        "extract_whole": lambda: extract_whole(large, min(rounds, 3)),
+        "memory": lambda: peaks([small, large], min(rounds, 3)),
+    }
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for stage in stages:
+        before = os.getloadavg()[0]
+        results[stage] = work[stage]()
+        results.setdefault("load", {})[stage] = max(before, os.getloadavg()[0])
+        results.update(machine=machine(), quick=quick)
+        file.write_text(json.dumps(results, indent=1))
+    return results
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _pair(hidden: int, intermediate: int, layers: int, vocabulary: int) -> Path:
+    folder = WORK / f"{hidden}x{layers}"
+    note(f"making {folder.name}")
+    sizes = {
+        "--hidden": hidden,
+        "--intermediate": intermediate,
+        "--layers": layers,
+        "--vocabulary": vocabulary,
+    }
+    run([*python("make_pair.py", folder), *(str(x) for pair in sizes.items() for x in pair)])
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small models, one round")
+    parser.add_argument("--largest", action="store_true", help="also a 4096×11008 matrix")
+    parser.add_argument("--rounds", type=int, help="of merge; at most 3 elsewhere [5]")
+    parser.add_argument("--only", nargs="+", choices=STAGES, help="measure these anew, keep others")
+    parser.add_argument("--from-json", type=Path, help="render these results, measure nothing")
+    parser.add_argument("--write", action="store_true", help=f"write docs/{DOCS.name}")
+    given = parser.parse_args()
+    if given.quick and given.write:
+        parser.error("--quick results do not go into the docs")
+    if given.from_json:
+        results = json.loads(given.from_json.read_text())
+    else:
+        WORK.mkdir(exist_ok=True)
+        file = WORK / ("quick.json" if given.quick else "results.json")
+        if not given.only:
+            file.unlink(missing_ok=True)
+        rounds = given.rounds or (1 if given.quick else 5)
+        results = measure(
+            file, given.only or STAGES, rounds=rounds, quick=given.quick, largest=given.largest
+        )
+    if missing := [stage for stage in STAGES if stage not in results]:
+        parser.exit(0, f"not rendered yet, still to measure: {', '.join(missing)}\n")
+    text = markdown(results)
+    print(text)
+    if given.write:
+        DOCS.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
