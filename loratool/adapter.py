@@ -7,6 +7,7 @@ Updates are named by the parameter they change in the full model's own naming
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,7 +35,9 @@ class LowRankUpdate:
 
     b: (out, r), a: (r, in) for a linear module. For an embedding the factors are PEFT's
     ``lora_embedding_B`` (dim, r) and ``lora_embedding_A`` (r, vocabulary), whose product is the
-    transposed change of the (vocabulary, dim) table. r and alpha are as the file states them.
+    transposed change of the (vocabulary, dim) table. For a convolution a: (r, in, k…) and
+    b: (out, r, 1…), and the weight is read as the matrix (out, in·k…). r and alpha are as the
+    file states them.
     """
 
     b: LazyTensor
@@ -48,14 +51,19 @@ class LowRankUpdate:
         return self.a.shape[0]
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """(in, k…) of a convolution; () of a matrix."""
+        return self.a.shape[1:] if len(self.a.shape) > 2 else ()
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the weight: (out, in), or (vocabulary, dim) of an embedding."""
-        product = (self.b.shape[0], self.a.shape[1])
+        """Shape of the weight as a matrix: (out, in), or (vocabulary, dim) of an embedding."""
+        product = (self.b.shape[0], math.prod(self.a.shape[1:]))
         return (product[1], product[0]) if self.is_embedding else product
 
     def load(self) -> LowRank:
         """The update in the orientation of ``shape``."""
-        value = LowRank(self.b.read(), self.a.read(), self.scale)
+        value = LowRank(self.b.read().flatten(1), self.a.read().flatten(1), self.scale)
         return value.T if self.is_embedding else value
 
 

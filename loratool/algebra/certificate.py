@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loratool.algebra.passes import image_and_back
 from loratool.algebra.random import gaussian
 
 PROBES = 8
@@ -48,14 +49,14 @@ EXACT = ExcessBound(0.0, 0.0)
 
 
 def excess_bound(
-    d: Tensor, u: Tensor, theta: Tensor, v: Tensor, rank: int, energy: float, key: str
+    d: Tensor, theta: Tensor, v: Tensor, back: Tensor, rank: int, energy: float, key: str
 ) -> ExcessBound:
-    """Bound the excess of the first ``rank`` of the Ritz triplets (u, theta, v) of ``d``.
+    """Bound the excess of the first ``rank`` of the Ritz pairs (theta, v) of ``d``.
 
-    d: (m, n) float32. u: (m, l), v: (n, l) with orthonormal columns to float32, theta: (l,)
-    float64. energy: ‖d‖²_F.
+    d: (m, n) float32. theta: (l,) float64. v: (n, l) with orthonormal columns to float32. back:
+    DᵀD·v, float64. energy: ‖d‖²_F.
     """
-    g = ((d.T @ u).double() - v.double() * theta) * theta
+    g = back - v.double() * theta.square()
     r = torch.linalg.qr(g).R
     best = math.inf
     failure = 0.0
@@ -89,17 +90,17 @@ def _residual_norm_bounds(d: Tensor, v: Tensor, key: str) -> Iterator[float]:
     block = _project_out(gaussian(d.shape[1], PROBES, f"{key}:probe").to(d.device), v)
     growth = 0.0  # log of what the probes were divided by
     for step in range(1, max(POWER_STEPS) + 1):
-        image = d @ block
+        image, back = image_and_back(d, block)
         if step - 1 in POWER_STEPS:
             yield _norm_from_probes(image, growth, step - 1)
-        block = _project_out(d.T @ image, v)
+        block = _project_out(back, v)
         scale = float(block.abs().max())
         if scale == 0:
             yield 0.0
             return
         block = block / scale
         growth += math.log(scale)
-    yield _norm_from_probes(d @ block, growth, max(POWER_STEPS))
+    yield _norm_from_probes(image_and_back(d, block)[0], growth, max(POWER_STEPS))
 
 
 def _norm_from_probes(image: Tensor, growth: float, steps: int) -> float:

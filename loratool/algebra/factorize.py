@@ -15,12 +15,16 @@ from torch import Tensor
 
 from loratool.algebra.certificate import EXACT, ExcessBound, excess_bound
 from loratool.algebra.lowrank import LowRank
+from loratool.algebra.passes import image_and_back
 from loratool.algebra.random import gaussian
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.spectrum import Spectrum
 
 EXACT_SIDE = 512
 """Up to this smaller side the Gram matrix is cheaper than a sketch."""
+
+_SLACK = 1e-3
+"""Loss of orthogonality in the float32 basis that whitening may still mend."""
 
 OVERSAMPLING = 8
 KRYLOV_STEPS = 2
@@ -54,11 +58,15 @@ class Factors:
 
 @dataclass(frozen=True)
 class _Ritz:
-    """Approximate singular triplets of a tall matrix, more of them than anybody asked for."""
+    """Approximate singular triplets of a tall matrix, more of them than anybody asked for.
+
+    back: DᵀD·v, float64.
+    """
 
     u: Tensor
     values: Tensor
     v: Tensor
+    back: Tensor
 
 
 def factorize(
@@ -88,7 +96,7 @@ def factorize(
             spectrum = Spectrum(ritz.values[:guess].cpu(), energy, shape, noise_floor)
             rank = rule(spectrum)
             if rank is not None:
-                bound = excess_bound(d, ritz.u, ritz.values, ritz.v, rank, energy, key)
+                bound = excess_bound(d, ritz.values, ritz.v, ritz.back, rank, energy, key)
                 return _with_fixed_signs(
                     Factors(ritz.u[:, :rank], ritz.v[:, :rank], spectrum, "block Krylov", bound)
                 )
@@ -164,22 +172,50 @@ def _left_from_right(d: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, Tens
 def _block_krylov(d: Tensor, width: int, key: str) -> _Ritz:
     """All Ritz triplets of a tall (m, n) matrix on the Krylov space of DᵀD from ``width`` columns.
 
-    The basis lives on the smaller side n. It is orthonormal to float64 where it counts: the
-    float32 basis is whitened by its own Gram matrix.
+    The basis B lives on the smaller side n; each pass over D gives a block's image D·B and
+    Dᵀ·D·B together, the second being the next block before orthogonalisation. B is orthonormal
+    to float64 where it counts: the float32 basis is whitened by its own Gram matrix.
     """
     block = torch.linalg.qr(gaussian(d.shape[1], width, key).to(d.device)).Q
-    basis = []
-    for _ in range(KRYLOV_STEPS + 1):
-        block = torch.linalg.qr(d.T @ (d @ block)).Q
-        basis.append(block)
-    q = torch.linalg.qr(torch.cat(basis, dim=1)).Q
-    whiten = torch.linalg.inv(torch.linalg.cholesky(q.T.double() @ q.double())).T
-    image = (d @ q).double() @ whiten
+    block = torch.linalg.qr(image_and_back(d, block)[1]).Q
+    blocks, images, backs = [], [], []
+    for step in range(KRYLOV_STEPS + 1):
+        image, back = image_and_back(d, block)
+        blocks.append(block)
+        images.append(image)
+        backs.append(back)
+        if step < KRYLOV_STEPS:
+            block = _orthogonal_to(torch.cat(blocks, dim=1), back)
+    basis = torch.cat(blocks, dim=1).double()
+    gram = basis.T @ basis
+    if float((gram - torch.eye(len(gram)).to(gram)).abs().max()) > _SLACK:
+        # D has a lower rank than the space has dimensions, and the last blocks are noise
+        mended = torch.linalg.qr(basis).Q.float()
+        image, back = image_and_back(d, mended)
+        images, backs, basis = [image], [back], mended.double()
+        gram = basis.T @ basis
+    whiten = torch.linalg.inv(torch.linalg.cholesky(gram)).T
+    image = torch.cat(images, dim=1).double() @ whiten
     eigenvalues, small = torch.linalg.eigh(image.T @ image)
     values = eigenvalues.flip(0).clamp(min=0).sqrt()
     small = small.flip(1)
     safe = torch.where(values > 0, values, torch.ones_like(values))
-    return _Ritz((image @ small / safe).float(), values, (q.double() @ (whiten @ small)).float())
+    rotate = whiten @ small
+    return _Ritz(
+        (image @ small / safe).float(),
+        values,
+        (basis @ rotate).float(),
+        torch.cat(backs, dim=1).double() @ rotate,
+    )
+
+
+def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
+    """An orthonormal basis of what ``block`` adds to ``basis``."""
+    for _ in range(2):
+        block = torch.linalg.qr(block).Q
+        block = block - basis @ (basis.T @ block)
+    orthonormal: Tensor = torch.linalg.qr(block).Q
+    return orthonormal
 
 
 def _with_fixed_signs(factors: Factors) -> Factors:

@@ -34,23 +34,41 @@ class NoiseFloor:
     energy: float
 
 
+class NoiseSums:
+    """Collects the floor from blocks of rows of a matrix with this many columns."""
+
+    def __init__(self, columns: int, device: torch.device):
+        self._columns = torch.zeros(columns, dtype=torch.float64, device=device)
+        self._largest_row = 0.0
+        self._energy = 0.0
+
+    def add(self, stored: Tensor) -> None:
+        """Take in the next rows, as kept in their file. Dtypes of other kinds add nothing."""
+        if stored.dtype not in _MANTISSA_BITS or not stored.numel():
+            return
+        variance = ulp(stored).square_()
+        rows = variance.sum(dim=1)
+        self._columns += variance.sum(dim=0)
+        self._largest_row = max(self._largest_row, float(rows.max()))
+        self._energy += float(rows.sum(dtype=torch.float64))
+
+    def floor(self) -> NoiseFloor:
+        """The floor of all rows so far."""
+        largest_column = float(self._columns.max()) if len(self._columns) else 0.0
+        threshold = (self._largest_row / 12) ** 0.5 + (largest_column / 12) ** 0.5
+        return NoiseFloor(threshold, self._energy / 12)
+
+
 def noise_floor(stored: Tensor) -> NoiseFloor:
     """The floor that the rounding of ``stored`` (rows, columns; as kept in its file) sets.
 
     Zero for dtypes other than bf16, fp16 and fp32.
     """
-    if stored.dtype not in _MANTISSA_BITS:
-        return NoiseFloor(0.0, 0.0)
-    rows = torch.zeros(stored.shape[0], dtype=torch.float64, device=stored.device)
-    columns = torch.zeros(stored.shape[1], dtype=torch.float64, device=stored.device)
+    sums = NoiseSums(stored.shape[1], stored.device)
     step = max(1, 2**18 // max(1, stored.shape[1]))
     for start in range(0, stored.shape[0], step):
-        variance = ulp(stored[start : start + step]).square_()
-        rows[start : start + step] = variance.sum(dim=1, dtype=torch.float64)
-        columns += variance.sum(dim=0, dtype=torch.float64)
-    largest = [float(sums.max()) if len(sums) else 0.0 for sums in (rows, columns)]
-    threshold = sum((value / 12) ** 0.5 for value in largest)
-    return NoiseFloor(threshold, float(rows.sum()) / 12)
+        sums.add(stored[start : start + step])
+    return sums.floor()
 
 
 def ulp(values: Tensor) -> Tensor:

@@ -247,12 +247,16 @@ def _low_rank(
     a, b = tensors[key], tensors.get(_partner(key, "A", "B"))
     if b is None:
         raise MalformedFile(f"{label}: {key} has no lora_B beside it")
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        raise UnsupportedInput(
-            f"{label}: {module}: factors of shapes {b.shape} and {a.shape}; only matrices are "
-            "supported, not convolutions"
+    if len(a.shape) < 2 or len(a.shape) != len(b.shape) or (is_embedding and len(a.shape) > 2):
+        raise MalformedFile(
+            f"{label}: {module}: factors of shapes {list(b.shape)} and {list(a.shape)}"
         )
-    if a.shape[0] != b.shape[1] or a.shape[0] == 0:
+    if len(a.shape) > 2 and a.shape[0] != b.shape[1] and b.shape[1] and not a.shape[0] % b.shape[1]:
+        raise UnsupportedInput(
+            f"{label}: {module}: is a grouped convolution (lora_B {list(b.shape)} for rank "
+            f"{a.shape[0]}); PEFT itself does not merge those",
+        )
+    if a.shape[0] != b.shape[1] or a.shape[0] == 0 or any(side != 1 for side in b.shape[2:]):
         raise MalformedFile(
             f"{label}: {module}: lora_B {b.shape} and lora_A {a.shape} do not chain"
         )

@@ -10,10 +10,28 @@ _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+_TEXT_TO_TEXT = frozenset(
+    {
+        "bart",
+        "blenderbot",
+        "led",
+        "longt5",
+        "m2m_100",
+        "marian",
+        "mbart",
+        "mt5",
+        "pegasus",
+        "plbart",
+        "switch_transformers",
+        "t5",
+        "umt5",
+    }
+)
+"""Models whose ForConditionalGeneration takes tokens. PEFT's class for SEQ_2_SEQ_LM passes
+input_ids, which speech and image models do not take."""
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
@@ -51,6 +69,8 @@ class ModelConfig:
     def task_type(self) -> str | None:
         """PEFT's name for the task that the architecture is for."""
         name = self.architecture or ""
+        if name.endswith("ForConditionalGeneration") and self.model_type in _TEXT_TO_TEXT:
+            return "SEQ_2_SEQ_LM"
         return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from loratool.adapter import ModuleKind, module_of
@@ -20,6 +21,8 @@ _EMBEDDINGS = {
     "tok_embeddings",
     "token_embedding",
     "token_embd",
+    "word_embedding",
+    "embeddings",
 }
 _POSITIONS = {
     "wpe",
@@ -30,6 +33,8 @@ _POSITIONS = {
     "token_type_embeddings",
     "relative_attention_bias",
 }
+_TABLE = re.compile(r"embed_(?!out$).+|.*embed(der|dings?)?")
+"""Last names of tables whose use is not known; stored whole they are right as any module."""
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 
@@ -41,7 +46,10 @@ def classify(
     ``adapter_says_conv1d`` (PEFT's fan_in_fan_out) decides where nothing else testifies.
     """
     conv1d = uses_conv1d(shapes, config) or (adapter_says_conv1d and config.uses_conv1d is None)
-    return {name: _kind(name, shape, conv1d) for name, shape in shapes.items()}
+    return {
+        name: _kind(name, shape, conv1d, f"{module_of(name)}.bias" in shapes)
+        for name, shape in shapes.items()
+    }
 
 
 def uses_conv1d(shapes: Shapes, config: ModelConfig) -> bool:
@@ -81,7 +89,7 @@ def _last(name: str) -> str:
     return module_of(name).rpartition(".")[2]
 
 
-def _kind(name: str, shape: tuple[int, ...], conv1d: bool) -> ModuleKind:
+def _kind(name: str, shape: tuple[int, ...], conv1d: bool, has_bias: bool) -> ModuleKind:
     part = name.rpartition(".")[2]
     last = _last(name)
     if part == "bias":
@@ -100,4 +108,6 @@ def _kind(name: str, shape: tuple[int, ...], conv1d: bool) -> ModuleKind:
         return ModuleKind.EMBEDDING
     if conv1d and last in _CONV1D_NAMES:
         return ModuleKind.CONV1D
+    if _TABLE.fullmatch(last) and not has_bias:
+        return ModuleKind.POSITION
     return ModuleKind.LINEAR

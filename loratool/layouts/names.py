@@ -39,6 +39,15 @@ _MODEL_PREFIXES = {
     "phi3": "model.",
     "opt": "model.",
     "mixtral": "model.",
+    "qwen2_moe": "model.",
+    "qwen3_moe": "model.",
+    "albert": "albert.",
+    "xlm-roberta-xl": "roberta.",
+    "vit": "vit.",
+    "deit": "deit.",
+    "whisper": "model.",
+    "bart": "model.",
+    "mbart": "model.",
 }
 """transformers' base_model_prefix: what a head model's names start with and a bare one's lack."""
 

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from loratool.adapter import Adapter, LowRankUpdate, ModuleKind, Replacement, Update
-from loratool.errors import DisagreementError, NothingMatches, ShapeMismatch
+from loratool.errors import (
+    DisagreementError,
+    NothingMatches,
+    ShapeMismatch,
+    UnsupportedInput,
+)
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.kinds import classify
 from loratool.layouts.names import match_names, near_misses
-from loratool.layouts.ties import TiedPair, find_tie
+from loratool.layouts.renames import module_names
+from loratool.layouts.ties import Tie, find_ties, same_values
 from loratool.storage.tensors import LazyTensor, TensorInfo
 
 
@@ -54,30 +60,33 @@ def place(adapter: Adapter, tensors: Mapping[str, TensorInfo], config: ModelConf
     """
     if not adapter.updates:
         raise NothingMatches("the adapter holds no update", hint="was everything excluded?")
-    shapes = {name: info.shape for name, info in tensors.items()}
+    stored_as = {module: name for name, module in module_names(tensors, config).items()}
+    shapes = {module: tensors[name].shape for module, name in stored_as.items()}
     kinds = classify(shapes, config, adapter_says_conv1d=adapter.fan_in_fan_out)
-    tie = find_tie(list(tensors), kinds, config)
-    targets = set(tensors) | ({tie.head} if tie else set())
-    matched = match_names([*adapter.updates, *adapter.base_copies], targets)
-    missing = [name for name in matched.missing if name in adapter.updates]
+    ties = find_ties(list(shapes), kinds, config)
+    targets = set(shapes).union(*(tie.names for tie in ties))
+    asked = module_names([*adapter.updates, *adapter.base_copies], config)
+    matched = match_names(asked.values(), targets)
+    missing = [name for name in adapter.updates if asked[name] in matched.missing]
     if missing:
         raise _nothing_matches(missing, len(adapter.updates), tensors)
     notes = [f"{matched.note} of the adapter in the base"] if matched.note else []
     by_target: dict[str, tuple[str, Update]] = {}
     for source, update in adapter.updates.items():
-        target = matched.found[source]
+        target = matched.found[asked[source]]
         if target in by_target:
             raise DisagreementError(f"{target}: two updates of the adapter claim it")
         by_target[target] = (source, update)
-    if tie is not None:
-        notes += _settle_tie(tie, by_target)
+    for tie in ties:
+        notes += _settle_tie(tie, by_target, {m: tensors[n] for m, n in stored_as.items()})
     placed = {}
     for target, (source, update) in by_target.items():
-        placed[target] = _oriented(source, target, update, tensors[target].shape, kinds[target])
+        name = stored_as[target]
+        placed[name] = _oriented(source, name, update, shapes[target], kinds[target])
     copies = {
-        matched.found[name]: copy
+        stored_as[matched.found[asked[name]]]: copy
         for name, copy in adapter.base_copies.items()
-        if matched.found.get(name) in tensors
+        if matched.found.get(asked[name]) in stored_as
     }
     return Placement(placed, copies, tuple(notes))
 
@@ -98,28 +107,50 @@ def _nothing_matches(
     )
 
 
-def _settle_tie(tie: TiedPair, by_target: dict[str, tuple[str, Update]]) -> list[str]:
-    """A change of a tied matrix must name both sides equally; it is then applied once."""
-    sides = [name for name in (tie.embedding, tie.head) if name in by_target]
-    if not sides:
+def _settle_tie(
+    tie: Tie, by_target: dict[str, tuple[str, Update]], infos: Mapping[str, TensorInfo]
+) -> list[str]:
+    """A change of a tied parameter must name all its names equally; it is then applied once.
+
+    Names that the base stores with other values are not tied, whatever its config says.
+    """
+    conflict = _conflict(tie, by_target)
+    if conflict is not None:
+        also = tie.stored - {tie.main}
+        apart = {name for name in also if not same_values(infos[tie.main], infos[name])}
+        tie = Tie(tuple(n for n in tie.names if n not in apart), tie.stored - apart)
+        conflict = _conflict(tie, by_target)
+        if conflict is not None:
+            raise conflict
+    if tie.main not in by_target or len(tie.names) < 2:
         return []
-    if len(sides) == 1:
-        other = tie.head if sides[0] == tie.embedding else tie.embedding
-        raise DisagreementError(
-            f"the adapter changes {sides[0]} alone, but the base ties it to {other}",
+    for name in tie.names:
+        if name not in tie.stored:
+            del by_target[name]
+    names = " and ".join(tie.names)
+    if len(tie.stored) > 1:
+        return [f"{names} are tied: every stored one gets the same update"]
+    return [f"{names} are tied and stored once: updated once"]
+
+
+def _conflict(tie: Tie, by_target: Mapping[str, tuple[str, Update]]) -> DisagreementError | None:
+    changed = [name for name in tie.names if name in by_target]
+    others = [name for name in tie.names if name not in by_target]
+    if changed and others:
+        return DisagreementError(
+            f"the adapter changes {' and '.join(changed)} alone, but the base ties it to "
+            f"{' and '.join(others)}",
             hint="merged, the change would act on both; a base with tie_word_embeddings: false "
-            f"that stores both can take it, or leave it out with --exclude {sides[0]}",
+            f"that stores both can take it, or leave it out with --exclude {changed[0]}",
         )
-    if not _same_update(by_target[tie.embedding][1], by_target[tie.head][1]):
-        raise DisagreementError(
-            f"the adapter changes {tie.embedding} and {tie.head} differently, but the base ties "
-            "them into one matrix",
-            hint="a base with tie_word_embeddings: false that stores both can take it",
-        )
-    if tie.head_stored:
-        return [f"{tie.embedding} and {tie.head} are tied: both get the same update"]
-    del by_target[tie.head]
-    return [f"{tie.embedding} and {tie.head} are tied and stored once: updated once"]
+    for name in changed[1:]:
+        if not _same_update(by_target[tie.main][1], by_target[name][1]):
+            return DisagreementError(
+                f"the adapter changes {tie.main} and {name} differently, but the base ties them "
+                "into one",
+                hint="a base with tie_word_embeddings: false that stores both can take it",
+            )
+    return None
 
 
 def _same_update(first: Update, second: Update) -> bool:
@@ -144,8 +175,18 @@ def _oriented(
         if update.shape == stored[::-1]:
             return PlacedUpdate(source, target, update, transposed=True)
         raise _wrong_shape(source, target, update.shape, stored, " as (in, out)")
-    if update.shape != stored:
-        raise _wrong_shape(source, target, update.shape, stored, "")
+    if isinstance(update, LowRankUpdate) and update.kernel:
+        shape = (update.shape[0], *update.kernel)
+        if shape != stored and (stored[:1], stored[2:]) == (shape[:1], shape[2:]):
+            raise UnsupportedInput(
+                f"{target}: is a grouped convolution {list(stored)}, the update is for {shape[1]} "
+                "input channels; PEFT itself does not merge those",
+                hint=f"leave it out with --exclude {source}",
+            )
+    else:
+        shape = update.shape
+    if shape != stored:
+        raise _wrong_shape(source, target, shape, stored, "")
     return PlacedUpdate(source, target, update)
 
 

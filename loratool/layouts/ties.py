@@ -1,57 +1,142 @@
-"""Output heads that are the input embedding under another name."""
+"""Parameters that go by several names: heads that are the embedding, shared tables, tied biases.
+
+transformers keeps one value behind all names of a tie, and a file usually holds the first only.
+Which names belong together is read off the names that are there and the architecture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from loratool.adapter import ModuleKind, module_of
 from loratool.layouts.config import ModelConfig
+from loratool.storage.tensors import TensorInfo
 
-_HEADS = (
+_DECODER_HEADS = {
+    "cls.predictions.transform.dense.weight": "cls.predictions.decoder.weight",
+    "lm_head.dense.weight": "lm_head.decoder.weight",
+    "predictions.dense.weight": "predictions.decoder.weight",
+    "vocab_transform.weight": "vocab_projector.weight",
+    "generator_predictions.dense.weight": "generator_lm_head.weight",
+}
+"""Heads of masked language models, by a weight that stands before them."""
+
+_HEADS_OF = {
+    "BertForMaskedLM": "cls.predictions.decoder.weight",
+    "BertForPreTraining": "cls.predictions.decoder.weight",
+    "BertLMHeadModel": "cls.predictions.decoder.weight",
+    "DebertaForMaskedLM": "cls.predictions.decoder.weight",
+    "DebertaV2ForMaskedLM": "cls.predictions.decoder.weight",
+    "RobertaForMaskedLM": "lm_head.decoder.weight",
+    "RobertaForCausalLM": "lm_head.decoder.weight",
+    "XLMRobertaForMaskedLM": "lm_head.decoder.weight",
+    "DistilBertForMaskedLM": "vocab_projector.weight",
+    "ElectraForMaskedLM": "generator_lm_head.weight",
+    "AlbertForMaskedLM": "predictions.decoder.weight",
+    "WhisperForConditionalGeneration": "proj_out.weight",
+}
+_STORED_HEADS = (
     "lm_head.weight",
-    "lm_head.decoder.weight",
+    *_DECODER_HEADS.values(),
     "embed_out.weight",
-    "cls.predictions.decoder.weight",
+    "proj_out.weight",
     "output.weight",
 )
-_DECODER_HEADS = {
-    "BertForMaskedLM": "cls.predictions.decoder.weight",
-    "RobertaForMaskedLM": "lm_head.decoder.weight",
-}
+_WITH_LM_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_TIED_BIASES = (
+    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    ("lm_head.bias", "lm_head.decoder.bias"),
+    ("predictions.bias", "predictions.decoder.bias"),
+)
+_COMPARED = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class TiedPair:
-    """Two parameter names for one matrix. ``head_stored``: the file holds the second one too."""
+class Tie:
+    """The names of one parameter. The first is always stored; ``stored`` has all that are."""
 
-    embedding: str
-    head: str
-    head_stored: bool
+    names: tuple[str, ...]
+    stored: frozenset[str]
+
+    @property
+    def main(self) -> str:
+        return self.names[0]
+
+    def __str__(self) -> str:
+        return " = ".join(self.names)
 
 
-def find_tie(
-    names: Collection[str], kinds: dict[str, ModuleKind], config: ModelConfig
-) -> TiedPair | None:
-    """The tied pair of a model with these parameter names, or None.
+def find_ties(
+    names: Collection[str], kinds: Mapping[str, ModuleKind], config: ModelConfig
+) -> tuple[Tie, ...]:
+    """The ties of a model with these parameter names.
 
-    Tied means: the config does not deny it, the architecture is one with an output head over the
-    vocabulary, and there is exactly one input embedding.
+    A name that is not stored and must be there is tied; one that is stored is tied unless the
+    config denies it. Without a config nothing is known to be tied.
     """
-    embeddings = [name for name, kind in kinds.items() if kind is ModuleKind.EMBEDDING]
-    if len(embeddings) != 1 or not config.says_tied:
-        return None
-    stored = [head for head in _HEADS if head in names]
+    if not config.known:
+        return ()
+    names = set(names)
+    ties = []
+    for group in _groups(names, kinds, config):
+        present = [name for name in group if name in names]
+        if not config.says_tied:
+            present = present[:1]
+        tied = [name for name in group if name in present or name not in names]
+        if present and len(tied) > 1:
+            order = present[:1] + [name for name in tied if name != present[0]]
+            ties.append(Tie(tuple(order), frozenset(present)))
+    return tuple(ties)
+
+
+def _groups(
+    names: set[str], kinds: Mapping[str, ModuleKind], config: ModelConfig
+) -> Iterator[list[str]]:
+    """Names that belong together if they are tied, the usual main name first."""
+    tables = [name for name, kind in kinds.items() if kind is ModuleKind.EMBEDDING]
+    shared = [name for name in tables if f".{name}".endswith(".shared.weight")]
+    group = tables if len(tables) == 1 else []
+    if len(shared) == 1:
+        stem = shared[0].removesuffix("shared.weight")
+        sides = [f"{stem}{side}" for side in ("encoder.", "decoder.")]
+        group = shared + [
+            f"{side}embed_tokens.weight"
+            for side in sides
+            if any(name.startswith(side) for name in names)
+        ]
+    head = _head(names, config)
+    if group and head is not None and config.says_tied:
+        group = [*group, head]
+    yield group
+    for bias, alias in _TIED_BIASES:
+        if bias in names and head is not None and module_of(head) == module_of(alias):
+            yield [bias, alias]
+
+
+def _head(names: set[str], config: ModelConfig) -> str | None:
+    """The output head over the vocabulary, which may be tied, or None."""
     architecture = config.architecture or ""
-    if stored:
-        return TiedPair(embeddings[0], stored[0], True) if config.known else None
-    if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
-        return TiedPair(embeddings[0], "lm_head.weight", False)
-    if architecture in _DECODER_HEADS:
-        return TiedPair(embeddings[0], _DECODER_HEADS[architecture], False)
-    return None
+    for before, head in _DECODER_HEADS.items():
+        if before in names:
+            return head
+    stored = next((head for head in _STORED_HEADS if head in names), None)
+    if stored is not None:
+        return stored
+    if architecture in _HEADS_OF:
+        return _HEADS_OF[architecture]
+    return "lm_head.weight" if architecture.endswith(_WITH_LM_HEAD) else None
 
 
-def head_module(pair: TiedPair) -> str:
-    """The head's module name."""
-    return module_of(pair.head)
+def same_values(one: TensorInfo, two: TensorInfo) -> bool:
+    """Whether two stored tensors are equal: transformers ties those stored under both names."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    step = max(1, _COMPARED * one.rows // max(1, one.nbytes))
+    return all(
+        torch.equal(one.read_rows(start, stop), two.read_rows(start, stop))
+        for start in range(0, one.rows, step)
+        for stop in [min(start + step, one.rows)]
+    )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loratool.algebra.factorize import sum_of_squares
-from loratool.algebra.noise import NoiseFloor, noise_floor
+from loratool.algebra.noise import NoiseFloor, NoiseSums
 from loratool.errors import NonFiniteValues
 from loratool.layouts.pairs import Pair
+from loratool.storage.tensors import TensorInfo
+
+_BLOCK_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -33,36 +36,61 @@ class Delta:
         return float(self.energy**0.5)
 
 
+_NOT_NUMBERS = Delta(torch.zeros(1, 1), 0.0, 0.0, NoiseFloor(0.0, 0.0), 1.0)
+"""The change of integer tensors: there is one, and it has no size."""
+
+
 def read_delta(pair: Pair, device: torch.device) -> Delta | None:
     """The change of a pair, or None when all values are equal.
 
-    The subtraction runs in float32, in float64 where a side is float64. Raises NonFiniteValues
-    naming the tensor and the first index where either side is NaN or infinite.
+    Read and subtracted in blocks of rows, so that neither side is ever in memory whole. The
+    subtraction runs in float32, in float64 where a side is float64. Raises NonFiniteValues naming
+    the tensor and the first index where either side is NaN or infinite.
     """
-    before, after = pair.base.read(), pair.tuned.read()
-    if not before.is_floating_point():
-        return (
-            None
-            if torch.equal(before, after)
-            else Delta(torch.zeros(1, 1), 0.0, 0.0, NoiseFloor(0.0, 0.0), 1.0)
-        )
-    if before.dtype == after.dtype and torch.equal(before, after):
-        return None
-    before, after = before.to(device), after.to(device)
-    wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
-    delta = (after.to(wide) - before.to(wide)).float()
-    if not bool(torch.isfinite(delta).all()):
-        where = torch.nonzero(~torch.isfinite(delta))[0].tolist()
+    if not pair.base.dtype.is_float:
+        return None if torch.equal(pair.base.read(), pair.tuned.read()) else _NOT_NUMBERS
+    rows, columns = _matrix_shape(pair.base.shape)
+    matrix = torch.empty(rows, columns, dtype=torch.float32, device=device)
+    noise = NoiseSums(columns, device)
+    energy = base_energy = 0.0
+    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        before = _rows(pair.base, start, stop, columns).to(device)
+        after = _rows(pair.tuned, start, stop, columns).to(device)
+        block = matrix[start:stop]
+        if torch.float64 in (before.dtype, after.dtype):
+            block.copy_(after.double() - before.double())
+        else:
+            block.copy_(after).sub_(before)
+        energy += _square_sum(block)
+        base_energy += _square_sum(before)
+        noise.add(after)
+    if not math.isfinite(energy):
+        where = torch.nonzero(~torch.isfinite(matrix))[0].tolist()
+        index = where if len(pair.base.shape) == 2 else where[1:]
         raise NonFiniteValues(
-            f"{pair.name}: NaN or infinity at {where} in base or tuned",
+            f"{pair.name}: NaN or infinity at {index} in base or tuned",
             hint="the checkpoint is broken, or its training diverged",
         )
-    matrix = delta.reshape(delta.shape[0], -1) if delta.ndim > 1 else delta.reshape(1, -1)
-    noise = noise_floor(after.reshape(matrix.shape))
-    del after
-    energy = sum_of_squares(matrix)
     if energy == 0:
         return None
-    base_norm = sum_of_squares(before.float().reshape(matrix.shape)) ** 0.5
-    changed = float(torch.count_nonzero(matrix)) / matrix.numel()
-    return Delta(matrix, energy, base_norm, noise, changed)
+    changed = int(torch.count_nonzero(matrix)) / matrix.numel()
+    return Delta(matrix, energy, float(base_energy**0.5), noise.floor(), changed)
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Vectors are one row; kernels (out, in, k…) have in·k… columns."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def _rows(info: TensorInfo, start: int, stop: int, columns: int) -> Tensor:
+    values = info.read() if len(info.shape) < 2 else info.read_rows(start, stop)
+    return values.reshape(stop - start, columns)
+
+
+def _square_sum(block: Tensor) -> float:
+    flat = block.double().reshape(-1)
+    return float(torch.dot(flat, flat))

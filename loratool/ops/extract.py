@@ -313,11 +313,14 @@ def _treatment(pair: Pair, alignment: Alignment, base: Model) -> Treatment:
         return Treatment.NO_PLACE
     if in_task_head(pair.name, base.config.task_type):
         return Treatment.WHOLE  # PEFT saves a task's head whole, whatever the config lists
-    tie = alignment.tie
-    if tie is not None and pair.name in (tie.embedding, tie.head):
+    if any(pair.name in tie.names for tie in alignment.ties):
         return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
-    if pair.kind in LOW_RANK_KINDS:
+    if alignment.experts.is_expert(pair.name):
+        return Treatment.NO_PLACE
+    if pair.kind in LOW_RANK_KINDS and not alignment.experts.is_saved_whole(pair.name):
         return Treatment.LOW_RANK
+    if pair.kind in LOW_RANK_KINDS:
+        return Treatment.WHOLE
     return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
 
 
@@ -371,7 +374,8 @@ def _refuse_lost_changes(rows: Sequence[TensorRow]) -> None:
         raise Unplaced(
             f"{len(homeless)} changed tensors have no place in a PEFT adapter",
             details=[f"{row.name} {list(row.shape)}" for row in homeless[:12]],
-            hint="--drop-rest leaves them out and states their share of the change",
+            hint="--exclude takes a name or pattern to leave out; --drop-rest leaves out "
+            "everything that is not low-rank and states its share of the change",
         )
 
 
@@ -382,12 +386,12 @@ def _notes(plan: ExtractPlan, adapter: Adapter, allocation: Allocation | None) -
         notes.append(
             f"{len(plan.alignment.ignored)} constant buffers on one side ignored ({names})"
         )
-    tie = plan.alignment.tie
-    if tie is not None and tie.embedding in adapter.updates:
-        notes.append(
-            f"{tie.embedding} and {tie.head} are one tied matrix: stored whole under both names, "
-            "the form in which PEFT's forward, PEFT's merge and loratool's merge agree"
-        )
+    notes += [
+        f"{' and '.join(tie.names)} are tied: stored whole under every name, the form in which "
+        "PEFT's forward, PEFT's merge and loratool's merge agree"
+        for tie in plan.alignment.ties
+        if tie.main in adapter.updates
+    ]
     if allocation is not None:
         how = "exactly" if not allocation.loss else f"to within {allocation.loss:.2e} of Σ‖D‖²"
         notes.append(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from loratool.adapter import Adapter, ModuleKind, Replacement, Update, module_of
 from loratool.formats import peft
 from loratool.layouts.pairs import Alignment, Pair
+from loratool.layouts.ties import Tie
 from loratool.ops.extract_jobs import ExtractResult
 from loratool.ops.extract_report import Status
 from loratool.storage.tensors import LazyTensor
@@ -28,11 +29,10 @@ def build_adapter(
             updates[result.row.name] = result.update
         elif result.row.status is Status.WHOLE:
             updates[result.row.name] = Replacement(pairs[result.row.name].tuned)
-    tie = alignment.tie
-    if tie is not None and tie.embedding in updates:
-        updates[tie.head] = updates[tie.embedding]
+    _complete_ties(alignment.ties, updates, pairs)
     for name in list(updates):
         _complete_module(name, updates, pairs)
+    _complete_ties(alignment.ties, updates, pairs)
     task = _complete_task_head(task_type, updates, pairs)
     return Adapter(
         updates,
@@ -48,6 +48,16 @@ def build_adapter(
 def in_task_head(name: str, task_type: str | None) -> bool:
     """Whether a parameter belongs to the head that PEFT saves whole for this task."""
     return name.split(".")[0] in peft.TASK_HEADS.get(task_type or "", ())
+
+
+def _complete_ties(
+    ties: Sequence[Tie], updates: dict[str, Update], pairs: Mapping[str, Pair]
+) -> None:
+    """What changed under one name is stored under all: PEFT's modules do not share."""
+    for tie in ties:
+        if any(name in updates for name in tie.names):
+            for name in tie.names:
+                updates.setdefault(name, Replacement(pairs.get(name, pairs[tie.main]).tuned))
 
 
 def _complete_module(name: str, updates: dict[str, Update], pairs: Mapping[str, Pair]) -> None:
@@ -74,11 +84,14 @@ def _complete_task_head(
 
 
 def base_modules(alignment: Alignment) -> set[str]:
-    """Every module of the base that owns a weight, a tied head included."""
-    modules = {module_of(p.name) for p in alignment.pairs if p.name.endswith(".weight")}
-    if alignment.tie is not None:
-        modules.add(module_of(alignment.tie.head))
-    return modules
+    """Every module of the base that owns a parameter, or holds one that does."""
+    owners = {module_of(pair.name) for pair in alignment.pairs}
+    owners |= {module_of(name) for tie in alignment.ties for name in tie.names}
+    return {
+        ".".join(parts[:length])
+        for parts in (owner.split(".") for owner in owners)
+        for length in range(1, len(parts) + 1)
+    } - {""}
 
 
 def stored_size(adapter: Adapter) -> tuple[int, int]:

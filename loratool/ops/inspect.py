@@ -19,7 +19,7 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.layouts.kinds import classify
 from loratool.layouts.pairs import Pair, align, check_floats
-from loratool.layouts.ties import find_tie
+from loratool.layouts.ties import find_ties
 from loratool.ops.deltas import read_delta
 from loratool.ops.extract import LOW_RANK_KINDS
 from loratool.ops.sources import open_adapter, open_model
@@ -99,7 +99,7 @@ def inspect_checkpoint(path: Path) -> CheckpointReport:
     model = open_model(path)
     tensors = model.checkpoint.tensors
     kinds = classify({name: info.shape for name, info in tensors.items()}, model.config)
-    tie = find_tie(list(tensors), kinds, model.config)
+    ties = find_ties(list(tensors), kinds, model.config)
     rows = []
     for kind in sorted(set(kinds.values()), key=str):
         infos = [tensors[name] for name in tensors if kinds[name] is kind]
@@ -110,7 +110,7 @@ def inspect_checkpoint(path: Path) -> CheckpointReport:
         path.resolve().name,
         model.config.architecture,
         len(model.checkpoint.files),
-        f"{tie.embedding} = {tie.head}" if tie else None,
+        "; ".join(map(str, ties)) or None,
         tuple(sorted(rows, key=lambda row: -row.nbytes)),
         tuple(
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ from loratool.storage.tensors import LazyTensor, TensorInfo
 from loratool.storage.writing import OutputSlot, copy_range, create_with_header
 
 _JOB_BYTES = 128 * 2**20
-_BLOCK_ELEMENTS = 2**20
+_BLOCK_ELEMENTS = 2**19
 _COMPILE_ELEMENTS = 2 * 10**8
 """From this many changed weights on, loading the compiled pass pays."""
 
@@ -109,7 +110,7 @@ class MergePlan:
     def peak_bytes(self, workers: int) -> int:
         """Working memory: blocks in float32 beside the factors, per worker."""
         factors = [
-            sum(4 * (t.shape[0] * t.shape[1]) for t in (update.update.b, update.update.a))
+            sum(4 * math.prod(t.shape) for t in (update.update.b, update.update.a))
             for update in self.placement.updates.values()
             if isinstance(update.update, LowRankUpdate)
         ]
@@ -263,7 +264,8 @@ def _merge_rows(job: MergeJob) -> MergeRow:
             row = row.plus(before.numel(), int((before != after).sum()), 0, 0)
         else:
             try:
-                block = summed.add_to(before.to(job.device), start - job.start, dtype)
+                rows = before.flatten(1).to(job.device)
+                block = summed.add_to(rows, start - job.start, dtype)
             except NonFiniteValues as error:
                 raise NonFiniteValues(
                     f"{update.target}: {error.message} (rows counted from {job.start})"
@@ -274,7 +276,7 @@ def _merge_rows(job: MergeJob) -> MergeRow:
                     f"{source.dtype.name}",
                     hint="is the scale right? a smaller --scale, or a base in a wider dtype",
                 )
-            after = block.values.cpu()
+            after = block.values.cpu().reshape(before.shape)
             row = row.plus(before.numel(), block.changed, block.level2, block.level3)
         job.slot.write_rows(start, after)
     return row

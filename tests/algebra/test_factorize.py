@@ -98,3 +98,25 @@ def test_signs_and_randomness_are_fixed() -> None:
 def test_norms_are_float64() -> None:
     d = torch.full((300, 1000), 1e-4)
     assert sum_of_squares(d) == pytest.approx(300_000 * float(d[0, 0].double()) ** 2, rel=1e-13)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 20])
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e12])
+def test_matrices_of_lower_rank_than_the_sketch(rank: int, scale: float) -> None:
+    values = scale * torch.linspace(2, 1, rank, dtype=torch.float64)
+    d = with_spectrum(700, 620, values)
+    factors = factorize(d, parse_rank_rule("24"), key="t")
+    assert factors.method == "block Krylov"
+    assert residual_norm(d, factors.low_rank()) <= 1e-5 * float(d.double().norm())
+    assert bool(torch.isfinite(factors.u).all())
+    assert bool(torch.isfinite(factors.v).all())
+    spectrum = factors.spectrum.values
+    assert torch.allclose(spectrum[:rank], values, rtol=1e-5)
+    assert bool((spectrum[rank:] <= 1e-5 * values[0]).all())
+
+
+def test_a_matrix_with_one_entry() -> None:
+    d = torch.zeros(600, 900)
+    d[5, 7] = 3.0
+    factors = factorize(d, parse_rank_rule("4"), key="t")
+    assert residual_norm(d, factors.low_rank()) <= 1e-5
