@@ -23,7 +23,7 @@ from loratool.errors import (
     UsageError,
 )
 from loratool.ops.sources import open_adapter
-from tests.builders import lora_factors, random_tensor, write_peft
+from tests.builders import lora_factors, write_peft
 from tests.formats.conftest import MODELS, adapted, saved
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -230,15 +230,6 @@ def test_target_parameters(tmp_path: Path) -> None:
         open_adapter(folder)
 
 
-def test_convolutions(tmp_path: Path) -> None:
-    factors = {
-        "base_model.model.conv.lora_A.weight": random_tensor(2, 3, 3, 3),
-        "base_model.model.conv.lora_B.weight": random_tensor(4, 2, 1, 1),
-    }
-    with pytest.raises(UnsupportedInput, match="not convolutions"):
-        open_adapter(write_peft(tmp_path / "a", factors))
-
-
 # Broken ---------------------------------------------------------------------------------------
 
 GOOD = lora_factors("m.q", 4, 6, 2)
@@ -264,7 +255,17 @@ BROKEN_TENSORS: dict[str, tuple[dict[str, Any], type[LoratoolError], str]] = {
         r"m.q: lora_B \(4, 3\) and lora_A \(2, 6\) do not chain",
     ),
     "rank 0": ({A: torch.ones(0, 6), B: torch.ones(4, 0)}, MalformedFile, "m.q: lora_B"),
-    "vectors": ({A: torch.ones(2), B: torch.ones(2)}, UnsupportedInput, "only matrices"),
+    "vectors": ({A: torch.ones(2), B: torch.ones(2)}, MalformedFile, r"m.q: factors of shapes"),
+    "a kernel and a matrix": (
+        {A: torch.ones(2, 6, 3), B: torch.ones(4, 2)},
+        MalformedFile,
+        "m.q: factors of shapes",
+    ),
+    "kernels on both sides": (
+        {A: torch.ones(2, 6, 3), B: torch.ones(4, 2, 3)},
+        MalformedFile,
+        "do not chain",
+    ),
 }
 
 
