@@ -1,5 +1,5 @@
 """``python -m loratool``."""
 
-from loratool.cli.main import main
+from loratool.cli.main import entry
 
-main()
+entry()

@@ -19,7 +19,8 @@ Bounds: standard dot product analysis (Higham, 2002, §3.1), γ_r ≤ 1.01·r·u
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from loratool.algebra.exact_sum import scaled_exactly, sum_rounded_to_odd
-from loratool.algebra.kernels import decide_bf16
+from loratool.algebra.kernels import Decide, decide_bf16
 from loratool.algebra.lowrank import LowRank
 from loratool.errors import NonFiniteValues, UnsupportedInput
 
@@ -72,13 +73,15 @@ class CertifiedSum:
     """Σ sᵢ·BᵢAᵢ for one tensor, ready to be added to blocks of its rows.
 
     terms: updates in the tensor's own (rows, columns) orientation, factors of at most float32
-    precision, on one device. compiled: use the compiled pass where numba is installed; it costs
-    a third of a second to load and gives the same result. Raises UnsupportedInput for float64
-    factors and NonFiniteValues for NaN or infinite ones.
+    precision, on one device. find_pass: gives the compiled pass to use for a bf16 block, or None
+    for the plain one; the result is the same. Raises UnsupportedInput for float64 factors and
+    NonFiniteValues for NaN or infinite ones.
     """
 
-    def __init__(self, terms: Sequence[LowRank], *, compiled: bool = True):
-        self._decide = decide_bf16() if compiled else None
+    def __init__(
+        self, terms: Sequence[LowRank], *, find_pass: Callable[[], Decide | None] = decide_bf16
+    ):
+        self._find_pass = find_pass
         for term in terms:
             for factor in (term.b, term.a):
                 if factor.dtype not in MERGEABLE:
@@ -100,7 +103,9 @@ class CertifiedSum:
             size = abs(term.scale) * (float(a.max()) if a.numel() else 0.0) * b
             self._size += size
             self._rounding += (1.01 * term.rank + 4) * size
-        self._adds = len(terms) + 3
+        # each term is added with one rounding of the sum so far, and so is the margin; what is of
+        # second order is covered by _UP
+        self._adds = len(terms) + 1
 
     def add_to(self, w0: Tensor, first_row: int, dtype: torch.dtype) -> RoundedBlock:
         """RN(w0 + ΔW[first_row : first_row + len(w0)]) in ``dtype``.
@@ -139,25 +144,25 @@ class CertifiedSum:
     # Level 1 ---------------------------------------------------------------------------------
 
     def _decide_float32(self, w0: Tensor, rows: slice, dtype: torch.dtype) -> _Decided:
-        product = torch.empty(w0.shape, dtype=torch.float32, device=w0.device)
-        for index, (term, b, a) in enumerate(zip(self._terms, self._b32, self._a32, strict=True)):
-            torch.addmm(product, b[rows], a, beta=min(index, 1), alpha=term.scale, out=product)
+        estimate = _SCRATCH.like(w0, "estimate", torch.float32).copy_(w0)
+        for term, b, a in zip(self._terms, self._b32, self._a32, strict=True):
+            estimate.addmm_(b[rows], a, alpha=term.scale)
         per_row = self._rounding[rows] + self._adds * self._size[rows]
         margin = ((U32 * per_row + self._tiny(_TINY)) * _UP).float()
         per_value = U32 * self._adds * _UP
         both_bf16 = dtype == w0.dtype == torch.bfloat16
-        if self._decide is not None and both_bf16 and w0.device.type == "cpu":
-            return _Decided(*self._decide(w0, product, margin, per_value))
-        start = w0.float()
-        size = start.abs()
-        largest = float(size.max())
-        estimate = product.add_(start)
-        margins = size.mul_(per_value).add_(margin[:, None])
-        low = (estimate - margins).to(dtype)
-        values = estimate.add_(margins).to(dtype)
-        open_ = torch.nonzero((_bits(low) != _bits(values)).reshape(-1))[:, 0]
-        changed = int(torch.count_nonzero(_bits(values) != _bits(w0.to(dtype))))
-        return _Decided(values, open_, changed, largest)
+        decide = self._find_pass() if both_bf16 and w0.device.type == "cpu" else None
+        if decide is not None:
+            return _Decided(*decide(w0, estimate, margin, per_value))
+        margins = torch.abs(estimate, out=_SCRATCH.like(w0, "margins", torch.float32))
+        margins.mul_(per_value).add_(margin[:, None])
+        rounded = _SCRATCH.like(w0, "rounded", torch.float32)
+        low = _SCRATCH.like(w0, "low", dtype).copy_(torch.sub(estimate, margins, out=rounded))
+        values = torch.empty(w0.shape, dtype=dtype, device=w0.device)
+        values.copy_(estimate.add_(margins))
+        open_ = _where_different(low, values)
+        changed = _count_different(values, w0.to(dtype))
+        return _Decided(values, open_, changed, _largest(w0))
 
     # Level 2 ---------------------------------------------------------------------------------
 
@@ -171,9 +176,9 @@ class CertifiedSum:
         margin = (U64 * per_row + self._tiny(2.0**-1000))[:, None]
         low = (estimate - margin).float()
         values = estimate.add_(margin).float()
-        open_ = torch.nonzero((_bits(low) != _bits(values)).reshape(-1))[:, 0]
-        changed = int(torch.count_nonzero(_bits(values) != _bits(w0.float())))
-        return _Decided(values, open_, changed, largest)
+        return _Decided(
+            values, _where_different(low, values), _count_different(values, w0.float()), largest
+        )
 
     def _tiny(self, smallest: float) -> float:
         return smallest * (2 + sum(term.rank + 2 for term in self._terms))
@@ -233,6 +238,46 @@ def round_float64(values: Tensor, dtype: torch.dtype) -> Tensor:
     odd: Tensor = torch.where(inexact, (bits - too_far.int()) | 1, bits)
     rounded: Tensor = odd.view(torch.float32).to(dtype)
     return rounded
+
+
+class _Scratch(threading.local):
+    """Memory that a thread uses again for every block, since fresh pages cost as much as a pass."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, block: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor of the block's shape; its last user's values are gone."""
+        key = (name, dtype, block.device)
+        held = self._memory.get(key)
+        if held is None or held.numel() < block.numel():
+            held = torch.empty(block.numel(), dtype=dtype, device=block.device)
+            self._memory[key] = held
+        return held[: block.numel()].view(block.shape)
+
+
+_SCRATCH = _Scratch()
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude of 16-bit values; NaN or infinity comes out as such."""
+    if values.device.type != "cpu":
+        return float(values.abs().max())
+    magnitudes = np.bitwise_and(_bits(values).numpy(), 0x7FFF)  # ordered as the values are
+    return float(torch.tensor([magnitudes.max()]).view(values.dtype))
+
+
+def _where_different(first: Tensor, second: Tensor) -> Tensor:
+    """Flat positions where bits differ."""
+    if first.device.type == "cpu":  # numpy is several times faster at this than torch
+        return torch.from_numpy(np.flatnonzero(_bits(first).numpy() != _bits(second).numpy()))
+    return torch.nonzero((_bits(first) != _bits(second)).reshape(-1))[:, 0]
+
+
+def _count_different(first: Tensor, second: Tensor) -> int:
+    if first.device.type == "cpu":
+        return int(np.count_nonzero(_bits(first).numpy() != _bits(second).numpy()))
+    return int(torch.count_nonzero(_bits(first) != _bits(second)))
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from loratool.adapter import Adapter, LowRankUpdate, Replacement
+from loratool.algebra.kernels import decide_bf16_when_loaded
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.rounding import MERGEABLE, CertifiedSum
 from loratool.engine import Engine, NoProgress, Progress
@@ -34,14 +35,14 @@ from loratool.storage.checkpoint import (
     WEIGHT_SUFFIXES,
     WeightFile,
 )
-from loratool.storage.outputs import check_free_space, check_output, staged
+from loratool.storage.outputs import check_free_space, check_output, flushing, staged
 from loratool.storage.safetensors_file import encode_header
 from loratool.storage.tensors import LazyTensor, TensorInfo
 from loratool.storage.writing import OutputSlot, copy_range, create_with_header
 
 _JOB_BYTES = 128 * 2**20
-_BLOCK_ELEMENTS = 2**19
-_COMPILE_ELEMENTS = 2 * 10**8
+_BLOCK_ELEMENTS = 2**20
+_COMPILE_ELEMENTS = 10**9
 """From this many changed weights on, loading the compiled pass pays."""
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -196,11 +197,13 @@ def run_merge(
     _check_base_copies(plan)
     with staged(plan.output) as staging:
         jobs: list[MergeJob | CopyJob] = []
-        for file in plan.base.checkpoint.files:
-            jobs += _file_jobs(file, staging.out / _output_name(file, plan), plan)
-        parts = engine.map(
-            run_job, jobs, cost=lambda job: job.cost, progress=progress, what="merging"
-        )
+        targets = [staging.out / _output_name(f, plan) for f in plan.base.checkpoint.files]
+        for file, target in zip(plan.base.checkpoint.files, targets, strict=True):
+            jobs += _file_jobs(file, target, plan)
+        with flushing(targets):
+            parts = engine.map(
+                run_job, jobs, cost=lambda job: job.cost, progress=progress, what="merging"
+            )
         only_file = None
         if plan.writes_single_file:
             only_file = _output_name(plan.base.checkpoint.files[0], plan)
@@ -290,9 +293,13 @@ def _certified(job: MergeJob) -> CertifiedSum:
     part = value.rows(job.start, job.stop)
     scaled = LowRank(part.b.to(job.device), part.a.to(job.device), part.scale * job.update.weight)
     try:
-        return CertifiedSum([scaled], compiled=job.compiled)
+        return CertifiedSum([scaled], find_pass=decide_bf16_when_loaded if job.compiled else _plain)
     except (NonFiniteValues, UnsupportedInput) as error:
         raise type(error)(f"{job.update.source}: {error.message}") from None
+
+
+def _plain() -> None:
+    """No compiled pass: for a small merge, loading it takes longer than it saves."""
 
 
 def _replacement_rows(job: MergeJob, value: LazyTensor, start: int, stop: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from loratool.storage.disk import ONLY_ON_WRITING, disk_errors
 _STAGING_MARK = ".loratool-partial-"
 _SETUP_MARK = ".loratool-setup-"
 _SETUP_SECONDS = 600
+_FLUSH_SECONDS = 0.3
 _LOCK = ".lock"
 _KEY = ".key"
 
@@ -153,6 +155,35 @@ class Staging:
                     os.rename(aside, self.output)
                 raise
             _sync_folder(self.output.parent)
+
+
+@contextmanager
+def flushing(paths: Sequence[Path]) -> Iterator[None]:
+    """Send what is written to ``paths`` to the disk while more is being computed.
+
+    Only a head start: ``publish`` flushes everything again and reports what fails.
+    """
+    over = threading.Event()
+
+    def flush() -> None:
+        handles = [os.open(path, os.O_RDWR) for path in paths]
+        try:
+            while not over.wait(_FLUSH_SECONDS):
+                for handle in handles:
+                    os.fsync(handle)
+        except OSError:
+            pass
+        finally:
+            for handle in handles:
+                os.close(handle)
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _remove_empty(folders: list[Path]) -> None:
