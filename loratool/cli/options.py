@@ -7,6 +7,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def framed(function: Command) -> Command:
         command = click.get_current_context().info_name or ""
         out = Output(command, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
         try:
+            _load_torch()
             function(out, **options)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -72,6 +74,15 @@ def framed(function: Command) -> Command:
     ):
         decorated = option(decorated)
     return decorated
+
+
+def _load_torch() -> None:
+    """Import torch, which every command needs, without the collector walking its modules."""
+    gc.disable()
+    try:
+        import_module("torch")
+    finally:
+        gc.enable()
 
 
 def _fail(out: Output, error: LoratoolError, code: int) -> None:

@@ -13,22 +13,26 @@ from typing import Any
 
 import torch
 
-from loratool.adapter import Adapter, LowRankUpdate, Replacement
-from loratool.algebra.kernels import decide_bf16_when_loaded
-from loratool.algebra.lowrank import LowRank
-from loratool.algebra.rounding import MERGEABLE, CertifiedSum
+from loratool.adapter import Adapter, LowRankUpdate
+from loratool.algebra.rounding import MERGEABLE
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import (
     DisagreementError,
-    NonFiniteValues,
-    RangeOverflow,
     UnsupportedInput,
     UsageError,
 )
 from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, Placement, place
-from loratool.ops.merge_report import MergeReport, MergeRow
+from loratool.ops.merge_jobs import (
+    BLOCK_ELEMENTS,
+    COMPILE_ELEMENTS,
+    JOB_BYTES,
+    CopyJob,
+    MergeJob,
+    run_job,
+)
+from loratool.ops.merge_report import MergeReport
 from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.storage.checkpoint import (
     PICKLE_SUFFIXES,
@@ -37,45 +41,10 @@ from loratool.storage.checkpoint import (
 )
 from loratool.storage.outputs import check_free_space, check_output, flushing, staged
 from loratool.storage.safetensors_file import encode_header
-from loratool.storage.tensors import LazyTensor, TensorInfo
-from loratool.storage.writing import OutputSlot, copy_range, create_with_header
-
-_JOB_BYTES = 128 * 2**20
-_BLOCK_ELEMENTS = 2**20
-_COMPILE_ELEMENTS = 10**9
-"""From this many changed weights on, loading the compiled pass pays."""
+from loratool.storage.tensors import TensorInfo
+from loratool.storage.writing import OutputSlot, create_with_header
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-
-
-@dataclass(frozen=True)
-class MergeJob:
-    """Rows ``start:stop`` of one changed tensor."""
-
-    source: TensorInfo
-    update: PlacedUpdate
-    start: int
-    stop: int
-    slot: OutputSlot
-    device: torch.device
-    compiled: bool
-
-    @property
-    def cost(self) -> int:
-        return self.source.nbytes * (self.stop - self.start) // max(1, self.source.rows)
-
-
-@dataclass(frozen=True)
-class CopyJob:
-    """A byte range that does not change, or a pickled tensor that is only rewritten."""
-
-    source: TensorInfo
-    nbytes: int
-    slot: OutputSlot
-
-    @property
-    def cost(self) -> int:
-        return self.nbytes
 
 
 @dataclass(frozen=True)
@@ -115,7 +84,7 @@ class MergePlan:
             for update in self.placement.updates.values()
             if isinstance(update.update, LowRankUpdate)
         ]
-        return workers * (16 * _BLOCK_ELEMENTS + 3 * max(factors, default=0))
+        return workers * (16 * BLOCK_ELEMENTS + 3 * max(factors, default=0))
 
     def to_json(self, workers: int) -> dict[str, Any]:
         return {
@@ -233,87 +202,6 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-# Jobs -----------------------------------------------------------------------------------------
-
-
-def run_job(job: MergeJob | CopyJob) -> MergeRow | None:
-    """Copy unchanged bytes, or merge rows and say what that took."""
-    if isinstance(job, CopyJob):
-        if job.source.strides is None:
-            copy_range(
-                job.source.path, job.source.offset, job.slot.path, job.slot.offset, job.nbytes
-            )
-        else:
-            job.slot.write(job.source.read())
-        return None
-    return _merge_rows(job)
-
-
-def _merge_rows(job: MergeJob) -> MergeRow:
-    update = job.update
-    row = MergeRow(update.target, update.describe(), 0, 0, 0, 0)
-    source = job.source
-    dtype = source.dtype.torch
-    assert dtype is not None
-    summed = _certified(job) if isinstance(update.update, LowRankUpdate) else None
-    columns = max(1, source.numel // max(1, source.rows))
-    step = max(1, _BLOCK_ELEMENTS // columns)
-    for start in range(job.start, job.stop, step):
-        stop = min(start + step, job.stop)
-        before = source.read_rows(start, stop)
-        if summed is None:
-            assert isinstance(update.update, Replacement)
-            after = _replacement_rows(job, update.update.value, start, stop)
-            row = row.plus(before.numel(), int((before != after).sum()), 0, 0)
-        else:
-            try:
-                rows = before.flatten(1).to(job.device)
-                block = summed.add_to(rows, start - job.start, dtype)
-            except NonFiniteValues as error:
-                raise NonFiniteValues(
-                    f"{update.target}: {error.message} (rows counted from {job.start})"
-                ) from None
-            if block.overflowed:
-                raise RangeOverflow(
-                    f"{update.target}: {block.overflowed} merged values exceed the range of "
-                    f"{source.dtype.name}",
-                    hint="is the scale right? a smaller --scale, or a base in a wider dtype",
-                )
-            after = block.values.cpu().reshape(before.shape)
-            row = row.plus(before.numel(), block.changed, block.level2, block.level3)
-        job.slot.write_rows(start, after)
-    return row
-
-
-def _certified(job: MergeJob) -> CertifiedSum:
-    update = job.update.update
-    assert isinstance(update, LowRankUpdate)
-    value = update.load()
-    value = value.T if job.update.transposed else value
-    part = value.rows(job.start, job.stop)
-    scaled = LowRank(part.b.to(job.device), part.a.to(job.device), part.scale * job.update.weight)
-    try:
-        return CertifiedSum([scaled], find_pass=decide_bf16_when_loaded if job.compiled else _plain)
-    except (NonFiniteValues, UnsupportedInput) as error:
-        raise type(error)(f"{job.update.source}: {error.message}") from None
-
-
-def _plain() -> None:
-    """No compiled pass: for a small merge, loading it takes longer than it saves."""
-
-
-def _replacement_rows(job: MergeJob, value: LazyTensor, start: int, stop: int) -> torch.Tensor:
-    rows = value.read_rows(start, stop)
-    dtype = job.source.dtype.torch
-    assert dtype is not None
-    if not bool(torch.isfinite(rows).all()):
-        raise NonFiniteValues(f"{job.update.source}: the adapter holds NaN or infinity")
-    merged = rows.to(dtype)
-    if not bool(torch.isfinite(merged).all()):
-        raise RangeOverflow(f"{job.update.source}: values exceed the range of {dtype}")
-    return merged
-
-
 def _file_jobs(file: WeightFile, target: Path, plan: MergePlan) -> Iterator[MergeJob | CopyJob]:
     """Create the output file with its final header and list the work that fills it."""
     slots = _create_like(file, target)
@@ -341,7 +229,7 @@ def _continues(job: CopyJob, info: TensorInfo, slot: OutputSlot) -> bool:
         and info.strides is None
         and info.offset == job.source.offset + job.nbytes
         and slot.offset == job.slot.offset + job.nbytes
-        and job.nbytes < _JOB_BYTES
+        and job.nbytes < JOB_BYTES
     )
 
 
@@ -349,8 +237,8 @@ def _row_jobs(
     info: TensorInfo, update: PlacedUpdate, slot: OutputSlot, plan: MergePlan
 ) -> Iterator[MergeJob]:
     rows = info.rows
-    compiled = plan.changed_bytes >= 2 * _COMPILE_ELEMENTS
-    step = max(1, _JOB_BYTES * rows // max(1, info.nbytes))
+    compiled = plan.changed_bytes >= 2 * COMPILE_ELEMENTS
+    step = max(1, JOB_BYTES * rows // max(1, info.nbytes))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         yield MergeJob(info, update, start, stop, slot, plan.device, compiled)
@@ -395,7 +283,7 @@ def _check_base_copies(plan: MergePlan) -> None:
                 f"this one has {list(info.shape)}",
                 hint="a resized vocabulary? use the base that the adapter was trained on",
             )
-        step = max(1, _BLOCK_ELEMENTS // max(1, info.numel // max(1, info.rows)))
+        step = max(1, BLOCK_ELEMENTS // max(1, info.numel // max(1, info.rows)))
         for start in range(0, info.rows, step):
             stop = min(start + step, info.rows)
             if not torch.equal(
