@@ -57,7 +57,9 @@ def excess_bound(
     DᵀD·v, float64. energy: ‖d‖²_F.
     """
     g = back - v.double() * theta.square()
-    r = torch.linalg.qr(g).R
+    # any R with RᵀR = GᵀG serves; this one costs less than a QR of the tall G
+    square, vectors = torch.linalg.eigh(g.T @ g)
+    r = square.clamp(min=0).sqrt()[:, None] * vectors.T
     best = math.inf
     failure = 0.0
     for norm in _residual_norm_bounds(d, v, key):
