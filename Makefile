@@ -1,5 +1,7 @@
 # make demo       the main job on the example pair, in a virtual environment of its own
 # make test       what every change must pass
+# make test-slow  the tests that take longer
+# make faults     killed processes, full disks, resuming
 # make check      formatting, lint, types, layers, generated documentation
 # make bench      ratios against rivals, on a checkpoint of about 1 GB
 PYTHON ?= python3
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_OPTIONS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow faults check docs bench clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +36,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

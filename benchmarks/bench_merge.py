@@ -49,6 +49,11 @@ def compare_merges(pair: Path, rounds: int) -> dict[str, Any]:
             (one["plan"] + one["run"]) / cp.seconds
             for one, cp in zip(inner, runs["cp"], strict=True)
         ),
+        "peft_in_process_seconds": median(done.json()["run"] for done in runs["peft"]),
+        "in_process_peft_over_ours": median(
+            theirs.json()["run"] / (one["plan"] + one["run"])
+            for one, theirs in zip(inner, runs["peft"], strict=True)
+        ),
         "peft_over_ours": _ratio(runs["peft"], runs["loratool"]),
         "peak_share": median(
             ours.peak_bytes / theirs.peak_bytes
