@@ -6,7 +6,7 @@ import math
 import string
 from collections.abc import Iterable, Sequence
 
-_PLAIN = frozenset(string.ascii_letters + string.digits + " .-_,:()/=+[]")
+_PLAIN = frozenset(string.ascii_letters + string.digits + " .-_,:()/=+[]%")
 _MAX_CODE = 160
 
 

@@ -193,6 +193,11 @@ def test_numbers_that_are_none(value: object) -> None:
     assert "inf " not in text
 
 
+def test_a_budget_rule_is_readable() -> None:
+    assert code("budget:5%") == "`budget:5%`"
+    assert code("a|b`<c>") == "`a\\u007cb\\u0060\\u003cc\\u003e`"
+
+
 @pytest.mark.parametrize(
     ("share", "text"),
     [(0.5, "50.00 %"), (1.0, "100.00 %"), (0.0, "0.00 %"), (1e-7, "1e-05 %"), (None, "n/a")],
