@@ -33,6 +33,26 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(folder.glob(".out.loratool-partial-*"))
 
 
+def interrupt_after(
+    count: int, pair: tuple[Path, Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Run an extraction that is interrupted after ``count`` tensors; their names."""
+    done: list[str] = []
+    original = extract_op.extract_tensor
+
+    def interrupted(job: extract_op.ExtractJob) -> extract_op.ExtractResult:
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(job.pair.name)
+        return original(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_op, "extract_tensor", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lt.extract(*pair, out, rank=4, jobs=1)
+    return done
+
+
 def test_killed_at_random_moments(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """SIGKILL again and again, at moments spread over the run; the last run is left alone."""
     lt.extract(*pair, tmp_path / "whole", rank=4)
@@ -66,19 +86,9 @@ def test_finished_tensors_are_not_done_again(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    done: list[str] = []
     original = extract_op.extract_tensor
-
-    def interrupted(job: extract_op.ExtractJob) -> extract_op.ExtractResult:
-        if len(done) == 20:
-            raise KeyboardInterrupt
-        done.append(job.pair.name)
-        return original(job)
-
-    monkeypatch.setattr(extract_op, "extract_tensor", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        lt.extract(*pair, out, rank=4, jobs=1)
-    first, done = done, []
+    first = interrupt_after(20, pair, out, monkeypatch)
+    done: list[extract_op.ExtractJob] = []
     assert len(leftovers(tmp_path)) == 1
     monkeypatch.setattr(extract_op, "extract_tensor", lambda job: done.append(job) or original(job))
     lt.extract(*pair, out, rank=4, jobs=1)
@@ -93,19 +103,7 @@ def test_other_options_or_inputs_start_afresh(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    original = extract_op.extract_tensor
-    seen: list[str] = []
-
-    def stop_late(job: extract_op.ExtractJob) -> extract_op.ExtractResult:
-        if len(seen) == 10:
-            raise KeyboardInterrupt
-        seen.append(job.pair.name)
-        return original(job)
-
-    monkeypatch.setattr(extract_op, "extract_tensor", stop_late)
-    with pytest.raises(KeyboardInterrupt):
-        lt.extract(*pair, out, rank=4, jobs=1)
-    monkeypatch.setattr(extract_op, "extract_tensor", original)
+    interrupt_after(10, pair, out, monkeypatch)
     report = lt.extract(*pair, out, rank=5, jobs=1)
     assert {row.rank for row in report.rows if row.rank} == {5}
     assert leftovers(tmp_path) == []
