@@ -9,6 +9,7 @@ norms and small eigenproblems in float64.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +70,14 @@ class _Ritz:
     back: Tensor
 
 
+@dataclass(frozen=True)
+class _Right:
+    """All right singular vectors (n, n) and values of a tall matrix, descending."""
+
+    v: Tensor
+    values: Tensor
+
+
 def factorize(
     d: Tensor, rule: RankRule, *, key: str, exact: bool = False, noise_floor: float = 0.0
 ) -> Factors:
@@ -87,6 +96,27 @@ def factorize(
                 factors, u=factors.v, v=factors.u, spectrum=replace(factors.spectrum, shape=shape)
             )
         )
+    spectrum, rank, parts = _resolve(d, rule, key, exact, noise_floor)
+    if isinstance(parts, _Ritz):
+        energy = spectrum.total_energy
+        bound = excess_bound(d, parts.values, parts.v, parts.back, rank, energy, key)
+        factors = Factors(parts.u[:, :rank], parts.v[:, :rank], spectrum, "block Krylov", bound)
+    else:
+        u, v = _left_from_right(d, parts.v[:, :rank], parts.values[:rank])
+        factors = Factors(u, v, spectrum, "exact (Gram)", EXACT)
+    return _with_fixed_signs(factors)
+
+
+class _Resolved(NamedTuple):
+    """A spectrum that decides the rule, the rank it gives, and what factors are made from."""
+
+    spectrum: Spectrum
+    rank: int
+    parts: _Ritz | _Right
+
+
+def _resolve(d: Tensor, rule: RankRule, key: str, exact: bool, noise_floor: float) -> _Resolved:
+    """Resolve values of a tall matrix until the rule is decided."""
     shape = (d.shape[0], d.shape[1])
     energy = sum_of_squares(d)
     if not exact:
@@ -96,17 +126,25 @@ def factorize(
             spectrum = Spectrum(ritz.values[:guess].cpu(), energy, shape, noise_floor)
             rank = rule(spectrum)
             if rank is not None:
-                bound = excess_bound(d, ritz.values, ritz.v, ritz.back, rank, energy, key)
-                return _with_fixed_signs(
-                    Factors(ritz.u[:, :rank], ritz.v[:, :rank], spectrum, "block Krylov", bound)
-                )
+                return _Resolved(spectrum, rank, ritz)
             guess *= 2
-    v, values = _gram_eigenvectors(d)
-    spectrum = Spectrum(values.cpu(), energy, shape, noise_floor)
+    right = _gram_eigenvectors(d)
+    spectrum = Spectrum(right.values.cpu(), energy, shape, noise_floor)
     rank = rule(spectrum)
     assert rank is not None, "a complete spectrum decides every rule"
-    u, v = _left_from_right(d, v[:, :rank], values[:rank])
-    return _with_fixed_signs(Factors(u, v, spectrum, "exact (Gram)", EXACT))
+    return _Resolved(spectrum, rank, right)
+
+
+def resolve_spectrum(
+    d: Tensor, rule: RankRule, *, key: str, exact: bool = False, noise_floor: float = 0.0
+) -> Spectrum:
+    """The singular values that ``rule`` looks at, as ``factorize`` resolves them.
+
+    Without factors, and so without the certificate that costs a good part of theirs.
+    """
+    shape = (d.shape[0], d.shape[1])
+    tall = d if shape[0] >= shape[1] else d.T
+    return replace(_resolve(tall, rule, key, exact, noise_floor).spectrum, shape=shape)
 
 
 def _sketch_pays(guess: int, side: int) -> bool:
@@ -126,9 +164,11 @@ def identity_factors(d: Tensor) -> LowRank:
 
 def sum_of_squares(d: Tensor) -> float:
     """‖d‖²_F with the squares and their sum in float64, block by block."""
-    return sum(
-        float(block.double().square().sum()) for block in torch.split(d, block_rows(d.shape[1]))
-    )
+    total = 0.0
+    for block in torch.split(d, block_rows(d.shape[1])):
+        flat = block.double().reshape(-1)
+        total += float(torch.dot(flat, flat))
+    return total
 
 
 def residual_norm(d: Tensor, update: LowRank) -> float:
@@ -148,14 +188,13 @@ def block_rows(columns: int) -> int:
     return max(16, _BLOCK_BYTES // (8 * max(columns, 1)))
 
 
-def _gram_eigenvectors(d: Tensor) -> tuple[Tensor, Tensor]:
-    """Right singular vectors (n, n) and all singular values of a tall matrix, descending."""
+def _gram_eigenvectors(d: Tensor) -> _Right:
     gram = torch.zeros(d.shape[1], d.shape[1], dtype=torch.float64, device=d.device)
     for block in torch.split(d, block_rows(d.shape[1])):
         wide = block.double()
         gram.addmm_(wide.T, wide)
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    return vectors.flip(1), eigenvalues.flip(0).clamp(min=0).sqrt()
+    return _Right(vectors.flip(1), eigenvalues.flip(0).clamp(min=0).sqrt())
 
 
 def _left_from_right(d: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -107,13 +107,7 @@ class RankRule:
         cap = self.limits.most
         seen = len(spectrum.values)
         if cap is not None and seen >= cap and not spectrum.is_complete and not self.kind.uncut:
-            capped = Spectrum(
-                spectrum.values[:cap],
-                spectrum.total_energy,
-                spectrum.shape,
-                spectrum.noise_floor,
-                cut=True,
-            )
+            capped = replace(spectrum, values=spectrum.values[:cap], cut=True)
             rank = self.kind.choose(capped, self.value)
             return self.limits.apply(cap if rank is None else rank, spectrum.shape)
         rank = self.kind.choose(spectrum, self.value)

@@ -168,17 +168,15 @@ class CertifiedSum:
 
     def _decide_float64(self, w0: Tensor, rows: slice) -> _Decided:
         estimate = w0.double()
-        largest = float(estimate.abs().max())
         size = estimate.abs().amax(dim=1)
-        for term, b, a in zip(self._terms, self._b32, self._a32, strict=True):
-            estimate.addmm_(b[rows].double(), a.double(), alpha=term.scale)
+        for term, b, at in zip(self._terms, self._b64, self._at64, strict=True):
+            estimate.addmm_(b[rows], at.T, alpha=term.scale)
         per_row = self._rounding[rows] + self._adds * (size + self._size[rows])
         margin = (U64 * per_row + self._tiny(2.0**-1000))[:, None]
         low = (estimate - margin).float()
         values = estimate.add_(margin).float()
-        return _Decided(
-            values, _where_different(low, values), _count_different(values, w0.float()), largest
-        )
+        open_ = _where_different(low, values)
+        return _Decided(values, open_, _count_different(values, w0.float()), float(size.max()))
 
     def _tiny(self, smallest: float) -> float:
         return smallest * (2 + sum(term.rank + 2 for term in self._terms))

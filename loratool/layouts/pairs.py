@@ -70,7 +70,7 @@ def align(
     """Pair the tensors of base and tuned.
 
     Raises NothingMatches for tensors on one side only, ShapeMismatch for pairs that differ in
-    shape, Unplaced for a tied head on one side that differs from the embedding's place.
+    shape.
     """
     matched = match_names(tuned, base)
     notes = [f"{matched.note} of the tuned checkpoint in the base"] if matched.note else []

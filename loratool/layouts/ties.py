@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from loratool.adapter import ModuleKind, module_of
 from loratool.layouts.config import ModelConfig
-from loratool.storage.tensors import TensorInfo
+from loratool.storage.tensors import TensorInfo, equal_values
 
 _DECODER_HEADS = {
     "cls.predictions.transform.dense.weight": "cls.predictions.decoder.weight",
@@ -51,7 +49,6 @@ _TIED_BIASES = (
     ("lm_head.bias", "lm_head.decoder.bias"),
     ("predictions.bias", "predictions.decoder.bias"),
 )
-_COMPARED = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -132,11 +129,4 @@ def _head(names: set[str], config: ModelConfig) -> str | None:
 
 def same_values(one: TensorInfo, two: TensorInfo) -> bool:
     """Whether two stored tensors are equal: transformers ties those stored under both names."""
-    if one.shape != two.shape or one.dtype != two.dtype:
-        return False
-    step = max(1, _COMPARED * one.rows // max(1, one.nbytes))
-    return all(
-        torch.equal(one.read_rows(start, stop), two.read_rows(start, stop))
-        for start in range(0, one.rows, step)
-        for stop in [min(start + step, one.rows)]
-    )
+    return one.dtype == two.dtype and equal_values(one, two)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loratool.algebra.factorize import sum_of_squares
 from loratool.algebra.noise import NoiseFloor, NoiseSums
 from loratool.errors import NonFiniteValues
 from loratool.layouts.pairs import Pair
@@ -49,7 +50,7 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
     """
     if not pair.base.dtype.is_float:
         return None if torch.equal(pair.base.read(), pair.tuned.read()) else _NOT_NUMBERS
-    rows, columns = _matrix_shape(pair.base.shape)
+    rows, columns = matrix_shape(pair.base.shape)
     matrix = torch.empty(rows, columns, dtype=torch.float32, device=device)
     noise = NoiseSums(columns, device)
     energy = base_energy = 0.0
@@ -63,8 +64,8 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
             block.copy_(after.double() - before.double())
         else:
             block.copy_(after).sub_(before)
-        energy += _square_sum(block)
-        base_energy += _square_sum(before)
+        energy += sum_of_squares(block)
+        base_energy += sum_of_squares(before)
         noise.add(after)
     if not math.isfinite(energy):
         where = torch.nonzero(~torch.isfinite(matrix))[0].tolist()
@@ -79,8 +80,8 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
     return Delta(matrix, energy, float(base_energy**0.5), noise.floor(), changed)
 
 
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Vectors are one row; kernels (out, in, k…) have in·k… columns."""
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """As a matrix: vectors are one row, kernels (out, in, k…) have in·k… columns."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
@@ -89,8 +90,3 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def _rows(info: TensorInfo, start: int, stop: int, columns: int) -> Tensor:
     values = info.read() if len(info.shape) < 2 else info.read_rows(start, stop)
     return values.reshape(stop - start, columns)
-
-
-def _square_sum(block: Tensor) -> float:
-    flat = block.double().reshape(-1)
-    return float(torch.dot(flat, flat))

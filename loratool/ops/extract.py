@@ -22,13 +22,13 @@ from loratool.layouts.config import is_hub_id
 from loratool.layouts.pairs import Alignment, Pair, align, check_floats
 from loratool.layouts.patterns import matches, select
 from loratool.layouts.targets import targeted
+from loratool.ops.deltas import matrix_shape
 from loratool.ops.extract_adapter import base_modules, build_adapter, in_task_head, stored_size
 from loratool.ops.extract_jobs import (
     ExtractJob,
     ExtractResult,
     Treatment,
     extract_tensor,
-    matrix_shape,
     resolve_spectrum,
 )
 from loratool.ops.extract_report import ExtractReport, Status, TensorRow
@@ -133,12 +133,12 @@ def plan_extract(
     before any long work.
     """
     is_budget = str(rank).startswith(_BUDGET)
-    if is_budget:
-        if min_rank > 1 or multiple_of > 1:
-            raise UsageError("a budget goes with --max-rank, not with --min-rank or --multiple-of")
-        rule = parse_rank_rule(str(max_rank or BUDGET_RANK))
+    if is_budget and (min_rank > 1 or multiple_of > 1):
+        raise UsageError("a budget goes with --max-rank, not with --min-rank or --multiple-of")
     limits = RankLimits(min_rank, max_rank, multiple_of)
-    if not is_budget:
+    if is_budget:
+        rule = parse_rank_rule(str(max_rank or BUDGET_RANK))
+    else:
         rule = parse_rank_rule(str(rank), limits)
     special = {p: parse_rank_rule(str(r), limits) for p, r in (rank_for or {}).items()}
     target = resolve_device(device)
@@ -317,10 +317,9 @@ def _treatment(pair: Pair, alignment: Alignment, base: Model) -> Treatment:
         return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
     if alignment.experts.is_expert(pair.name):
         return Treatment.NO_PLACE
-    if pair.kind in LOW_RANK_KINDS and not alignment.experts.is_saved_whole(pair.name):
-        return Treatment.LOW_RANK
     if pair.kind in LOW_RANK_KINDS:
-        return Treatment.WHOLE
+        whole = alignment.experts.is_saved_whole(pair.name)
+        return Treatment.WHOLE if whole else Treatment.LOW_RANK
     return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
 
 
@@ -342,7 +341,7 @@ def _check_rank(jobs: Sequence[ExtractJob]) -> None:
     sides: dict[RankRule, int] = {}
     for job in jobs:
         if job.treatment is Treatment.LOW_RANK:
-            sides[job.rule] = max(sides.get(job.rule, 0), min(matrix_shape(job.pair)))
+            sides[job.rule] = max(sides.get(job.rule, 0), min(matrix_shape(job.pair.base.shape)))
     if not sides:
         raise NothingMatches(
             "no matrix is left to factorise", hint="loosen --include, --exclude and --targets"

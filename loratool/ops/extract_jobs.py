@@ -10,13 +10,14 @@ import torch
 
 from loratool.adapter import LowRankUpdate, ModuleKind
 from loratool.algebra.factorize import Factors, factorize, identity_factors, residual_norm
+from loratool.algebra.factorize import resolve_spectrum as spectrum_of
 from loratool.algebra.lora_test import lora_rank
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.spectrum import Spectrum
 from loratool.errors import RangeOverflow
 from loratool.layouts.pairs import Pair
-from loratool.ops.deltas import Delta, read_delta
+from loratool.ops.deltas import Delta, matrix_shape, read_delta
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.storage.dtypes import DType
 from loratool.storage.writing import park
@@ -58,9 +59,9 @@ class ExtractJob:
 
     @property
     def memory_bytes(self) -> int:
-        """Working memory of the job."""
+        """Working memory of the job: its change in float32, and as much again to factorise it."""
         float32 = 4 * self.pair.base.numel
-        return self.cost + (2 if self.treatment is Treatment.LOW_RANK else 1) * float32
+        return (2 if self.treatment is Treatment.LOW_RANK else 1) * float32
 
     @property
     def output_bytes_at_most(self) -> int:
@@ -69,7 +70,7 @@ class ExtractJob:
             return self.pair.tuned.nbytes
         if self.treatment is not Treatment.LOW_RANK:
             return 0
-        rows, columns = matrix_shape(self.pair)
+        rows, columns = matrix_shape(self.pair.base.shape)
         return self.rule.first_guess((rows, columns)) * (rows + columns) * self.dtype.bits // 8
 
 
@@ -114,7 +115,8 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
         best = identity_factors(delta.matrix)
         row = replace(row, method="exact (W − W0 itself)", excess_bound=0.0, failure=0.0)
     else:
-        factors = _factorize(job, delta)
+        floor = delta.noise.threshold
+        factors = factorize(delta.matrix, job.rule, key=job.key, exact=job.exact, noise_floor=floor)
         best = factors.low_rank()
         row = _with_findings(row, factors, delta)
     if best.rank == 0:
@@ -135,17 +137,10 @@ def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
     if job.treatment is not Treatment.LOW_RANK:
         return None
     delta = read_delta(job.pair, job.device)
-    return None if delta is None else _factorize(job, delta).spectrum
-
-
-def _factorize(job: ExtractJob, delta: Delta) -> Factors:
-    return factorize(
-        delta.matrix,
-        job.rule,
-        key=job.key,
-        exact=job.exact,
-        noise_floor=delta.noise.threshold,
-    )
+    if delta is None:
+        return None
+    floor = delta.noise.threshold
+    return spectrum_of(delta.matrix, job.rule, key=job.key, exact=job.exact, noise_floor=floor)
 
 
 def _with_findings(row: TensorRow, factors: Factors, delta: Delta) -> TensorRow:
@@ -181,8 +176,3 @@ def _park(job: ExtractJob, value: LowRank) -> LowRankUpdate:
     parked = park(job.scratch / f"{job.index}.raw", {"b": value.b, "a": value.a})
     rank = value.rank
     return LowRankUpdate(parked["b"], parked["a"], 1.0, float(rank), is_embedding)
-
-
-def matrix_shape(pair: Pair) -> tuple[int, int]:
-    """(rows, columns) of the weight as a matrix; a kernel's columns are in·k…"""
-    return pair.base.shape[0], pair.base.numel // max(1, pair.base.shape[0])

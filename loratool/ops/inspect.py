@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from loratool.adapter import LowRankUpdate
-from loratool.algebra.factorize import factorize
+from loratool.algebra.factorize import resolve_spectrum
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
@@ -341,7 +341,7 @@ def _delta_row(job: _DeltaJob) -> DeltaRow | None:
         return None
     spectrum = None
     if pair.kind in LOW_RANK_KINDS:
-        spectrum = factorize(delta.matrix, job.rule, key=f"0:{pair.name}").spectrum
+        spectrum = resolve_spectrum(delta.matrix, job.rule, key=f"0:{pair.name}")
     return DeltaRow(
         pair.name, str(pair.kind), pair.base.shape, delta.norm, delta.base_norm, spectrum
     )

@@ -41,10 +41,16 @@ from loratool.storage.checkpoint import (
 )
 from loratool.storage.outputs import check_free_space, check_output, flushing, staged
 from loratool.storage.safetensors_file import encode_header
-from loratool.storage.tensors import TensorInfo
+from loratool.storage.tensors import TensorInfo, equal_values
 from loratool.storage.writing import OutputSlot, create_with_header
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_LEFT_BEHIND = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "training_args.bin",
+)
+"""Traces of training, which are no part of a merged model."""
 
 
 @dataclass(frozen=True)
@@ -283,16 +289,11 @@ def _check_base_copies(plan: MergePlan) -> None:
                 f"this one has {list(info.shape)}",
                 hint="a resized vocabulary? use the base that the adapter was trained on",
             )
-        step = max(1, BLOCK_ELEMENTS // max(1, info.numel // max(1, info.rows)))
-        for start in range(0, info.rows, step):
-            stop = min(start + step, info.rows)
-            if not torch.equal(
-                info.read_rows(start, stop).double(), copy.read_rows(start, stop).double()
-            ):
-                raise DisagreementError(
-                    f"{ours}: the base weights inside the adapter differ from this base's",
-                    hint="use the base that the adapter was trained on",
-                )
+        if not equal_values(info, copy):
+            raise DisagreementError(
+                f"{ours}: the base weights inside the adapter differ from this base's",
+                hint="use the base that the adapter was trained on",
+            )
 
 
 def _output_name(file: WeightFile, plan: MergePlan) -> str:
@@ -333,11 +334,10 @@ def _side_files(model: Model) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root) / name
-            if path in ours or name.startswith(".") or name in _ADAPTER_FILES:
+            if path in ours or name.startswith(".") or name in _LEFT_BEHIND:
                 continue
-            is_weights = path.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json")
-            if is_weights and name != "training_args.bin":
+            if path.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json"):
                 skipped.append(str(path.relative_to(checkpoint.folder)))
-            elif path.is_file() and name != "training_args.bin":
+            elif path.is_file():
                 carried.append(path)
     return tuple(carried), tuple(skipped)

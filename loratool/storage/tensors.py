@@ -14,6 +14,8 @@ from torch import Tensor
 from loratool.errors import MalformedFile, UnsupportedInput
 from loratool.storage.dtypes import BY_TORCH, DType
 
+_COMPARED_ELEMENTS = 2**22
+
 
 class LazyTensor(Protocol):
     """A tensor with a known dtype and shape whose values are fetched when asked for."""
@@ -92,6 +94,22 @@ class MemoryTensor:
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         return self.value[start:stop].contiguous() if self.shape else self.value
+
+
+def equal_values(one: LazyTensor, two: LazyTensor) -> bool:
+    """Whether two tensors have one shape and the same numbers, read a part at a time."""
+    if one.shape != two.shape:
+        return False
+    rows = one.shape[0] if one.shape else 1
+    step = max(1, _COMPARED_ELEMENTS * rows // max(1, math.prod(one.shape)))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        left, right = one.read_rows(start, stop), two.read_rows(start, stop)
+        if one.dtype != two.dtype:
+            left, right = left.double(), right.double()
+        if not torch.equal(left, right):
+            return False
+    return True
 
 
 def _read_elements(info: TensorInfo, offset: int, nbytes: int) -> Tensor:
