@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from loratool.ops.extract import plan_extract, run_extract
+from loratool.ops.extract import run_extract
+from loratool.ops.extract_plan import plan_extract
 from loratool.ops.merge import plan_merge, run_merge
 
 

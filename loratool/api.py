@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loratool.adapter import Adapter
 from loratool.engine import Engine, Progress
 from loratool.ops import extract as _extract
+from loratool.ops import extract_plan as _extract_plan
 from loratool.ops import inspect as _inspect
 from loratool.ops import merge as _merge
 from loratool.ops.extract_report import ExtractReport
@@ -57,7 +58,7 @@ def extract(
     the factors (default: the tuned checkpoint's). Raises a LoratoolError subclass; nothing is
     written then.
     """
-    plan = _extract.plan_extract(
+    plan = _extract_plan.plan_extract(
         Path(base),
         Path(tuned),
         Path(output),

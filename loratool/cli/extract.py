@@ -14,7 +14,7 @@ from loratool.errors import UsageError
 
 if TYPE_CHECKING:
     from loratool.engine import Engine
-    from loratool.ops.extract import ExtractPlan
+    from loratool.ops.extract_plan import ExtractPlan
     from loratool.ops.extract_report import ExtractReport, TensorRow
 
 
@@ -130,7 +130,8 @@ def extract_command(
       loratool extract base/ tuned/ -o adapter/ --rank 16
     """
     from loratool.engine import Engine
-    from loratool.ops.extract import plan_extract, run_extract
+    from loratool.ops.extract import run_extract
+    from loratool.ops.extract_plan import plan_extract
 
     plan = plan_extract(
         base,

@@ -10,7 +10,8 @@ from loratool.algebra.budget import allocate
 from loratool.algebra.ranks import RankLimits, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, Progress
-from loratool.ops.extract import ExtractPlan, resolve_spectra
+from loratool.ops.extract import resolve_spectra
+from loratool.ops.extract_plan import ExtractPlan
 from loratool.provenance import document
 
 MOST = 64

@@ -11,7 +11,8 @@ import torch
 import loratool as lt
 from loratool.engine import Engine, NoProgress
 from loratool.errors import NonFiniteValues, NothingMatches, ShapeMismatch, Unplaced, UsageError
-from loratool.ops.extract import plan_extract, run_extract
+from loratool.ops.extract import run_extract
+from loratool.ops.extract_plan import plan_extract
 from loratool.ops.extract_tradeoff import rank_tradeoff
 from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, load_folder, moved, save_folder
 

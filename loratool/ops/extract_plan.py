@@ -1,0 +1,238 @@
+"""What an extraction will do, decided from headers and configs before a tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratool.adapter import ModuleKind
+from loratool.algebra.budget import parse_size
+from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
+from loratool.engine.devices import resolve_device
+from loratool.errors import NothingMatches, UsageError
+from loratool.layouts.config import is_hub_id
+from loratool.layouts.pairs import Alignment, Pair, align, check_floats
+from loratool.layouts.patterns import matches, select
+from loratool.layouts.targets import targeted
+from loratool.ops.deltas import matrix_shape
+from loratool.ops.extract_adapter import in_task_head
+from loratool.ops.extract_jobs import ExtractJob, Treatment
+from loratool.ops.sources import Model, open_model
+from loratool.profiles import Profile, find_profile
+from loratool.storage.dtypes import BY_NAME, USER_NAMES, DType
+from loratool.storage.outputs import check_free_space, check_output
+
+LOW_RANK_KINDS = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EMBEDDING)
+BUDGET_RANK = 256
+"""Components per matrix that a budget chooses among, unless --max-rank says otherwise."""
+
+_STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION, ModuleKind.CONV)
+_BUDGET = "budget:"
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """Everything decided before a tensor is read."""
+
+    base: Model
+    tuned: Model
+    output: Path
+    rank: str
+    budget: int | None
+    dtype: DType
+    device: torch.device
+    seed: int
+    base_model: str | None
+    profile: Profile
+    drop_rest: bool
+    overwrite: bool
+    alignment: Alignment
+    jobs: tuple[ExtractJob, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(job.cost for job in self.jobs)
+
+    @property
+    def adapter_bytes_at_most(self) -> int:
+        """Size of the adapter if every tensor changed."""
+        whole = sum(j.output_bytes_at_most for j in self.jobs if j.treatment is Treatment.WHOLE)
+        if self.budget is not None:
+            return whole + self.budget * self.dtype.bits // 8
+        return sum(job.output_bytes_at_most for job in self.jobs)
+
+    def peak_bytes(self, workers: int) -> int:
+        """Working memory: the largest jobs that can run side by side."""
+        return sum(sorted((job.memory_bytes for job in self.jobs), reverse=True)[:workers])
+
+    def to_json(self, workers: int) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "dtype": self.dtype.name,
+            "device": str(self.device),
+            "read_bytes": self.read_bytes,
+            "adapter_bytes_at_most": self.adapter_bytes_at_most,
+            "peak_bytes": self.peak_bytes(workers),
+            "notes": list(self.alignment.notes),
+            "tensors": [
+                {
+                    "name": job.pair.name,
+                    "kind": str(job.pair.kind),
+                    "shape": list(job.pair.base.shape),
+                    "if_changed": str(job.treatment),
+                }
+                for job in self.jobs
+            ],
+        }
+
+
+def plan_extract(
+    base: Path,
+    tuned: Path,
+    output: Path,
+    *,
+    rank: str | int = 16,
+    rank_for: Mapping[str, str | int] | None = None,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    multiple_of: int = 1,
+    targets: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    drop_rest: bool = False,
+    exact: bool = False,
+    seed: int = 0,
+    base_model: str | None = None,
+    profile: str = "peft",
+    overwrite: bool = False,
+) -> ExtractPlan:
+    """Read headers and decide what happens to every tensor. Nothing is written.
+
+    rank_for: pattern → rank or rule, for the tensors it matches; the last match wins.
+    targets: see layouts.targets. Raises InputError, DisagreementError, UsageError or OutputError,
+    before any long work.
+    """
+    is_budget = str(rank).startswith(_BUDGET)
+    if is_budget and (min_rank > 1 or multiple_of > 1):
+        raise UsageError("a budget goes with --max-rank, not with --min-rank or --multiple-of")
+    limits = RankLimits(min_rank, max_rank, multiple_of)
+    if is_budget:
+        rule = parse_rank_rule(str(max_rank or BUDGET_RANK))
+    else:
+        rule = parse_rank_rule(str(rank), limits)
+    special = {p: parse_rank_rule(str(r), limits) for p, r in (rank_for or {}).items()}
+    target = resolve_device(device)
+    if base_model is not None and not is_hub_id(base_model):
+        raise UsageError(f"--base-model {base_model!r} is not of the form owner/name")
+    base_side, tuned_side = open_model(base), open_model(tuned)
+    check_output(output, overwrite=overwrite, inputs=[*base_side.paths, *tuned_side.paths])
+    alignment = align(
+        base_side.checkpoint, tuned_side.checkpoint, base_side.config, tuned_side.config
+    )
+    pairs = list(alignment.pairs)
+    check_floats(pairs)
+    names = [pair.name for pair in pairs]
+    chosen = select(names, include, exclude)
+    if targets is not None:
+        chosen &= targeted(targets, {pair.name: pair.kind for pair in pairs})
+    select(names, list(special), ())  # a pattern that matches nothing is an error
+    stored = _adapter_dtype(dtype, tuned_side)
+    jobs = [
+        ExtractJob(
+            index,
+            pair,
+            _treatment(pair, alignment, base_side) if pair.name in chosen else Treatment.EXCLUDED,
+            next((r for p, r in reversed(special.items()) if matches(p, pair.name)), rule),
+            stored,
+            target,
+            seed,
+            exact,
+            scratch=None,
+        )
+        for index, pair in enumerate(pairs)
+    ]
+    budget = _budget(str(rank), stored, base_side) if is_budget else None
+    if budget is None:
+        _check_rank(jobs)
+    plan = ExtractPlan(
+        base_side,
+        tuned_side,
+        output,
+        str(rank) if is_budget else str(rule),
+        budget,
+        stored,
+        target,
+        seed,
+        base_model or base_side.config.hub_name,
+        find_profile(profile),
+        drop_rest,
+        overwrite,
+        alignment,
+        tuple(jobs),
+    )
+    check_free_space(output, 2 * plan.adapter_bytes_at_most)
+    return plan
+
+
+def _adapter_dtype(text: str | None, tuned: Model) -> DType:
+    if text is not None:
+        if text not in USER_NAMES:
+            raise UsageError(f"unknown dtype {text!r}", hint="choose float32, float16 or bfloat16")
+        return USER_NAMES[text]
+    sizes: dict[str, int] = {}
+    for info in tuned.checkpoint.tensors.values():
+        if info.dtype.name in ("F32", "F16", "BF16"):
+            sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.nbytes
+    return BY_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else BY_NAME["F32"]
+
+
+def _treatment(pair: Pair, alignment: Alignment, base: Model) -> Treatment:
+    if not pair.base.dtype.is_float:
+        return Treatment.NO_PLACE
+    if in_task_head(pair.name, base.config.task_type):
+        return Treatment.WHOLE  # PEFT saves a task's head whole, whatever the config lists
+    if any(pair.name in tie.names for tie in alignment.ties):
+        return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
+    if alignment.experts.is_expert(pair.name):
+        return Treatment.NO_PLACE
+    if pair.kind in LOW_RANK_KINDS:
+        whole = alignment.experts.is_saved_whole(pair.name)
+        return Treatment.WHOLE if whole else Treatment.LOW_RANK
+    return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
+
+
+def _budget(rank: str, dtype: DType, base: Model) -> int:
+    """Parameters that a budget allows. Raises UsageError."""
+    text = rank.removeprefix(_BUDGET)
+    values = sum(info.numel for info in base.checkpoint.tensors.values())
+    parameters = parse_size(text, dtype.bits // 8, values)
+    if not parameters:
+        raise UsageError(
+            f"rank {rank!r}: a budget is a number of parameters, a size or a share of the base",
+            hint="for example budget:500000, budget:20MB, budget:2%",
+        )
+    return parameters
+
+
+def _check_rank(jobs: Sequence[ExtractJob]) -> None:
+    """A fixed rank above a matrix's smaller side is clamped; above every matrix's it is a slip."""
+    sides: dict[RankRule, int] = {}
+    for job in jobs:
+        if job.treatment is Treatment.LOW_RANK:
+            sides[job.rule] = max(sides.get(job.rule, 0), min(matrix_shape(job.pair.base.shape)))
+    if not sides:
+        raise NothingMatches(
+            "no matrix is left to factorise", hint="loosen --include, --exclude and --targets"
+        )
+    for rule, side in sides.items():
+        if rule.clamps(side):
+            raise UsageError(
+                f"rank {rule} is above the smaller side of every matrix (at most {side})",
+                hint="use --rank full to keep everything",
+            )
