@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
 from loratool.algebra.lowrank import LowRank
 from loratool.storage.tensors import LazyTensor
@@ -45,6 +46,7 @@ class LowRankUpdate:
     scale: float
     alpha: float
     is_embedding: bool = False
+    is_additive: ClassVar[bool] = True
 
     @property
     def rank(self) -> int:
@@ -72,6 +74,7 @@ class Replacement:
     """Absolute values for one parameter, as modules_to_save and bias="all" store them."""
 
     value: LazyTensor
+    is_additive: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,6 +82,8 @@ class Replacement:
 
 
 Update = LowRankUpdate | Replacement
+"""``is_additive``: adds an amount that does not depend on the weight it is added to, so that
+several can be summed, weighted, and taken off again."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -56,6 +57,18 @@ class RoundedBlock:
     level2: int
     level3: int
     overflowed: int
+
+
+class Rounder(Protocol):
+    """What is done to one tensor, row by row, each result rounded once."""
+
+    def add_to(self, w0: Tensor, first_row: int, dtype: torch.dtype) -> RoundedBlock:
+        """Rows ``first_row : first_row + len(w0)`` changed and rounded to ``dtype``.
+
+        w0: those rows of the tensor as stored, (rows, columns). Raises NonFiniteValues when w0
+        holds NaN or infinity where numbers are needed. A result beyond the dtype's range is
+        ±infinity and counted.
+        """
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,13 @@ class CertifiedSum:
             rounded = round_float64(exact, values.dtype).to(values.device)
             unchanged_zero = (exact == 0).to(start.device) & (start == 0)
             values[row, column] = torch.where(unchanged_zero, start.to(values.dtype), rounded)
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of any precision to ``dtype``, to nearest, ties to even."""
+    return (
+        round_float64(values, dtype) if values.dtype == torch.float64 != dtype else values.to(dtype)
+    )
 
 
 def round_float64(values: Tensor, dtype: torch.dtype) -> Tensor:

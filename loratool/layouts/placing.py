@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from loratool.errors import (
     NothingMatches,
     ShapeMismatch,
     UnsupportedInput,
+    UsageError,
 )
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.kinds import classify
@@ -27,7 +28,8 @@ class PlacedUpdate:
     """An update that knows its tensor.
 
     source: the adapter's name for the parameter. target: the checkpoint's. transposed: the
-    tensor is stored (in, out). weight: what the user multiplies the update with.
+    tensor is stored (in, out). weight: what the user multiplies the update with. adapter: which
+    of the adapters it comes from, counted from 0.
     """
 
     source: str
@@ -35,6 +37,7 @@ class PlacedUpdate:
     update: Update
     transposed: bool = False
     weight: float = 1.0
+    adapter: int = 0
 
     def describe(self) -> str:
         if isinstance(self.update, Replacement):
@@ -43,21 +46,67 @@ class PlacedUpdate:
         return f"rank {self.update.rank}, scale {self.update.scale * self.weight:g}{turned}"
 
 
+def describe(updates: Sequence[PlacedUpdate]) -> str:
+    """What is done to one tensor, in a few words."""
+    return " + ".join(update.describe() for update in updates)
+
+
 @dataclass(frozen=True)
 class Placement:
-    """All updates of an adapter by checkpoint tensor. notes: guesses made."""
+    """All updates by checkpoint tensor, in the order of their adapters. notes: guesses made."""
 
-    updates: dict[str, PlacedUpdate]
-    base_copies: dict[str, LazyTensor]
+    updates: dict[str, tuple[PlacedUpdate, ...]]
+    base_copies: dict[str, tuple[LazyTensor, ...]]
     notes: tuple[str, ...]
 
 
-def place(adapter: Adapter, tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Placement:
-    """Find every update's tensor.
+def place(
+    adapters: Sequence[tuple[Adapter, float]],
+    tensors: Mapping[str, TensorInfo],
+    config: ModelConfig,
+) -> Placement:
+    """Find the tensor of every update of the adapters, each of which has a weight.
 
-    Raises NothingMatches naming updates without one and what looks like them, ShapeMismatch,
-    and DisagreementError for an adapter that changes one side of a tied pair.
+    Updates of different adapters on one tensor are summed. Raises NothingMatches naming updates
+    without a tensor and what looks like them, ShapeMismatch, and DisagreementError for an adapter
+    that changes one side of a tied pair or two that cannot be summed; UsageError for a weight on
+    replaced values.
     """
+    updates: dict[str, tuple[PlacedUpdate, ...]] = {}
+    copies: dict[str, tuple[LazyTensor, ...]] = {}
+    notes: list[str] = []
+    for index, (adapter, weight) in enumerate(adapters):
+        one = _place_one(adapter, tensors, config)
+        for name, placed in one.updates.items():
+            ours = tuple(replace(update, weight=weight, adapter=index) for update in placed)
+            updates[name] = updates.get(name, ()) + ours
+        for name, copied in one.base_copies.items():
+            copies[name] = copies.get(name, ()) + copied
+        notes += [note for note in one.notes if note not in notes]
+    for name, placed in updates.items():
+        _check_summable(name, placed)
+    return Placement(updates, copies, tuple(notes))
+
+
+def _check_summable(name: str, placed: Sequence[PlacedUpdate]) -> None:
+    replacing = [update for update in placed if isinstance(update.update, Replacement)]
+    if replacing and len(placed) > 1:
+        raise DisagreementError(
+            f"{name}: one adapter replaces it whole and another changes it as well",
+            details=[update.source for update in placed],
+            hint=f"leave it out of one of them with --exclude {name}",
+        )
+    if replacing and replacing[0].weight != 1:
+        raise UsageError(
+            f"{name}: the adapter replaces it, which a weight of {replacing[0].weight:g} does not "
+            "apply to",
+            hint="leave replaced parameters out with --exclude, or use weight 1",
+        )
+
+
+def _place_one(
+    adapter: Adapter, tensors: Mapping[str, TensorInfo], config: ModelConfig
+) -> Placement:
     if not adapter.updates:
         raise NothingMatches("the adapter holds no update", hint="was everything excluded?")
     stored_as = {module: name for name, module in module_names(tensors, config).items()}
@@ -79,12 +128,12 @@ def place(adapter: Adapter, tensors: Mapping[str, TensorInfo], config: ModelConf
         by_target[target] = (source, update)
     for tie in ties:
         notes += _settle_tie(tie, by_target, {m: tensors[n] for m, n in stored_as.items()})
-    placed = {}
+    placed: dict[str, tuple[PlacedUpdate, ...]] = {}
     for target, (source, update) in by_target.items():
         name = stored_as[target]
-        placed[name] = _oriented(source, name, update, shapes[target], kinds[target])
-    copies = {
-        stored_as[matched.found[asked[name]]]: copy
+        placed[name] = (_oriented(source, name, update, shapes[target], kinds[target]),)
+    copies: dict[str, tuple[LazyTensor, ...]] = {
+        stored_as[matched.found[asked[name]]]: (copy,)
         for name, copy in adapter.base_copies.items()
         if matched.found.get(asked[name]) in stored_as
     }

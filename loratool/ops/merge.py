@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loratool.adapter import Adapter, LowRankUpdate
+from loratool.adapter import Adapter, LowRankUpdate, Replacement
 from loratool.algebra.rounding import MERGEABLE
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
@@ -23,7 +23,7 @@ from loratool.errors import (
     UsageError,
 )
 from loratool.layouts.patterns import select
-from loratool.layouts.placing import PlacedUpdate, Placement, place
+from loratool.layouts.placing import PlacedUpdate, Placement, describe, place
 from loratool.ops.merge_jobs import (
     BLOCK_ELEMENTS,
     COMPILE_ELEMENTS,
@@ -87,7 +87,8 @@ class MergePlan:
         """Working memory: blocks in float32 beside the factors, per worker."""
         factors = [
             sum(4 * math.prod(t.shape) for t in (update.update.b, update.update.a))
-            for update in self.placement.updates.values()
+            for placed in self.placement.updates.values()
+            for update in placed
             if isinstance(update.update, LowRankUpdate)
         ]
         return workers * (16 * BLOCK_ELEMENTS + 3 * max(factors, default=0))
@@ -103,8 +104,8 @@ class MergePlan:
             "side_files": [path.name for path in self.side_files],
             "skipped_files": list(self.skipped_files),
             "tensors": [
-                {"name": name, "update": update.describe()}
-                for name, update in self.placement.updates.items()
+                {"name": name, "update": describe(placed)}
+                for name, placed in self.placement.updates.items()
             ],
             "left_out": list(self.left_out),
             "notes": list(self.placement.notes),
@@ -140,7 +141,7 @@ def plan_merge(
             details=list(value.replacements)[:12],
             hint="leave them out with --exclude, or merge at scale 1",
         )
-    placement = place(value, model.checkpoint.tensors, model.config)
+    placement = place([(value, scale)], model.checkpoint.tensors, model.config)
     _check_dtypes(placement, model)
     side_files, skipped = _side_files(model)
     plan = MergePlan(
@@ -216,8 +217,7 @@ def _file_jobs(file: WeightFile, target: Path, plan: MergePlan) -> Iterator[Merg
     for name in sorted(slots, key=lambda name: slots[name].offset):
         info, slot = file.tensors[name], slots[name]
         if name in updates:
-            update = replace(updates[name], weight=plan.scale)
-            yield from _row_jobs(info, update, slot, plan)
+            yield from _row_jobs(info, updates[name], slot, plan)
         elif info.nbytes:
             if pending and _continues(pending, info, slot):
                 pending = replace(pending, nbytes=pending.nbytes + info.nbytes)
@@ -240,14 +240,14 @@ def _continues(job: CopyJob, info: TensorInfo, slot: OutputSlot) -> bool:
 
 
 def _row_jobs(
-    info: TensorInfo, update: PlacedUpdate, slot: OutputSlot, plan: MergePlan
+    info: TensorInfo, updates: tuple[PlacedUpdate, ...], slot: OutputSlot, plan: MergePlan
 ) -> Iterator[MergeJob]:
     rows = info.rows
     compiled = plan.changed_bytes >= 2 * COMPILE_ELEMENTS
     step = max(1, JOB_BYTES * rows // max(1, info.nbytes))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        yield MergeJob(info, update, start, stop, slot, plan.device, compiled)
+        yield MergeJob(info, updates, start, stop, slot, plan.device, compiled)
 
 
 def _create_like(file: WeightFile, target: Path) -> dict[str, OutputSlot]:
@@ -271,9 +271,10 @@ def _create_like(file: WeightFile, target: Path) -> dict[str, OutputSlot]:
 
 
 def _check_dtypes(placement: Placement, model: Model) -> None:
-    for name, update in placement.updates.items():
+    for name, placed in placement.updates.items():
         dtype = model.checkpoint.tensors[name].dtype
-        if isinstance(update.update, LowRankUpdate) and dtype.torch not in MERGEABLE:
+        calculated = any(not isinstance(update.update, Replacement) for update in placed)
+        if calculated and dtype.torch not in MERGEABLE:
             raise UnsupportedInput(
                 f"{name}: is stored as {dtype.name}; merging works on F32, F16 and BF16",
                 hint="quantised and 64-bit weights must be converted first",
@@ -281,19 +282,20 @@ def _check_dtypes(placement: Placement, model: Model) -> None:
 
 
 def _check_base_copies(plan: MergePlan) -> None:
-    for ours, copy in plan.placement.base_copies.items():
+    for ours, copies in plan.placement.base_copies.items():
         info = plan.base.checkpoint.tensors[ours]
-        if info.shape != copy.shape:
-            raise DisagreementError(
-                f"{ours}: the adapter was trained on a base with shape {list(copy.shape)}, "
-                f"this one has {list(info.shape)}",
-                hint="a resized vocabulary? use the base that the adapter was trained on",
-            )
-        if not equal_values(info, copy):
-            raise DisagreementError(
-                f"{ours}: the base weights inside the adapter differ from this base's",
-                hint="use the base that the adapter was trained on",
-            )
+        for copy in copies:
+            if info.shape != copy.shape:
+                raise DisagreementError(
+                    f"{ours}: the adapter was trained on a base with shape {list(copy.shape)}, "
+                    f"this one has {list(info.shape)}",
+                    hint="a resized vocabulary? use the base that the adapter was trained on",
+                )
+            if not equal_values(info, copy):
+                raise DisagreementError(
+                    f"{ours}: the base weights inside the adapter differ from this base's",
+                    hint="use the base that the adapter was trained on",
+                )
 
 
 def _output_name(file: WeightFile, plan: MergePlan) -> str:

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from loratool.adapter import LowRankUpdate, Replacement
-from loratool.algebra.kernels import decide_bf16_when_loaded
-from loratool.algebra.lowrank import LowRank
-from loratool.algebra.rounding import CertifiedSum
-from loratool.errors import NonFiniteValues, RangeOverflow, UnsupportedInput
-from loratool.layouts.placing import PlacedUpdate
+from loratool.errors import NonFiniteValues, RangeOverflow
+from loratool.layouts.placing import PlacedUpdate, describe
 from loratool.ops.merge_report import MergeRow
-from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.ops.rounders import rounder_of
+from loratool.storage.tensors import TensorInfo
 from loratool.storage.writing import OutputSlot, copy_range
 
 JOB_BYTES = 128 * 2**20
@@ -27,7 +24,7 @@ class MergeJob:
     """Rows ``start:stop`` of one changed tensor."""
 
     source: TensorInfo
-    update: PlacedUpdate
+    updates: tuple[PlacedUpdate, ...]
     start: int
     stop: int
     slot: OutputSlot
@@ -66,65 +63,31 @@ def run_job(job: MergeJob | CopyJob) -> MergeRow | None:
 
 
 def _merge_rows(job: MergeJob) -> MergeRow:
-    update = job.update
-    row = MergeRow(update.target, update.describe(), 0, 0, 0, 0)
-    source = job.source
+    source, target = job.source, job.updates[0].target
+    row = MergeRow(target, describe(job.updates), 0, 0, 0, 0)
     dtype = source.dtype.torch
     assert dtype is not None
-    summed = _certified(job) if isinstance(update.update, LowRankUpdate) else None
+    rounder = rounder_of(
+        job.updates, source, job.start, job.stop, device=job.device, compiled=job.compiled
+    )
     columns = max(1, source.numel // max(1, source.rows))
     step = max(1, BLOCK_ELEMENTS // columns)
     for start in range(job.start, job.stop, step):
         stop = min(start + step, job.stop)
         before = source.read_rows(start, stop)
-        if summed is None:
-            assert isinstance(update.update, Replacement)
-            after = _replacement_rows(job, update.update.value, start, stop)
-            row = row.plus(before.numel(), int((before != after).sum()), 0, 0)
-        else:
-            try:
-                rows = before.flatten(1).to(job.device)
-                block = summed.add_to(rows, start - job.start, dtype)
-            except NonFiniteValues as error:
-                raise NonFiniteValues(
-                    f"{update.target}: {error.message} (rows counted from {job.start})"
-                ) from None
-            if block.overflowed:
-                raise RangeOverflow(
-                    f"{update.target}: {block.overflowed} merged values exceed the range of "
-                    f"{source.dtype.name}",
-                    hint="is the scale right? a smaller --scale, or a base in a wider dtype",
-                )
-            after = block.values.cpu().reshape(before.shape)
-            row = row.plus(before.numel(), block.changed, block.level2, block.level3)
-        job.slot.write_rows(start, after)
+        try:
+            rows = before.reshape(stop - start, -1).to(job.device)
+            block = rounder.add_to(rows, start - job.start, dtype)
+        except NonFiniteValues as error:
+            raise NonFiniteValues(
+                f"{target}: {error.message} (rows counted from {job.start})"
+            ) from None
+        if block.overflowed:
+            raise RangeOverflow(
+                f"{target}: {block.overflowed} merged values exceed the range of "
+                f"{source.dtype.name}",
+                hint="is the scale right? a smaller --scale, or a base in a wider dtype",
+            )
+        job.slot.write_rows(start, block.values.cpu().reshape(before.shape))
+        row = row.plus(before.numel(), block.changed, block.level2, block.level3)
     return row
-
-
-def _certified(job: MergeJob) -> CertifiedSum:
-    update = job.update.update
-    assert isinstance(update, LowRankUpdate)
-    value = update.load()
-    value = value.T if job.update.transposed else value
-    part = value.rows(job.start, job.stop)
-    scaled = LowRank(part.b.to(job.device), part.a.to(job.device), part.scale * job.update.weight)
-    try:
-        return CertifiedSum([scaled], find_pass=decide_bf16_when_loaded if job.compiled else _plain)
-    except (NonFiniteValues, UnsupportedInput) as error:
-        raise type(error)(f"{job.update.source}: {error.message}") from None
-
-
-def _plain() -> None:
-    """No compiled pass: for a small merge, loading it takes longer than it saves."""
-
-
-def _replacement_rows(job: MergeJob, value: LazyTensor, start: int, stop: int) -> torch.Tensor:
-    rows = value.read_rows(start, stop)
-    dtype = job.source.dtype.torch
-    assert dtype is not None
-    if not bool(torch.isfinite(rows).all()):
-        raise NonFiniteValues(f"{job.update.source}: the adapter holds NaN or infinity")
-    merged = rows.to(dtype)
-    if not bool(torch.isfinite(merged).all()):
-        raise RangeOverflow(f"{job.update.source}: values exceed the range of {dtype}")
-    return merged

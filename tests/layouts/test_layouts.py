@@ -18,13 +18,14 @@ from loratool.errors import (
     NothingMatches,
     ShapeMismatch,
     Unplaced,
+    UsageError,
 )
 from loratool.layouts.config import ModelConfig, is_hub_id
 from loratool.layouts.kinds import classify, uses_conv1d
 from loratool.layouts.names import head_model_prefix, match_names, near_misses
 from loratool.layouts.pairs import align, check_floats
 from loratool.layouts.patterns import matches, select
-from loratool.layouts.placing import place
+from loratool.layouts.placing import describe, place
 from loratool.storage.dtypes import BY_NAME
 from loratool.storage.tensors import MemoryTensor, TensorInfo
 from tests.builders import GPT2_CONFIG, LLAMA_CONFIG, gpt2_weights, llama_weights, random_tensor
@@ -305,14 +306,22 @@ def test_a_pattern_that_covers_nothing_is_a_slip(side: str) -> None:
 def test_an_update_lands_in_the_stored_orientation() -> None:
     base = infos(gpt2_weights())
     name = "transformer.h.0.attn.c_attn.weight"
-    placed = place(adapter(**{name: low_rank(24, 8)}), base, GPT2)
-    assert placed.updates[name].transposed
+    placed = place([(adapter(**{name: low_rank(24, 8)}), 1.0)], base, GPT2)
+    assert placed.updates[name][0].transposed
     assert placed.notes == ()
     square = "transformer.h.0.attn.c_proj.weight"
-    assert place(adapter(**{square: low_rank(8, 8)}), base, GPT2).updates[square].transposed
+    assert (
+        place([(adapter(**{square: low_rank(8, 8)}), 1.0)], base, GPT2)
+        .updates[square][0]
+        .transposed
+    )
     linear = infos(llama_weights())
     name = "model.layers.0.mlp.up_proj.weight"
-    assert not place(adapter(**{name: low_rank(16, 8)}), linear, LLAMA).updates[name].transposed
+    assert (
+        not place([(adapter(**{name: low_rank(16, 8)}), 1.0)], linear, LLAMA)
+        .updates[name][0]
+        .transposed
+    )
 
 
 def test_an_embeddings_update_is_not_transposed() -> None:
@@ -320,17 +329,17 @@ def test_an_embeddings_update_is_not_transposed() -> None:
     update = low_rank(8, 16, is_embedding=True)
     assert update.shape == (16, 8)
     name = "model.embed_tokens.weight"
-    placed = place(adapter(**{name: update}), infos(llama_weights()), LLAMA)
-    assert not placed.updates[name].transposed
+    placed = place([(adapter(**{name: update}), 1.0)], infos(llama_weights()), LLAMA)
+    assert not placed.updates[name][0].transposed
     assert update.load().dense().shape == (16, 8)
 
 
 def test_a_prefix_is_bridged_and_told() -> None:
     bare = {n.removeprefix("transformer."): t for n, t in gpt2_weights().items()}
     name = "transformer.h.0.attn.c_attn.weight"
-    placed = place(adapter(**{name: low_rank(24, 8)}), infos(bare), GPT2)
+    placed = place([(adapter(**{name: low_rank(24, 8)}), 1.0)], infos(bare), GPT2)
     assert set(placed.updates) == {"h.0.attn.c_attn.weight"}
-    assert placed.updates["h.0.attn.c_attn.weight"].source == name
+    assert placed.updates["h.0.attn.c_attn.weight"][0].source == name
     assert "'transformer.' was removed" in placed.notes[0]
 
 
@@ -338,7 +347,7 @@ def test_a_prefix_is_bridged_for_an_embedding_alone() -> None:
     """Two components are all the name there is."""
     bare = {n.removeprefix("transformer."): t for n, t in gpt2_weights().items()}
     update = replacement(12, 8)
-    placed = place(adapter(**{"transformer.wpe.weight": update}), infos(bare), GPT2)
+    placed = place([(adapter(**{"transformer.wpe.weight": update}), 1.0)], infos(bare), GPT2)
     assert set(placed.updates) == {"wpe.weight"}
 
 
@@ -348,7 +357,7 @@ def test_updates_without_a_tensor_are_all_named_with_what_looks_like_them() -> N
     }
     updates["model.layers.0.self_attn.q_proj.weight"] = low_rank(8, 8)
     with pytest.raises(NothingMatches, match="9 of the adapter's 10 updates match no") as caught:
-        place(adapter(**updates), infos(llama_weights()), LLAMA)
+        place([(adapter(**updates), 1.0)], infos(llama_weights()), LLAMA)
     first, *_, last = caught.value.details
     assert first == (
         "language_model.layers.0.self_attn.q_proj.weight   "
@@ -359,7 +368,7 @@ def test_updates_without_a_tensor_are_all_named_with_what_looks_like_them() -> N
 
 def test_an_empty_adapter() -> None:
     with pytest.raises(NothingMatches, match="holds no update"):
-        place(adapter(), infos(llama_weights()), LLAMA)
+        place([(adapter(), 1.0)], infos(llama_weights()), LLAMA)
 
 
 @pytest.mark.parametrize(
@@ -373,14 +382,14 @@ def test_an_empty_adapter() -> None:
 )
 def test_shapes_that_differ_are_both_named(name: str, update: Update, message: str) -> None:
     with pytest.raises(ShapeMismatch, match=message) as caught:
-        place(adapter(**{name: update}), infos(llama_weights()), LLAMA)
+        place([(adapter(**{name: update}), 1.0)], infos(llama_weights()), LLAMA)
     assert caught.value.message.startswith(f"{name}: ")
 
 
 def test_a_conv1d_is_not_taken_the_wrong_way_round() -> None:
     name = "transformer.h.0.attn.c_attn.weight"
     with pytest.raises(ShapeMismatch, match=r"\[8, 24\].*\[8, 24\] as \(in, out\)"):
-        place(adapter(**{name: low_rank(8, 24)}), infos(gpt2_weights()), GPT2)
+        place([(adapter(**{name: low_rank(8, 24)}), 1.0)], infos(gpt2_weights()), GPT2)
 
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -389,22 +398,22 @@ EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 @pytest.mark.parametrize("side", [EMBEDDING, HEAD])
 def test_one_side_of_a_tie_cannot_change_alone(side: str) -> None:
     with pytest.raises(DisagreementError, match=f"changes {side} alone"):
-        place(adapter(**{side: replacement(16, 8)}), infos(gpt2_weights()), GPT2)
+        place([(adapter(**{side: replacement(16, 8)}), 1.0)], infos(gpt2_weights()), GPT2)
 
 
 def test_both_sides_of_a_tie_change_once() -> None:
     same = replacement(16, 8)
-    placed = place(adapter(**{EMBEDDING: same, HEAD: same}), infos(gpt2_weights()), GPT2)
+    placed = place([(adapter(**{EMBEDDING: same, HEAD: same}), 1.0)], infos(gpt2_weights()), GPT2)
     assert set(placed.updates) == {EMBEDDING}
     assert "updated once" in placed.notes[-1]
     other = replacement(16, 8, seed=1)
     with pytest.raises(DisagreementError, match="differently"):
-        place(adapter(**{EMBEDDING: same, HEAD: other}), infos(gpt2_weights()), GPT2)
+        place([(adapter(**{EMBEDDING: same, HEAD: other}), 1.0)], infos(gpt2_weights()), GPT2)
 
 
 def test_both_sides_of_a_tie_that_are_stored_both_change() -> None:
     names = {"model.embed_tokens.weight": replacement(16, 8), HEAD: replacement(16, 8)}
-    placed = place(adapter(**names), infos(llama_weights()), TIED_LLAMA)
+    placed = place([(adapter(**names), 1.0)], infos(llama_weights()), TIED_LLAMA)
     assert set(placed.updates) == set(names)
 
 
@@ -412,7 +421,7 @@ def test_two_updates_of_one_tensor() -> None:
     bare = {n.removeprefix("model."): t for n, t in llama_weights().items()}
     names = ["layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
     with pytest.raises(LoratoolError):
-        place(adapter(**{name: low_rank(8, 8) for name in names}), infos(bare), NONE)
+        place([(adapter(**{name: low_rank(8, 8) for name in names}), 1.0)], infos(bare), NONE)
 
 
 # Pairs ----------------------------------------------------------------------------------------
@@ -473,3 +482,21 @@ def test_quantised_against_float_is_refused() -> None:
         check_floats(list(pairs))
     both = align(infos(shapes, "I64"), infos(shapes, "I64"), NONE, NONE).pairs
     assert check_floats(list(both)) == []
+
+
+def test_several_adapters_meet_on_one_tensor_with_their_weights() -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    one, two = adapter(**{name: low_rank(8, 8)}), adapter(**{name: low_rank(8, 8)})
+    placed = place([(one, 0.7), (two, -0.3)], infos(llama_weights()), LLAMA).updates[name]
+    assert [(update.weight, update.adapter) for update in placed] == [(0.7, 0), (-0.3, 1)]
+    assert "rank" in describe(placed)
+    assert " + " in describe(placed)
+
+
+def test_replaced_values_stand_alone_and_unweighted() -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    whole, more = adapter(**{name: replacement(8, 8)}), adapter(**{name: low_rank(8, 8)})
+    with pytest.raises(DisagreementError, match=r"q_proj.*replaces it whole"):
+        place([(whole, 1.0), (more, 1.0)], infos(llama_weights()), LLAMA)
+    with pytest.raises(UsageError, match=r"q_proj.*weight of 0.5"):
+        place([(whole, 0.5)], infos(llama_weights()), LLAMA)

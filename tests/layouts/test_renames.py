@@ -55,6 +55,6 @@ def test_adapters_of_either_naming_land_on_the_stored_name(name: str) -> None:
     update = LowRankUpdate(
         MemoryTensor(random_tensor(9, 2)), MemoryTensor(random_tensor(2, 4)), 1.0, 2.0
     )
-    placed = place(Adapter({name: update}, "PEFT"), tensors, config)
+    placed = place([(Adapter({name: update}, "PEFT"), 1.0)], tensors, config)
     assert list(placed.updates) == [stored]
-    assert placed.updates[stored].source == name
+    assert placed.updates[stored][0].source == name

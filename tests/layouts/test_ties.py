@@ -159,22 +159,22 @@ def test_every_name_must_change_alike_and_changes_once() -> None:
             "lm_head.weight",
         )
     }
-    placed = place(Adapter(updates, "PEFT"), infos(names), t5)
+    placed = place([(Adapter(updates, "PEFT"), 1.0)], infos(names), t5)
     assert set(placed.updates) == {"shared.weight"}
     for name in updates:
         rest = {other: update for other, update in updates.items() if other != name}
         with pytest.raises(DisagreementError, match=f"ties it to {name}"):
-            place(Adapter(rest, "PEFT"), infos(names), t5)
+            place([(Adapter(rest, "PEFT"), 1.0)], infos(names), t5)
         odd = updates | {name: replacement(*TABLE, seed=5)}
         with pytest.raises(DisagreementError, match="differently"):
-            place(Adapter(odd, "PEFT"), infos(names), t5)
+            place([(Adapter(odd, "PEFT"), 1.0)], infos(names), t5)
 
 
 def test_tied_biases() -> None:
     updates: dict[str, Update] = {
         name: replacement(20) for name in ("cls.predictions.bias", "cls.predictions.decoder.bias")
     }
-    placed = place(Adapter(updates, "PEFT"), infos(BERT), config("BertForMaskedLM"))
+    placed = place([(Adapter(updates, "PEFT"), 1.0)], infos(BERT), config("BertForMaskedLM"))
     assert set(placed.updates) == {"cls.predictions.bias"}
 
 
@@ -187,9 +187,9 @@ def test_names_stored_with_other_values_are_not_tied(equal: bool, tmp_path: Path
     adapter = Adapter({"lm_head.weight": replacement(*table.shape)}, "PEFT")
     if equal:
         with pytest.raises(DisagreementError, match=r"changes lm_head.weight alone"):
-            place(adapter, base.checkpoint.tensors, base.config)
+            place([(adapter, 1.0)], base.checkpoint.tensors, base.config)
     else:
-        placed = place(adapter, base.checkpoint.tensors, base.config)
+        placed = place([(adapter, 1.0)], base.checkpoint.tensors, base.config)
         assert list(placed.updates) == ["lm_head.weight"]
 
 

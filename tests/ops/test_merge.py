@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 import loratool as lt
+from loratool.adapter import LowRankUpdate
 from loratool.engine import Engine
 from loratool.errors import (
     DisagreementError,
@@ -21,7 +23,10 @@ from loratool.errors import (
     ShapeMismatch,
     UsageError,
 )
+from loratool.layouts.placing import PlacedUpdate
 from loratool.ops.merge import plan_merge, run_merge
+from loratool.ops.rounders import rounder_of
+from loratool.storage.tensors import MemoryTensor
 from tests.algebra.reference import exact_merge, same_bits
 from tests.ops.builders import (
     GPT2,
@@ -269,3 +274,24 @@ def test_no_file_of_an_input_is_ever_the_output(tmp_path: Path) -> None:
         with pytest.raises(OutputError):
             lt.merge(named, adapter, target, overwrite=True)
     assert before == {path: path.read_bytes() for path in base.iterdir()}
+
+
+def test_two_adapters_on_one_tensor_are_rounded_once() -> None:
+    """Both are added to the base before anything is rounded; where they cancel, the base stays."""
+    base, (a, b), (a2, b2) = llama_like(torch.bfloat16), factors(24, 24), factors(24, 24, seed=5)
+    name = f"{Q0}.weight"
+    placed = [
+        PlacedUpdate(
+            name, name, LowRankUpdate(MemoryTensor(y), MemoryTensor(x), 2.0, 6.0), weight=w
+        )
+        for x, y, w in ((a, b, 0.7), (a2, b2, -0.3))
+    ]
+    tensor = MemoryTensor(base[name])
+
+    def merged(updates: list[PlacedUpdate]) -> torch.Tensor:
+        rounder = rounder_of(updates, tensor, 0, 24, device=torch.device("cpu"))
+        return rounder.add_to(base[name], 0, torch.bfloat16).values
+
+    terms = [(b, a, 2.0 * 0.7), (b2, a2, 2.0 * -0.3)]
+    assert same_bits(merged(placed), exact_merge(base[name], terms, torch.bfloat16))
+    assert same_bits(merged([placed[0], replace(placed[0], weight=-0.7)]), base[name])
