@@ -66,10 +66,12 @@ class Engine:
         cost: Callable[[Job], int],
         progress: Progress,
         what: str,
+        waiting: int = 0,
     ) -> list[Result]:
         """``work`` of every job, results in the jobs' order. The first error stops the rest.
 
-        Expensive jobs start first, so that the last core to finish is not alone for long.
+        waiting: threads beyond the workers, for jobs that spend part of their time waiting for
+        the disk. Expensive jobs start first, so that the last core to finish is not alone for long.
         """
         costs = [cost(job) for job in jobs]
         progress.start(what, sum(costs))
@@ -81,7 +83,7 @@ class Engine:
 
         order = sorted(range(len(jobs)), key=lambda index: -costs[index])
         try:
-            with _exact_float32(), _pool(self.workers) as pool:
+            with _exact_float32(), _pool(self.workers + waiting) as pool:
                 futures = {index: pool.submit(timed, index) for index in order}
                 try:
                     wait(futures.values(), return_when=FIRST_EXCEPTION)

@@ -28,6 +28,7 @@ from loratool.ops.merge_jobs import (
     BLOCK_ELEMENTS,
     COMPILE_ELEMENTS,
     JOB_BYTES,
+    WAITING,
     CopyJob,
     MergeJob,
     run_job,
@@ -91,7 +92,7 @@ class MergePlan:
             for update in placed
             if isinstance(update.update, LowRankUpdate)
         ]
-        return workers * (16 * BLOCK_ELEMENTS + 3 * max(factors, default=0))
+        return (workers + WAITING) * (16 * BLOCK_ELEMENTS + 3 * max(factors, default=0))
 
     def to_json(self, workers: int) -> dict[str, Any]:
         return {
@@ -178,7 +179,12 @@ def run_merge(
             jobs += _file_jobs(file, target, plan)
         with flushing(targets):
             parts = engine.map(
-                run_job, jobs, cost=lambda job: job.cost, progress=progress, what="merging"
+                run_job,
+                jobs,
+                cost=lambda job: job.cost,
+                progress=progress,
+                what="merging",
+                waiting=WAITING,
             )
         only_file = None
         if plan.writes_single_file:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loratool.errors import InputMissing
+from loratool.storage.direct import write_direct
 from loratool.storage.disk import NO_SPACE, disk_errors
 from loratool.storage.dtypes import BY_TORCH, DType
 from loratool.storage.safetensors_file import encode_header, tensor_bytes
@@ -42,24 +43,48 @@ class OutputSlot:
 
 
 def write_at(path: Path, offset: int, data: memoryview) -> None:
-    """Write all of ``data`` at ``offset`` of an existing file."""
-    with disk_errors(path), open(path, "r+b", buffering=0) as file:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(file.fileno(), data[done:], offset + done)
+    """Write all of ``data`` at ``offset`` of an existing file, past the page cache if it can."""
+
+    def fill(buffer: memoryview, position: int) -> int:
+        buffer[:] = data[position : position + len(buffer)]
+        return len(buffer)
+
+    with disk_errors(path):
+        direct = write_direct(path, offset, len(data), fill)
+        with open(path, "r+b", buffering=0) as file:
+            for part in _around(direct, len(data)):
+                done = part.start
+                while done < part.stop:
+                    done += os.pwrite(file.fileno(), data[done : part.stop], offset + done)
 
 
 def copy_range(source: Path, start: int, target: Path, offset: int, nbytes: int) -> None:
-    """Copy bytes between files inside the kernel where it can."""
-    with open(source, "rb") as reader, disk_errors(target), open(target, "r+b") as writer:
-        done = 0
-        while done < nbytes:
-            count = _copy_some(
-                reader.fileno(), writer.fileno(), start + done, offset + done, nbytes - done
-            )
-            if count == 0:
-                raise InputMissing(f"{source}: shrank while it was copied")
-            done += count
+    """Copy bytes between files, past the page cache or inside the kernel where it can."""
+    with open(source, "rb", buffering=0) as reader, disk_errors(target):
+
+        def fill(buffer: memoryview, position: int) -> int:
+            return os.preadv(reader.fileno(), [buffer], start + position)
+
+        direct = write_direct(target, offset, nbytes, fill)
+        with open(target, "r+b", buffering=0) as writer:
+            for part in _around(direct, nbytes):
+                done = part.start
+                while done < part.stop:
+                    count = _copy_some(
+                        reader.fileno(),
+                        writer.fileno(),
+                        start + done,
+                        offset + done,
+                        part.stop - done,
+                    )
+                    if count == 0:
+                        raise InputMissing(f"{source}: shrank while it was copied")
+                    done += count
+
+
+def _around(middle: range, length: int) -> tuple[range, range]:
+    """What of ``range(length)`` lies before and after ``middle``."""
+    return range(middle.start), range(middle.stop, length)
 
 
 def _copy_some(reader: int, writer: int, start: int, offset: int, nbytes: int) -> int:
