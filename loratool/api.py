@@ -38,6 +38,7 @@ def extract(
     min_rank: int = 1,
     max_rank: int | None = None,
     multiple_of: int = 1,
+    conv_rank: str | int | None = None,
     targets: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -54,7 +55,8 @@ def extract(
 ) -> ExtractReport:
     """Write the low-rank adapter that turns ``base`` into ``tuned`` and report its error.
 
-    ``rank`` is a number or a rule such as ``"energy:0.95"`` or ``"full"``. ``dtype`` is that of
+    ``rank`` is a number or a rule such as ``"energy:0.95"`` or ``"full"``; ``conv_rank`` one for
+    convolutions, which are stored whole without it. ``dtype`` is that of
     the factors (default: the tuned checkpoint's). Raises a LoratoolError subclass; nothing is
     written then.
     """
@@ -67,6 +69,7 @@ def extract(
         min_rank=min_rank,
         max_rank=max_rank,
         multiple_of=multiple_of,
+        conv_rank=conv_rank,
         targets=targets,
         dtype=dtype,
         device=device,

@@ -43,7 +43,14 @@ class _ExtractCommand(click.Command):
     "--rank-for",
     multiple=True,
     metavar="PATTERN=RANK",
-    help="Another rank or rule for matching parameters ('mlp=32'); repeatable, the last one wins.",
+    help="Another rank or rule for matching parameters ('mlp=32'), or whole to store them whole; "
+    "repeatable, the last one wins.",
+)
+@click.option(
+    "--conv-rank",
+    metavar="N|full|RULE|same",
+    help="Factorise convolutions too, with this rank or rule, or the same as --rank "
+    "[default: they are stored whole].",
 )
 @click.option("--min-rank", type=click.IntRange(min=1), default=1, help="At least this rank.")
 @click.option("--max-rank", type=click.IntRange(min=1), help="At most this rank.")
@@ -52,8 +59,8 @@ class _ExtractCommand(click.Command):
 )
 @click.option(
     "--targets",
-    metavar="attention|mlp|all-linear|q,v|REGEX",
-    help="Only these modules, by role, short names or regular expression.",
+    metavar="attention|mlp|all-linear|all-conv|q,v|REGEX",
+    help="Only these modules, by role, short names (a list of either) or regular expression.",
 )
 @click.option("--dtype", help="Dtype of the factors [default: the tuned checkpoint's].")
 @click.option(
@@ -103,6 +110,7 @@ def extract_command(
     min_rank: int,
     max_rank: int | None,
     multiple_of: int,
+    conv_rank: str | None,
     targets: str | None,
     dtype: str | None,
     drop_rest: bool,
@@ -142,6 +150,7 @@ def extract_command(
         min_rank=min_rank,
         max_rank=max_rank,
         multiple_of=multiple_of,
+        conv_rank=conv_rank,
         targets=targets,
         dtype=dtype,
         device=device,
@@ -224,7 +233,7 @@ def _show_plan(out: Output, plan: ExtractPlan, engine: Engine) -> None:
     out.line(f"reads {size_text(plan.read_bytes)}")
     out.line(f"adapter: at most {size_text(plan.adapter_bytes_at_most)}")
     out.line(f"working memory: about {size_text(plan.peak_bytes(engine.workers))}")
-    out.notes(plan.alignment.notes)
+    out.notes(plan.notes)
 
 
 def _show(out: Output, report: ExtractReport, output: Path) -> None:

@@ -52,8 +52,10 @@ class ModelConfig:
 
     @property
     def architecture(self) -> str | None:
-        value = self.values.get("architectures")
-        return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
+        """The model's class: first of ``architectures``, or diffusers' ``_class_name``."""
+        listed = self.values.get("architectures")
+        value = listed[0] if isinstance(listed, list) and listed else self.values.get("_class_name")
+        return value if isinstance(value, str) else None
 
     @property
     def uses_conv1d(self) -> bool | None:

@@ -53,41 +53,48 @@ _REGEX_SIGNS = re.compile(r"[\\^$|()+]")
 def targeted(text: str, kinds: Mapping[str, ModuleKind]) -> set[str]:
     """Names of the parameters that ``text`` means.
 
-    ``attention``, ``mlp``, ``all-linear`` (every linear layer but output heads), a comma-separated
-    list of names or of q, k, v, o, gate, up, down, or a regular expression that covers the whole
-    module name. Raises NothingMatches, and UsageError for an expression that does not compile.
+    ``attention``, ``mlp``, ``all-linear`` (every linear layer but output heads), ``all-conv``,
+    names, q, k, v, o, gate, up, down, a comma-separated list of these, or a regular expression
+    that covers the whole module name. Raises NothingMatches, and UsageError for an expression
+    that does not compile.
     """
+    if _REGEX_SIGNS.search(text):
+        chosen = {name for name in kinds if _compiled(text).fullmatch(module_of(name))}
+        if not chosen:
+            raise _nothing(text, kinds)
+        return chosen
+    chosen = set()
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        found = _meant_by(word, kinds)
+        if not found:
+            raise _nothing(word, kinds)
+        chosen |= found
+    if not chosen:
+        raise _nothing(text, kinds)
+    return chosen
+
+
+def _meant_by(word: str, kinds: Mapping[str, ModuleKind]) -> set[str]:
     matrices = {
         name
         for name, kind in kinds.items()
         if kind in (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV, ModuleKind.EMBEDDING)
     }
-    if text == "attention":
-        chosen = {name for name in matrices if _parts(name) & _ATTENTION}
-    elif text == "mlp":
-        chosen = {name for name in matrices if not _parts(name) & _ATTENTION and _is_mlp(name)}
-    elif text == "all-linear":
-        chosen = {
+    if word == "attention":
+        return {name for name in matrices if _parts(name) & _ATTENTION}
+    if word == "mlp":
+        return {name for name in matrices if not _parts(name) & _ATTENTION and _is_mlp(name)}
+    if word == "all-linear":
+        return {
             name
             for name in matrices
             if kinds[name] in (ModuleKind.LINEAR, ModuleKind.CONV1D) and not _parts(name) & _HEADS
         }
-    elif _REGEX_SIGNS.search(text):
-        chosen = {name for name in kinds if _compiled(text).fullmatch(module_of(name))}
-    else:
-        chosen = set()
-        for word in filter(None, (part.strip() for part in text.split(","))):
-            found = {
-                name
-                for name in kinds
-                if any(matches(alias, name) for alias in _ALIASES.get(word, (word,)))
-            }
-            if not found:
-                raise _nothing(word, kinds)
-            chosen |= found
-    if not chosen:
-        raise _nothing(text, kinds)
-    return chosen
+    if word == "all-conv":
+        return {name for name in matrices if kinds[name] is ModuleKind.CONV}
+    return {
+        name for name in kinds if any(matches(alias, name) for alias in _ALIASES.get(word, (word,)))
+    }
 
 
 def _parts(name: str) -> set[str]:
@@ -110,5 +117,5 @@ def _nothing(text: str, kinds: Mapping[str, ModuleKind]) -> NothingMatches:
     return NothingMatches(
         f"--targets {text!r} matches nothing",
         details=[f"closest: {name}" for name in near_misses(text, kinds)],
-        hint="try attention, mlp, all-linear, a list like q,v, or a regular expression",
+        hint="try attention, mlp, all-linear, all-conv, a list like q,v, or a regular expression",
     )

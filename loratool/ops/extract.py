@@ -156,7 +156,7 @@ def _refuse_lost_changes(rows: Sequence[TensorRow]) -> None:
 
 
 def _notes(plan: ExtractPlan, adapter: Adapter, allocation: Allocation | None) -> tuple[str, ...]:
-    notes = list(plan.alignment.notes)
+    notes = list(plan.notes)
     if plan.alignment.ignored:
         names = ", ".join(plan.alignment.ignored[:3])
         notes.append(

@@ -168,11 +168,18 @@ def _stored_value(name: str, value: LowRank, dtype: DType) -> LowRank:
 
 
 def _park(job: ExtractJob, value: LowRank) -> LowRankUpdate:
-    """Keep the factors on disk, as PEFT's module wants them: (out, r) and (r, in)."""
+    """Keep the factors on disk, as PEFT's module wants them.
+
+    (out, r) and (r, in); of a convolution (out, r, 1…) and (r, in, k…).
+    """
     assert job.scratch is not None
     is_embedding = job.pair.kind is ModuleKind.EMBEDDING
     if is_embedding or job.pair.kind is ModuleKind.CONV1D:
         value = value.T
-    parked = park(job.scratch / f"{job.index}.raw", {"b": value.b, "a": value.a})
+    b, a = value.b, value.a
+    if job.pair.kind is ModuleKind.CONV:
+        kernel = job.pair.base.shape[1:]
+        b, a = b.reshape(*b.shape, *(1 for _ in kernel[1:])), a.reshape(-1, *kernel)
+    parked = park(job.scratch / f"{job.index}.raw", {"b": b, "a": a})
     rank = value.rank
     return LowRankUpdate(parked["b"], parked["a"], 1.0, float(rank), is_embedding)

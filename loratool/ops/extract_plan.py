@@ -11,27 +11,25 @@ import torch
 
 from loratool.adapter import ModuleKind
 from loratool.algebra.budget import parse_size
-from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
+from loratool.algebra.ranks import RankLimits, RankRule
 from loratool.engine.devices import resolve_device
-from loratool.errors import NothingMatches, UsageError
+from loratool.errors import UsageError
 from loratool.layouts.config import is_hub_id
+from loratool.layouts.convolutions import is_grouped
 from loratool.layouts.pairs import Alignment, Pair, align, check_floats
-from loratool.layouts.patterns import matches, select
+from loratool.layouts.patterns import select
 from loratool.layouts.targets import targeted
 from loratool.ops.deltas import matrix_shape
 from loratool.ops.extract_adapter import in_task_head
 from loratool.ops.extract_jobs import ExtractJob, Treatment
+from loratool.ops.extract_rules import BUDGET, Rules, read_rules
 from loratool.ops.sources import Model, open_model
 from loratool.profiles import Profile, find_profile
 from loratool.storage.dtypes import BY_NAME, USER_NAMES, DType
 from loratool.storage.outputs import check_free_space, check_output
 
 LOW_RANK_KINDS = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EMBEDDING)
-BUDGET_RANK = 256
-"""Components per matrix that a budget chooses among, unless --max-rank says otherwise."""
-
-_STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION, ModuleKind.CONV)
-_BUDGET = "budget:"
+_STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION)
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class ExtractPlan:
     overwrite: bool
     alignment: Alignment
     jobs: tuple[ExtractJob, ...]
+    notes: tuple[str, ...]
 
     @property
     def read_bytes(self) -> int:
@@ -77,7 +76,7 @@ class ExtractPlan:
             "read_bytes": self.read_bytes,
             "adapter_bytes_at_most": self.adapter_bytes_at_most,
             "peak_bytes": self.peak_bytes(workers),
-            "notes": list(self.alignment.notes),
+            "notes": list(self.notes),
             "tensors": [
                 {
                     "name": job.pair.name,
@@ -100,6 +99,7 @@ def plan_extract(
     min_rank: int = 1,
     max_rank: int | None = None,
     multiple_of: int = 1,
+    conv_rank: str | int | None = None,
     targets: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -114,19 +114,14 @@ def plan_extract(
 ) -> ExtractPlan:
     """Read headers and decide what happens to every tensor. Nothing is written.
 
-    rank_for: pattern → rank or rule, for the tensors it matches; the last match wins.
-    targets: see layouts.targets. Raises InputError, DisagreementError, UsageError or OutputError,
-    before any long work.
+    rank_for: pattern → rank, rule or "whole", for the tensors it matches; the last match wins.
+    conv_rank: rank or rule of convolutions, or "same" for that of ``rank``; without it they are
+    stored whole. targets: see layouts.targets. Raises InputError, DisagreementError, UsageError or
+    OutputError, before any long work.
     """
-    is_budget = str(rank).startswith(_BUDGET)
-    if is_budget and (min_rank > 1 or multiple_of > 1):
-        raise UsageError("a budget goes with --max-rank, not with --min-rank or --multiple-of")
+    is_budget = str(rank).startswith(BUDGET)
     limits = RankLimits(min_rank, max_rank, multiple_of)
-    if is_budget:
-        rule = parse_rank_rule(str(max_rank or BUDGET_RANK))
-    else:
-        rule = parse_rank_rule(str(rank), limits)
-    special = {p: parse_rank_rule(str(r), limits) for p, r in (rank_for or {}).items()}
+    rules = read_rules(str(rank), rank_for or {}, conv_rank, limits)
     target = resolve_device(device)
     if base_model is not None and not is_hub_id(base_model):
         raise UsageError(f"--base-model {base_model!r} is not of the form owner/name")
@@ -141,14 +136,15 @@ def plan_extract(
     chosen = select(names, include, exclude)
     if targets is not None:
         chosen &= targeted(targets, {pair.name: pair.kind for pair in pairs})
-    select(names, list(special), ())  # a pattern that matches nothing is an error
+    select(names, list(rules.special), ())  # a pattern that matches nothing is an error
     stored = _adapter_dtype(dtype, tuned_side)
+    treatments = {pair.name: _treatment(pair, alignment, base_side, rules) for pair in pairs}
     jobs = [
         ExtractJob(
             index,
             pair,
-            _treatment(pair, alignment, base_side) if pair.name in chosen else Treatment.EXCLUDED,
-            next((r for p, r in reversed(special.items()) if matches(p, pair.name)), rule),
+            treatments[pair.name] if pair.name in chosen else Treatment.EXCLUDED,
+            rules.of(pair) or rules.general,
             stored,
             target,
             seed,
@@ -158,13 +154,14 @@ def plan_extract(
         for index, pair in enumerate(pairs)
     ]
     budget = _budget(str(rank), stored, base_side) if is_budget else None
+    rules.check_used(jobs)
     if budget is None:
         _check_rank(jobs)
     plan = ExtractPlan(
         base_side,
         tuned_side,
         output,
-        str(rank) if is_budget else str(rule),
+        str(rank) if is_budget else str(rules.general),
         budget,
         stored,
         target,
@@ -175,6 +172,7 @@ def plan_extract(
         overwrite,
         alignment,
         tuple(jobs),
+        (*alignment.notes, *_grouped_note(jobs, rules, base_side)),
     )
     check_free_space(output, 2 * plan.adapter_bytes_at_most)
     return plan
@@ -192,7 +190,7 @@ def _adapter_dtype(text: str | None, tuned: Model) -> DType:
     return BY_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else BY_NAME["F32"]
 
 
-def _treatment(pair: Pair, alignment: Alignment, base: Model) -> Treatment:
+def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> Treatment:
     if not pair.base.dtype.is_float:
         return Treatment.NO_PLACE
     if in_task_head(pair.name, base.config.task_type):
@@ -201,15 +199,35 @@ def _treatment(pair: Pair, alignment: Alignment, base: Model) -> Treatment:
         return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
     if alignment.experts.is_expert(pair.name):
         return Treatment.NO_PLACE
-    if pair.kind in LOW_RANK_KINDS:
-        whole = alignment.experts.is_saved_whole(pair.name)
-        return Treatment.WHOLE if whole else Treatment.LOW_RANK
+    if pair.kind in (*LOW_RANK_KINDS, ModuleKind.CONV):
+        whole = alignment.experts.is_saved_whole(pair.name) or _is_grouped(pair, base)
+        return Treatment.WHOLE if whole or rules.of(pair) is None else Treatment.LOW_RANK
     return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
+
+
+def _is_grouped(pair: Pair, base: Model) -> bool:
+    kind, shape = pair.kind, pair.base.shape
+    return kind is ModuleKind.CONV and is_grouped(pair.name, shape, base.config)
+
+
+def _grouped_note(jobs: Sequence[ExtractJob], rules: Rules, base: Model) -> tuple[str, ...]:
+    grouped = [
+        job.pair.name
+        for job in jobs
+        if job.treatment is Treatment.WHOLE and rules.of(job.pair) and _is_grouped(job.pair, base)
+    ]
+    if not grouped:
+        return ()
+    more = f" and {len(grouped) - 3} more" if len(grouped) > 3 else ""
+    return (
+        "convolutions that are grouped, or may be by their shape, are stored whole if changed, "
+        f"since PEFT merges no updates of grouped ones: {', '.join(grouped[:3])}{more}",
+    )
 
 
 def _budget(rank: str, dtype: DType, base: Model) -> int:
     """Parameters that a budget allows. Raises UsageError."""
-    text = rank.removeprefix(_BUDGET)
+    text = rank.removeprefix(BUDGET)
     values = sum(info.numel for info in base.checkpoint.tensors.values())
     parameters = parse_size(text, dtype.bits // 8, values)
     if not parameters:
@@ -226,10 +244,6 @@ def _check_rank(jobs: Sequence[ExtractJob]) -> None:
     for job in jobs:
         if job.treatment is Treatment.LOW_RANK:
             sides[job.rule] = max(sides.get(job.rule, 0), min(matrix_shape(job.pair.base.shape)))
-    if not sides:
-        raise NothingMatches(
-            "no matrix is left to factorise", hint="loosen --include, --exclude and --targets"
-        )
     for rule, side in sides.items():
         if rule.clamps(side):
             raise UsageError(

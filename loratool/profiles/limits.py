@@ -10,8 +10,9 @@ class Limits:
     """What a consumer accepts.
 
     one_rank: a single rank and scale for all modules. ranks: the ranks it knows, ascending; None
-    for any. whole_modules, biases, embeddings: whether it takes those. refused_modules: last name
-    components that it takes no update of. serve: advice, with {rank} for the rank.
+    for any. whole_modules, biases, embeddings, convolutions: whether it takes those.
+    refused_modules: last name components that it takes no update of. serve: advice, with {rank}
+    for the rank.
     """
 
     one_rank: bool = False
@@ -19,5 +20,6 @@ class Limits:
     whole_modules: bool = True
     biases: bool = True
     embeddings: bool = True
+    convolutions: bool = True
     refused_modules: frozenset[str] = frozenset()
     serve: str = ""

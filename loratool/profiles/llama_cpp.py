@@ -2,4 +2,4 @@
 
 from loratool.profiles.limits import Limits
 
-LIMITS = Limits(one_rank=True, whole_modules=False, biases=False)
+LIMITS = Limits(one_rank=True, whole_modules=False, biases=False, convolutions=False)

@@ -77,6 +77,8 @@ def _check(adapter: Adapter, profile: Profile) -> None:
         last = name.split(".")[-2] if "." in name else name
         if update.is_embedding and not limits.embeddings:
             in_the_way.append(f"{name}: an update of an embedding")
+        elif update.kernel and not limits.convolutions:
+            in_the_way.append(f"{name}: an update of a convolution")
         elif last in limits.refused_modules:
             in_the_way.append(f"{name}: an update of {last}")
     if in_the_way:

@@ -7,6 +7,7 @@ LIMITS = Limits(
     whole_modules=False,
     biases=False,
     embeddings=False,
+    convolutions=False,
     refused_modules=frozenset({"lm_head", "embed_tokens"}),
     serve="serve with --max-lora-rank {rank}",
 )

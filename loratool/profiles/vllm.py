@@ -8,6 +8,7 @@ LIMITS = Limits(
     whole_modules=False,
     biases=False,
     embeddings=False,
+    convolutions=False,
     refused_modules=frozenset({"lm_head", "embed_tokens"}),
     serve="serve with --enable-lora --max-lora-rank {rank}",
 )

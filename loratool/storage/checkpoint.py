@@ -26,6 +26,8 @@ WEIGHT_SUFFIXES = (
 )
 """Files that hold weights in some form: never carried along as side files."""
 INDEX_SUFFIX = ".index.json"
+PIPELINE_FILE = "model_index.json"
+"""What a folder of several models (a diffusers pipeline) holds instead of weights."""
 MAX_JSON_BYTES = 100_000_000
 
 _ENTRY_FILES = (
@@ -149,6 +151,12 @@ def _entry_of_folder(folder: Path) -> Path:
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
+        if (folder / PIPELINE_FILE).is_file():
+            raise InputMissing(
+                f"{folder}: is a pipeline of several models",
+                details=sorted(str(item.parent) for item in folder.glob("*/config.json")),
+                hint="name the folder of one of them",
+            )
         raise InputMissing(
             f"{folder}: holds no weights",
             hint="expected model.safetensors, model.safetensors.index.json or pytorch_model.bin",

@@ -20,6 +20,7 @@ KINDS = {
     "transformer.h.0.attn.c_proj.weight": ModuleKind.CONV1D,
     "transformer.h.0.mlp.c_proj.weight": ModuleKind.CONV1D,
     "lm_head.weight": LINEAR,
+    "conv_in.weight": ModuleKind.CONV,
 }
 
 
@@ -44,6 +45,8 @@ def test_roles() -> None:
     everything = targeted("all-linear", KINDS)
     assert "lm_head.weight" not in everything
     assert len(everything) == 8
+    assert targeted("all-conv", KINDS) == {"conv_in.weight"}
+    assert targeted("all-linear, all-conv", KINDS) == everything | {"conv_in.weight"}
 
 
 def test_names_and_expressions() -> None:
