@@ -10,12 +10,19 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, LowRankUpdate, Replacement, Update, module_of
 from loratool.errors import DisagreementError, MalformedFile, Unplaced, UnsupportedInput, UsageError
+from loratool.formats.peft_experts import (
+    EncodedParameter,
+    Wrapped,
+    decode_parameter,
+    encode_parameters,
+    is_bare,
+)
 from loratool.storage.tensors import LazyTensor
 
 NAME = "PEFT"
@@ -48,7 +55,6 @@ _REFUSED_FLAGS = {
     "use_dora": "DoRA",
     "lora_bias": "lora_bias",
     "layer_replication": "layer_replication",
-    "target_parameters": "target_parameters",
     "trainable_token_indices": "trainable tokens",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
@@ -80,7 +86,7 @@ class _Scaling:
 
     def of(self, module: str, stored_rank: int) -> tuple[float, float]:
         """(scale, alpha) of one module. Raises DisagreementError when config and file differ."""
-        rank = int(_first_match(self.label, self.rank_pattern, module, self.rank))
+        rank = self.rank_of(module)
         alpha = float(_first_match(self.label, self.alpha_pattern, module, self.alpha))
         if rank != stored_rank:
             raise DisagreementError(
@@ -89,6 +95,10 @@ class _Scaling:
                 hint="config and weights belong to different adapters, or rank_pattern is missing",
             )
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank), alpha
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives a module."""
+        return int(_first_match(self.label, self.rank_pattern, module, self.rank))
 
 
 def decode(
@@ -108,6 +118,7 @@ def decode(
     scaling = _scaling(label, config)
     updates: dict[str, Update] = {}
     base_copies: dict[str, LazyTensor] = {}
+    wrapped = _wrapped(label, config)
     unplaced = []
     for key in tensors:
         name = key.removeprefix(PREFIX)
@@ -116,7 +127,10 @@ def decode(
                 raise UnsupportedInput(f"{label}: {key}: {kind} adapters are not supported")
         if factor := _FACTOR.fullmatch(name):
             module, embedding, side = factor.groups()
-            if side == "A":
+            parameter = wrapped.parameter(module, tensors) if wrapped.targets else None
+            if side == "A" and parameter is not None:
+                updates |= _of_parameter(label, tensors, key, parameter, scaling)
+            elif side == "A":
                 updates[f"{module}.weight"] = _low_rank(
                     label, tensors, key, module, bool(embedding), scaling
                 )
@@ -231,6 +245,24 @@ def _steps_at_most(pattern: str, length: int) -> float:
     return steps * (1 + rest.count("|"))
 
 
+def _wrapped(label: str, config: Mapping[str, Any]) -> Wrapped:
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise MalformedFile(f"{label}: {CONFIG_FILE} has an unusable target_parameters")
+    return Wrapped(label, tuple(targets))
+
+
+def _of_parameter(
+    label: str, tensors: Mapping[str, LazyTensor], key: str, name: str, scaling: _Scaling
+) -> dict[str, LowRankUpdate]:
+    b = tensors.get(_partner(key, "A", "B"))
+    if b is None:
+        raise MalformedFile(f"{label}: {key} has no lora_B beside it")
+    rank = scaling.rank_of(name)
+    scale, alpha = scaling.of(name, rank)
+    return decode_parameter(label, name, tensors[key], b, rank=rank, scale=scale, alpha=alpha)
+
+
 def _partner(key: str, side: str, other: str) -> str:
     head, _, tail = key.rpartition(f"_{side}")
     return f"{head}_{other}{tail}"
@@ -277,13 +309,18 @@ def encode(
     a replaced parameter that no PEFT mechanism stores.
     """
     modules = set(base_modules)
-    low_rank = {module_of(name): update for name, update in adapter.low_rank.items()}
+    bare = {name: update for name, update in adapter.low_rank.items() if is_bare(name)}
+    low_rank = {module_of(n): update for n, update in adapter.low_rank.items() if n not in bare}
     saved = {module_of(name) for name in adapter.replacements if name.endswith(".weight")}
     tensors: dict[str, LazyTensor] = {}
     for module, update in low_rank.items():
         kind = "lora_embedding_{}" if update.is_embedding else "lora_{}.weight"
         tensors[f"{PREFIX}{module}.{kind.format('A')}"] = update.a
         tensors[f"{PREFIX}{module}.{kind.format('B')}"] = update.b
+    parameters = list(encode_parameters(bare))
+    for parameter in parameters:
+        tensors[f"{PREFIX}{parameter.owner}.lora_A.weight"] = parameter.a
+        tensors[f"{PREFIX}{parameter.owner}.lora_B.weight"] = parameter.b
     has_bias = False
     for name, replacement in adapter.replacements.items():
         module, _, part = name.rpartition(".")
@@ -298,7 +335,7 @@ def encode(
     heads = TASK_HEADS.get(adapter.task_type or "", ())
     roots = {module.split(".")[0] for module in saved} & set(heads)
     saved = {module for module in saved if module.split(".")[0] not in roots}
-    config = _config_of(adapter, low_rank, modules, saved, roots, has_bias)
+    config = _config_of(adapter, low_rank, parameters, modules, saved, roots, has_bias)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return dict(sorted(tensors.items())), {CONFIG_FILE: text.encode()}
 
@@ -306,21 +343,24 @@ def encode(
 def _config_of(
     adapter: Adapter,
     low_rank: Mapping[str, LowRankUpdate],
+    parameters: Sequence[EncodedParameter],
     modules: set[str],
     saved: set[str],
     heads: set[str],
     has_bias: bool,
 ) -> dict[str, Any]:
-    ranks = {module: update.rank for module, update in low_rank.items()}
-    stabilised = bool(low_rank) and all(
+    by_name: dict[str, LowRankUpdate | EncodedParameter] = {**low_rank}
+    by_name |= {parameter.name: parameter for parameter in parameters}
+    ranks = {name: update.rank for name, update in by_name.items()}
+    stabilised = bool(by_name) and all(
         update.scale == update.alpha / math.sqrt(update.rank) != update.alpha / update.rank
-        for update in low_rank.values()
+        for update in by_name.values()
     )
     alphas = {
         module: update.alpha
         if stabilised or update.scale == update.alpha / update.rank
         else update.scale * update.rank
-        for module, update in low_rank.items()
+        for module, update in by_name.items()
     }
     rank = _most_common(ranks.values(), default=1)
     alpha = _most_common(alphas.values(), default=1)
@@ -336,9 +376,11 @@ def _config_of(
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "bias": "all" if has_bias else "none",
     }
+    if parameters:
+        config["target_parameters"] = sorted(parameter.name for parameter in parameters)
     if saved or heads:
         config["modules_to_save"] = sorted(heads) + short_names(saved, modules)
-    suffixes = {suffix for module in low_rank for suffix in _proper_suffixes(module)}
+    suffixes = {suffix for module in by_name for suffix in _proper_suffixes(module)}
 
     def exactly(module: str) -> str:
         return ("^" if module in suffixes else "") + re.escape(module)

@@ -222,11 +222,13 @@ def test_other_peft_types(tmp_path: Path, peft_type: object) -> None:
         open_adapter(folder)
 
 
-def test_target_parameters(tmp_path: Path) -> None:
+def test_target_parameters_whose_factors_cannot_be_told_apart(tmp_path: Path) -> None:
     folder = write_peft(
-        tmp_path / "a", lora_factors("m.q", 4, 4, 2), target_parameters=["experts.down_proj"]
+        tmp_path / "a",
+        lora_factors("m.experts", 4, 4, 2),
+        target_parameters=["experts.down_proj", "experts.gate_up_proj"],
     )
-    with pytest.raises(UnsupportedInput, match="target_parameters"):
+    with pytest.raises(Unplaced, match="experts: has factors for 1 param"):
         open_adapter(folder)
 
 

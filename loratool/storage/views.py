@@ -1,0 +1,201 @@
+"""Parts and joins of stored tensors that read as tensors themselves, without a copy on disk.
+
+Each is a LazyTensor with the sizes that a TensorInfo has: ``numel``, ``nbytes``, ``rows``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loratool.storage.dtypes import DType
+from loratool.storage.tensors import LazyTensor, TensorInfo
+
+
+class Stored(LazyTensor, Protocol):
+    """A tensor, or a view of tensors, whose values lie in files."""
+
+    @property
+    def numel(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values as stored."""
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; 1 for a scalar."""
+
+
+@dataclass(frozen=True)
+class _View:
+    """What follows from dtype and shape."""
+
+    @property
+    def dtype(self) -> DType:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.bits // 8
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def read(self) -> Tensor:
+        return self.read_rows(0, self.rows)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Rows(_View):
+    """Rows ``start:stop`` of a tensor."""
+
+    source: LazyTensor
+    start: int
+    stop: int
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.source.shape[1:])
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.source.read_rows(self.start + start, self.start + stop)
+
+
+@dataclass(frozen=True)
+class _Member(_View):
+    """One entry of the first dimension."""
+
+    source: LazyTensor
+    index: int
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape[1:]
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.source.read_rows(self.index, self.index + 1)[0][start:stop]
+
+
+@dataclass(frozen=True)
+class Columns(_View):
+    """Every ``step``-th column of a matrix from ``start`` up to ``stop``."""
+
+    source: LazyTensor
+    start: int
+    stop: int
+    step: int = 1
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.source.shape[0], len(range(self.start, self.stop, self.step)))
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        rows = self.source.read_rows(start, stop)
+        return rows[:, self.start : self.stop : self.step].contiguous()
+
+
+@dataclass(frozen=True)
+class Joined(_View):
+    """Tensors of one dtype one after the other, along the first dimension."""
+
+    parts: tuple[LazyTensor, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        pieces, before = [], 0
+        for part in self.parts:
+            first, last = max(start - before, 0), min(stop - before, part.shape[0])
+            if first < last:
+                pieces.append(part.read_rows(first, last))
+            before += part.shape[0]
+        return torch.cat(pieces) if pieces else self.parts[0].read_rows(0, 0)
+
+
+@dataclass(frozen=True)
+class Interleaved(_View):
+    """Matrices of one shape, dtype and n of them: column k·n + i is column k of matrix i."""
+
+    parts: tuple[LazyTensor, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.parts[0].shape
+        return (rows, columns * len(self.parts))
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return torch.stack([part.read_rows(start, stop) for part in self.parts], dim=2).flatten(1)
+
+
+def rows_of(source: LazyTensor, start: int, stop: int) -> Stored:
+    """Rows ``start:stop``; of a plainly stored tensor a tensor of its own."""
+    if isinstance(source, TensorInfo) and source.strides is None and source.shape:
+        row_bytes = source.nbytes // source.rows if source.rows else 0
+        return replace(
+            source,
+            shape=(stop - start, *source.shape[1:]),
+            offset=source.offset + start * row_bytes,
+            nbytes=(stop - start) * row_bytes,
+        )
+    return _Rows(source, start, stop)
+
+
+def member_of(source: LazyTensor, index: int) -> Stored:
+    """``source[index]``; of a plainly stored tensor a tensor of its own."""
+    row = rows_of(source, index, index + 1)
+    if isinstance(row, TensorInfo):
+        return replace(row, shape=source.shape[1:])
+    return _Member(source, index)
+
+
+def files_of(tensor: LazyTensor) -> set[Path]:
+    """The files that the values lie in."""
+    if isinstance(tensor, TensorInfo):
+        return {tensor.path}
+    sources: Iterable[LazyTensor] = ()
+    if isinstance(tensor, _Rows | _Member | Columns):
+        sources = (tensor.source,)
+    elif isinstance(tensor, Joined | Interleaved):
+        sources = tensor.parts
+    return set().union(*(files_of(source) for source in sources))
