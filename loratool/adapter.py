@@ -91,9 +91,10 @@ class Adapter:
     """A set of updates.
 
     updates: parameter name → update; one of several matrices in one parameter is named by its
-    index behind the parameter's name (``…experts.gate_up_proj.3``). base_copies: base weights that the file carries along
-    unchanged (PEFT stores embeddings beside their updates); they are facts about the base, not
-    changes. fan_in_fan_out: what the file says about weights stored as (in, out).
+    index behind the parameter's name (``…experts.gate_up_proj.3``). base_copies: base weights
+    that the file carries along unchanged (PEFT stores embeddings beside their updates); they are
+    facts about the base, not changes. fan_in_fan_out: what the file says about weights stored as
+    (in, out).
     """
 
     updates: Mapping[str, Update]
