@@ -143,7 +143,7 @@ def _entry_of_folder(folder: Path) -> Path:
             item.suffix in (".safetensors", *PICKLE_SUFFIXES)
             or item.name.endswith(".safetensors.index.json")
         )
-        and not item.name.startswith(("adapter_model.", "."))
+        and not item.name.startswith(("adapter_model.", "loratool_receipt.", "."))
     )
     indexes = [item for item in candidates if item.name.endswith(INDEX_SUFFIX)]
     if len(indexes) == 1:

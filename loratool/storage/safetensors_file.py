@@ -56,6 +56,16 @@ def read_header(path: Path) -> SafetensorsHeader:
         if 8 + length > size:
             raise _bad(path, f"claims a header of {length:,} bytes in a file of {size:,}")
         raw = prefix + file.read(length)
+    return parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> SafetensorsHeader:
+    """What ``raw``, the header of a file of ``size`` bytes, length prefix included, says.
+
+    The tensors refer to ``path``, which is not read. Raises MalformedFile.
+    """
+    if len(raw) < 8 or struct.unpack("<Q", raw[:8]) != (len(raw) - 8,):
+        raise _bad(path, "its header is not as long as it claims")
     document = _parse_json(path, raw[8:])
     metadata = _metadata(path, document.pop("__metadata__", {}))
     tensors = {

@@ -1,0 +1,213 @@
+"""Between a merged tensor and the base's: recording what a merge lost, and restoring it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loratool.algebra.corrections import encode_block
+from loratool.algebra.rounding import Rounder, round_once
+from loratool.layouts.placing import PlacedUpdate
+from loratool.ops.rounders import rounder_of
+from loratool.receipt import (
+    Corrections,
+    TensorRecord,
+    UpdateRecord,
+    bit_patterns,
+    blocks_of,
+    update_sha256,
+)
+from loratool.storage.disk import disk_errors
+from loratool.storage.dtypes import BY_NAME, DType
+from loratool.storage.tensors import LazyTensor, TensorInfo, read_into
+
+_HASHED_BYTES = 8 * 2**20
+
+
+def guess_method(
+    updates: Sequence[PlacedUpdate], merged: LazyTensor | None, shape: tuple[int, ...]
+) -> str:
+    """How a base tensor of ``shape`` is guessed from the merged one: a receipt's method."""
+    if merged is not None and merged.shape == shape and updates and all_additive(updates):
+        return "subtract"
+    return "keep"
+
+
+def all_additive(updates: Sequence[PlacedUpdate]) -> bool:
+    """Whether taking the updates off again needs no knowledge of the base."""
+    return all(update.update.is_additive for update in updates)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """The base's values as they follow from the merged ones alone, the same on every machine.
+
+    dtype, shape: of the base's tensor. updates: what was merged, with the weights it had then.
+    merged: the merged tensor, or None where there is none of that shape.
+    """
+
+    method: str
+    dtype: DType
+    shape: tuple[int, ...]
+    merged: LazyTensor | None
+    updates: tuple[PlacedUpdate, ...]
+    device: torch.device
+    compiled: bool = False
+
+    def rounder(self) -> Rounder | None:
+        """What takes the updates off, for the whole tensor; None where nothing does."""
+        if self.method != "subtract":
+            return None
+        assert self.merged is not None
+        negated = [replace(update, weight=-update.weight) for update in self.updates]
+        rows = self.shape[0] if self.shape else 1
+        return rounder_of(
+            negated, self.merged, 0, rows, device=self.device, compiled=self.compiled
+        )
+
+    def of_rows(self, rounder: Rounder | None, after: Tensor | None, start: int, stop: int) -> Tensor:
+        """The guess for rows ``start:stop``, whose merged values are ``after``."""
+        dtype = self.dtype.torch
+        assert dtype is not None
+        if after is None:
+            return torch.zeros((stop - start, *self.shape[1:]), dtype=dtype)
+        if rounder is None:
+            return round_once(after, dtype)
+        flat = after.reshape(stop - start, -1).to(self.device)
+        return rounder.add_to(flat, start, dtype).values.cpu().reshape(after.shape)
+
+
+class Recorder:
+    """Collects what a receipt says of one changed tensor, block by block, in order.
+
+    parked: the file that the corrections go to until the receipt is put together.
+    """
+
+    def __init__(self, name: str, guess: Guess, parked: Path):
+        self._name = name
+        self._guess = guess
+        self._rounder = guess.rounder()
+        self._parked = parked
+        self._base, self._merged = hashlib.sha256(), hashlib.sha256()
+        self._misses = 0
+        self._nbytes = 0
+        with disk_errors(parked):
+            parked.write_bytes(b"")
+
+    def add(self, before: Tensor, after: Tensor | None, start: int, stop: int) -> None:
+        """Rows ``start:stop``, one of ``blocks_of`` the tensor, as they were and became."""
+        guess = self._guess.of_rows(self._rounder, after, start, stop)
+        truth = bit_patterns(before)
+        self._base.update(truth.data)
+        if after is not None:
+            self._merged.update(bit_patterns(after).data)
+        code, misses = encode_block(truth, bit_patterns(guess))
+        self._misses += misses
+        self._nbytes += len(code)
+        with disk_errors(self._parked), open(self._parked, "ab") as file:
+            file.write(code)
+
+    def record(self) -> TensorRecord:
+        """The record, its corrections still parked."""
+        where = TensorInfo(
+            self._name, BY_NAME["U8"], (self._nbytes,), self._parked, 0, self._nbytes
+        )
+        return TensorRecord(
+            self._guess.method,
+            self._base.hexdigest(),
+            self._merged.hexdigest() if self._guess.merged is not None else "",
+            describe_updates(self._guess.updates),
+            self._misses,
+            where,
+        )
+
+
+class RestoredTensor:
+    """A base tensor as a merged one and a receipt's record have it, with a file's interface.
+
+    ``checked`` at the end says whether all that was read in order is what the receipt promises.
+    """
+
+    def __init__(self, guess: Guess, record: TensorRecord):
+        assert record.corrections is not None
+        assert guess.dtype.torch is not None
+        self._guess = guess
+        self._rounder = guess.rounder()
+        self._corrections = Corrections(record.corrections, guess.shape, guess.dtype.bits // 8)
+
+    @property
+    def dtype(self) -> DType:
+        return self._guess.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._guess.shape
+
+    def restore(self, after: Tensor | None, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop``, one of ``blocks_of`` the tensor, from their merged values."""
+        guess = self._guess.of_rows(self._rounder, after, start, stop)
+        return self._corrections.correct(guess, start)
+
+    def merged_rows(self, start: int, stop: int) -> Tensor | None:
+        """The merged values of these rows, where there are any."""
+        merged = self._guess.merged
+        return None if merged is None else merged.read_rows(start, stop)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Any rows."""
+        parts = []
+        for first, last in blocks_of(self.shape):
+            if first < stop and last > start:
+                block = self.restore(self.merged_rows(first, last), first, last)
+                parts.append(block[max(start - first, 0) : stop - first] if self.shape else block)
+        if not parts:
+            assert self.dtype.torch is not None
+            return torch.empty((0, *self.shape[1:]), dtype=self.dtype.torch)
+        return torch.cat(parts) if self.shape else parts[0]
+
+    def read(self) -> Tensor:
+        """All values."""
+        return self.read_rows(0, self.shape[0] if self.shape else 1)
+
+
+def describe_updates(updates: Sequence[PlacedUpdate]) -> tuple[UpdateRecord, ...]:
+    """What a receipt says of the updates that went into one tensor."""
+    return tuple(
+        UpdateRecord(
+            placed.adapter,
+            placed.source,
+            _kind(placed),
+            float(placed.update.scale).hex() if hasattr(placed.update, "scale") else "",
+            update_sha256(placed.update),
+        )
+        for placed in updates
+    )
+
+
+def _kind(placed: PlacedUpdate) -> str:
+    return type(placed.update).__name__ + (", transposed" if placed.transposed else "")
+
+
+def value_sha256(info: LazyTensor) -> str:
+    """SHA-256 of a tensor's bytes, row-major, whatever its dtype."""
+    digest = hashlib.sha256()
+    for part in byte_parts(info):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def byte_parts(info: LazyTensor) -> Iterator[memoryview]:
+    """A tensor's bytes, row-major, a part at a time."""
+    if isinstance(info, TensorInfo) and info.strides is None:
+        for start in range(0, info.nbytes, _HASHED_BYTES):
+            part = memoryview(bytearray(min(_HASHED_BYTES, info.nbytes - start)))
+            read_into(info.path, info.offset + start, part, what=info.name)
+            yield part
+        return
+    for start, stop in blocks_of(info.shape):
+        yield bit_patterns(info.read_rows(start, stop)).data
