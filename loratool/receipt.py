@@ -63,7 +63,6 @@ class UpdateRecord:
 
     adapter: int
     source: str
-    kind: str
     scale: str
     sha256: str
 
@@ -260,9 +259,7 @@ class _Reader:
             if tensor.method != "same" and _row_elements(info.shape) >= MOST_ELEMENTS:
                 raise MalformedFile(f"claims corrections for rows of the size of {name}'s")
 
-    def _tensor(
-        self, name: str, entry: object, adapters: Sequence[AdapterRecord]
-    ) -> TensorRecord:
+    def _tensor(self, name: str, entry: object, adapters: Sequence[AdapterRecord]) -> TensorRecord:
         method = self._get(entry, "method", str)
         if method not in METHODS:
             raise MalformedFile(f"restores {name} by the unknown method {method!r}")
@@ -280,9 +277,7 @@ class _Reader:
         misses = self._count(entry, "misses")
         return TensorRecord(method, self._sha256(entry, name), merged, updates, misses, corrections)
 
-    def _update(
-        self, name: str, entry: object, adapters: Sequence[AdapterRecord]
-    ) -> UpdateRecord:
+    def _update(self, name: str, entry: object, adapters: Sequence[AdapterRecord]) -> UpdateRecord:
         adapter = self._count(entry, "adapter")
         if adapter >= len(adapters):
             raise MalformedFile(f"names an adapter for {name} that it does not describe")
@@ -292,7 +287,6 @@ class _Reader:
         return UpdateRecord(
             adapter,
             self._get(entry, "source", str),
-            self._get(entry, "kind", str),
             scale,
             self._sha256(entry, name, "sha256"),
         )
@@ -300,9 +294,7 @@ class _Reader:
     def _adapter(self, entry: object) -> AdapterRecord:
         weight = self._get(entry, "weight", str)
         hex_double(weight)
-        return AdapterRecord(
-            self._get(entry, "name", str), self._get(entry, "format", str), weight
-        )
+        return AdapterRecord(self._get(entry, "name", str), self._get(entry, "format", str), weight)
 
     def _file(self, index: int, entry: object) -> FileRecord:
         header = self._bytes(f"header.{index}")
@@ -457,24 +449,23 @@ _DAMAGED = "the receipt is damaged; only the one that the merge wrote can restor
 
 
 def update_sha256(update: Update) -> str:
-    """SHA-256 of all tensors of an update with their places, dtypes and shapes."""
-    digest = hashlib.sha256()
-    for place, tensor in _tensors_of(update, type(update).__name__):
-        digest.update(f"{place} {tensor.dtype.name} {list(tensor.shape)}\n".encode())
-        digest.update(bit_patterns(tensor.read()).data)
-    return digest.hexdigest()
+    """SHA-256 of all tensors of an update, with dtypes and shapes; it depends on no names."""
+    lines = []
+    for tensor in _tensors_of(update):
+        values = hashlib.sha256(bit_patterns(tensor.read()).data).hexdigest()
+        lines.append(f"{tensor.dtype.name} {list(tensor.shape)} {values}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def _tensors_of(value: object, place: str) -> Iterator[tuple[str, LazyTensor]]:
+def _tensors_of(value: object) -> Iterator[LazyTensor]:
     if hasattr(value, "read_rows"):
-        yield place, cast(LazyTensor, value)
+        yield cast(LazyTensor, value)
     elif isinstance(value, Mapping):
-        for key in sorted(value):
-            yield from _tensors_of(value[key], f"{place}[{key}]")
+        for item in value.values():
+            yield from _tensors_of(item)
     elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            yield from _tensors_of(item, f"{place}[{index}]")
+        for item in value:
+            yield from _tensors_of(item)
     elif is_dataclass(value):
         for entry in fields(value):
-            yield from _tensors_of(getattr(value, entry.name), f"{place}.{entry.name}")
-
+            yield from _tensors_of(getattr(value, entry.name))

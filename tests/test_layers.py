@@ -16,6 +16,7 @@ ALLOWED = {
     "algebra": {"errors"},
     "adapter": {"errors", "storage", "algebra"},
     "provenance": {"errors", "storage", "algebra", "adapter"},
+    "receipt": {"errors", "storage", "algebra", "adapter", "provenance"},
     "layouts": {"errors", "storage", "algebra", "adapter", "provenance"},
     "formats": {"errors", "storage", "algebra", "adapter", "provenance"},
     "profiles": {"errors", "storage", "algebra", "adapter", "provenance"},

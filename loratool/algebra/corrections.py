@@ -152,7 +152,9 @@ def _ordered(bits: np.ndarray) -> np.ndarray:
 
 def _unordered(ordered: np.ndarray, dtype: np.dtype) -> np.ndarray:
     most = (1 << (8 * dtype.itemsize - 1)) - 1
-    return np.where(ordered < 0, ordered ^ most, ordered).astype(_SIGNED[dtype.itemsize]).view(dtype)
+    return (
+        np.where(ordered < 0, ordered ^ most, ordered).astype(_SIGNED[dtype.itemsize]).view(dtype)
+    )
 
 
 def _bit_lengths(values: np.ndarray) -> np.ndarray:
@@ -181,9 +183,7 @@ def _bitmap(positions: np.ndarray, length: int) -> bytes:
     return np.packbits(bits).tobytes()
 
 
-def _positions(
-    header: BlockHeader, low: np.ndarray, high: np.ndarray, elements: int
-) -> np.ndarray:
+def _positions(header: BlockHeader, low: np.ndarray, high: np.ndarray, elements: int) -> np.ndarray:
     count, width = header.misses, header.low_bits
     highs = np.flatnonzero(np.unpackbits(high)) - np.arange(int(_ones(high)))
     if len(highs) != count:

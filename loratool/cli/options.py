@@ -36,6 +36,31 @@ class FiniteFloat(click.types.FloatParamType):
 FINITE = FiniteFloat()
 
 
+class WeightedPath(click.ParamType[tuple[Path, float]]):
+    """A path, or PATH:NUMBER for a path with a weight; a path that exists is taken as it is."""
+
+    name = "path"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, float]:
+        if isinstance(value, tuple):
+            return value
+        path, _, number = str(value).rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            return Path(value), 1.0
+        if not path or Path(value).exists():
+            return Path(value), 1.0
+        if not math.isfinite(weight):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return Path(path), weight
+
+
+WEIGHTED = WeightedPath()
+
+
 def framed(function: Command) -> Command:
     """Give a command the options all commands have, an Output, and one way to fail."""
 

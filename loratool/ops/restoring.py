@@ -66,11 +66,11 @@ class Guess:
         assert self.merged is not None
         negated = [replace(update, weight=-update.weight) for update in self.updates]
         rows = self.shape[0] if self.shape else 1
-        return rounder_of(
-            negated, self.merged, 0, rows, device=self.device, compiled=self.compiled
-        )
+        return rounder_of(negated, self.merged, 0, rows, device=self.device, compiled=self.compiled)
 
-    def of_rows(self, rounder: Rounder | None, after: Tensor | None, start: int, stop: int) -> Tensor:
+    def of_rows(
+        self, rounder: Rounder | None, after: Tensor | None, start: int, stop: int
+    ) -> Tensor:
         """The guess for rows ``start:stop``, whose merged values are ``after``."""
         dtype = self.dtype.torch
         assert dtype is not None
@@ -181,16 +181,11 @@ def describe_updates(updates: Sequence[PlacedUpdate]) -> tuple[UpdateRecord, ...
         UpdateRecord(
             placed.adapter,
             placed.source,
-            _kind(placed),
             float(placed.update.scale).hex() if hasattr(placed.update, "scale") else "",
             update_sha256(placed.update),
         )
         for placed in updates
     )
-
-
-def _kind(placed: PlacedUpdate) -> str:
-    return type(placed.update).__name__ + (", transposed" if placed.transposed else "")
 
 
 def value_sha256(info: LazyTensor) -> str:

@@ -69,9 +69,9 @@ def parse_header(path: Path, raw: bytes, size: int) -> SafetensorsHeader:
     document = _parse_json(path, raw[8:])
     metadata = _metadata(path, document.pop("__metadata__", {}))
     tensors = {
-        name: _tensor(path, name, entry, data_start=8 + length) for name, entry in document.items()
+        name: _tensor(path, name, entry, data_start=len(raw)) for name, entry in document.items()
     }
-    _check_coverage(path, tensors.values(), data_start=8 + length, size=size)
+    _check_coverage(path, tensors.values(), data_start=len(raw), size=size)
     return SafetensorsHeader(path, raw, tensors, metadata)
 
 
