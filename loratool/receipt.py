@@ -89,8 +89,8 @@ class FileRecord:
 class TensorRecord:
     """One tensor of the base. Hashes are of the values' bytes, row-major.
 
-    merged_sha256: empty where the merged checkpoint has no such tensor of that shape. misses: how many
-    values the guess gets wrong. corrections: where those lie.
+    merged_sha256: empty where the merged checkpoint has no such tensor of that shape. misses: how
+    many values the guess gets wrong. corrections: where those lie.
     """
 
     method: str
