@@ -36,7 +36,9 @@ from loratool.errors import NonFiniteValues, UnsupportedInput
 U32 = 2.0**-24
 U64 = 2.0**-53
 _TINY = 2.0**-126
-_GATHER_ELEMENTS = 2**22
+_GATHER_ELEMENTS = 2**18
+"""Factor entries gathered at a time, so that they stay in the processor's cache."""
+
 _UP = 1 + 1e-6
 _HUGE = 2.0**100
 """Beyond this size float32 estimates might overflow; float64 decides then."""
