@@ -76,13 +76,15 @@ class Shape:
         }
 
 
-def make(folder: Path, shape: Shape) -> Path:
-    """Make ``folder`` with base, tuned and adapter in it, unless it is complete already."""
-    done = folder / "complete"
-    if not done.exists():
+def make(folder: Path, shape: Shape, *, with_tuned: bool = True) -> Path:
+    """Make ``folder`` with base, adapter and tuned in it, unless it is complete already."""
+    complete = folder / "complete"
+    done = complete if with_tuned else folder / "complete-without-tuned"
+    if not (done.exists() or complete.exists()):
         _save_checkpoint(folder / "base", shape, base_tensor)
-        _save_checkpoint(folder / "tuned", shape, tuned_tensor)
         _save_adapter(folder / "adapter", shape)
+        if with_tuned:
+            _save_checkpoint(folder / "tuned", shape, tuned_tensor)
         done.touch()
     return folder
 
@@ -173,9 +175,10 @@ def main() -> None:
     for name, default in (("hidden", 2048), ("intermediate", 5632), ("layers", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--without-tuned", action="store_true", help="what merging needs")
     given = parser.parse_args()
     shape = Shape(given.hidden, given.intermediate, given.layers, given.vocabulary)
-    print(make(given.folder, shape))
+    print(make(given.folder, shape, with_tuned=not given.without_tuned))
 
 
 if __name__ == "__main__":

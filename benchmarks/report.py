@@ -8,6 +8,7 @@ from typing import Any
 Row = Sequence[str]
 
 MERGE_OVER_CP, PEFT_OVER_MERGE, PEAK_SHARE = 4.0, 4.0, 1 / 3
+LARGE_OVER_CP, PEFT_OVER_LARGE, LARGE_SHARE = 2.5, 8.0, 1 / 4
 SVD_OVER_EXTRACT, EXCESS = 20.0, 1e-3
 
 
@@ -28,8 +29,19 @@ def markdown(results: dict[str, Any]) -> str:
         "## Against the targets",
         _table(["what", "measured", "target", ""], _targets(results)),
         "## Merge",
-        _merge_text(results["merge"]),
-        _table(["command", "wall", "processor", "peak memory", "of it anonymous"], _merge(results)),
+        "Every command starts a process and ends with its output on the disk. PEFT: "
+        "`from_pretrained`, `merge_and_unload`, `save_pretrained`.",
+        *(
+            part
+            for stage in ("merge", "merge_large")
+            for part in (
+                _merge_text(results[stage]),
+                _table(
+                    ["command", "wall", "processor", "peak memory", "of it anonymous"],
+                    _merge(results[stage]),
+                ),
+            )
+        ),
         "## Extract, one matrix",
         "What extract computes per matrix (factors, the bound on their excess, their bf16 form "
         "and its error) against `torch.linalg.svd(full_matrices=False)` in float32 of the same "
@@ -64,7 +76,6 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _targets(results: dict[str, Any]) -> list[Row]:
-    merge = results["merge"]
     ratios: dict[str, list[float]] = {}
     for row in results["extract_times"]:
         for rank, result in row["ranks"].items():
@@ -75,23 +86,8 @@ def _targets(results: dict[str, Any]) -> list[Row]:
     growth = max(last[key] / first[key] - 1 for key in ("merge_peak_bytes", "extract_peak_bytes"))
     layers = f"{first['layers']} to {last['layers']} layers"
     return [
-        _target("merge ÷ (cp + sync)", merge["in_process_over_cp"], MERGE_OVER_CP, "×"),
-        _target("the same, with Python's start-up", merge["over_cp"], MERGE_OVER_CP, "×"),
-        _target(
-            "PEFT's load, merge, save ÷ merge",
-            merge["in_process_peft_over_ours"],
-            PEFT_OVER_MERGE,
-            "×",
-            least=True,
-        ),
-        _target(
-            "the same, with start-up of both",
-            merge["peft_over_ours"],
-            PEFT_OVER_MERGE,
-            "×",
-            least=True,
-        ),
-        _target("merge's peak ÷ PEFT's", merge["peak_share"], PEAK_SHARE, "×"),
+        *_merge_targets(results["merge"], MERGE_OVER_CP, PEFT_OVER_MERGE, PEAK_SHARE),
+        *_merge_targets(results["merge_large"], LARGE_OVER_CP, PEFT_OVER_LARGE, LARGE_SHARE),
         *(
             _target(
                 f"full SVD ÷ extract, rank {rank}, slowest case",
@@ -104,6 +100,22 @@ def _targets(results: dict[str, Any]) -> list[Row]:
         ),
         _target("excess error, decaying spectra", 100 * excess, 100 * EXCESS, " %"),
         _target(f"peak memory, growth from {layers}", 100 * growth, 5.0, " %"),
+    ]
+
+
+def _merge_targets(
+    merge: dict[str, Any], over_cp: float, peft_over: float, share: float
+) -> list[Row]:
+    size = _size(merge["bytes"])
+    bare = "without start-up"
+    return [
+        _target(f"merge ÷ (cp + sync), {size}", merge["over_cp"], over_cp, "×"),
+        _target(f"the same, {bare}", merge["in_process_over_cp"], over_cp, "×"),
+        _target(f"PEFT ÷ merge, {size}", merge["peft_over_ours"], peft_over, "×", least=True),
+        _target(
+            f"the same, {bare}", merge["in_process_peft_over_ours"], peft_over, "×", least=True
+        ),
+        _target(f"merge's peak ÷ PEFT's, {size}", merge["peak_share"], share, "×"),
     ]
 
 
@@ -121,16 +133,14 @@ def _target(what: str, measured: float, limit: float, unit: str, *, least: bool 
 def _merge_text(merge: dict[str, Any]) -> str:
     return (
         f"{_size(merge['bytes'])} of bf16 in two shards, rank 16 on every linear layer, "
-        f"{merge['rounds']} rounds in turns. Every command starts a process and ends with its "
-        "output on the disk. PEFT: `from_pretrained`, `merge_and_unload`, `save_pretrained`. "
-        "Without start-up and imports, "
+        f"{merge['rounds']} rounds in turns. Without start-up and imports, "
         f"`loratool merge` takes {merge['in_process_seconds']:.1f} s, "
         f"{merge['in_process_over_cp']:.1f} × the copy, and PEFT "
         f"{merge['peft_in_process_seconds']:.1f} s."
     )
 
 
-def _merge(results: dict[str, Any]) -> list[Row]:
+def _merge(merge: dict[str, Any]) -> list[Row]:
     names = {"cp": "`cp -r`, sync", "loratool": "`loratool merge`", "peft": "PEFT"}
     return [
         (
@@ -144,7 +154,7 @@ def _merge(results: dict[str, Any]) -> list[Row]:
             ),
         )
         for name, title in names.items()
-        for row in [results["merge"][name]]
+        for row in [merge[name]]
     ]
 
 

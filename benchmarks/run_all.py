@@ -22,7 +22,7 @@ from bench_merge import compare_merges
 from measure import HERE, WORK, note, python, run
 from report import markdown
 
-STAGES = ("merge", "extract_times", "extract_errors", "extract_whole", "memory")
+STAGES = ("merge", "merge_large", "extract_times", "extract_errors", "extract_whole", "memory")
 PACKAGES = ("loratool", "torch", "safetensors", "peft", "transformers")
 DOCS = HERE.parent / "docs" / "benchmarks.md"
 
@@ -33,19 +33,24 @@ def measure(
     """Measure ``stages``, adding each to ``file`` as soon as it is known; all results in it."""
     shapes: tuple[tuple[int, int], ...]
     if quick:
-        small, large = _pair(1024, 2816, 1, 8000), _pair(1024, 2816, 2, 8000)
+        pairs = [_pair(1024, 2816, layers, 8000) for layers in (1, 2)]
+        largest_model = (1024, 2816, 3, 8000)
         shapes, error_shape = ((1024, 1024),), (1024, 1024)
     else:
-        small, large = _pair(2048, 5632, 4, 32000), _pair(2048, 5632, 8, 32000)
+        pairs = [_pair(2048, 5632, layers, 32000) for layers in (4, 8, 16)]
+        largest_model = (2048, 5632, 40, 32000)
         shapes, error_shape = SHAPES, (2048, 2048)
     work: dict[str, Callable[[], Any]] = {
-        "merge": lambda: compare_merges(large, rounds),
+        "merge": lambda: compare_merges(pairs[1], rounds),
+        "merge_large": lambda: compare_merges(
+            _pair(*largest_model, "--without-tuned"), min(rounds, 3)
+        ),
         "extract_times": lambda: compare_times(
             (*shapes, LARGEST) if largest else shapes, min(rounds, 3)
         ),
         "extract_errors": lambda: compare_errors(error_shape),
-        "extract_whole": lambda: extract_whole(large, min(rounds, 3)),
-        "memory": lambda: peaks([small, large], min(rounds, 3)),
+        "extract_whole": lambda: extract_whole(pairs[1], min(rounds, 3)),
+        "memory": lambda: peaks(pairs, min(rounds, 3)),
     }
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for stage in stages:
@@ -76,7 +81,7 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _pair(hidden: int, intermediate: int, layers: int, vocabulary: int) -> Path:
+def _pair(hidden: int, intermediate: int, layers: int, vocabulary: int, *flags: str) -> Path:
     folder = WORK / f"{hidden}x{layers}"
     note(f"making {folder.name}")
     sizes = {
@@ -85,7 +90,8 @@ def _pair(hidden: int, intermediate: int, layers: int, vocabulary: int) -> Path:
         "--layers": layers,
         "--vocabulary": vocabulary,
     }
-    run([*python("make_pair.py", folder), *(str(x) for pair in sizes.items() for x in pair)])
+    words = [str(word) for pair in sizes.items() for word in pair]
+    run([*python("make_pair.py", folder), *words, *flags])
     return folder
 
 
