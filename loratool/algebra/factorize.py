@@ -8,7 +8,9 @@ norms and small eigenproblems in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,7 +60,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class _Ritz:
+class Ritz:
     """Approximate singular triplets of a tall matrix, more of them than anybody asked for.
 
     back: DᵀD·v, float64.
@@ -97,7 +99,7 @@ def factorize(
             )
         )
     spectrum, rank, parts = _resolve(d, rule, key, exact, noise_floor)
-    if isinstance(parts, _Ritz):
+    if isinstance(parts, Ritz):
         energy = spectrum.total_energy
         bound = excess_bound(d, parts.values, parts.v, parts.back, rank, energy, key)
         factors = Factors(parts.u[:, :rank], parts.v[:, :rank], spectrum, "block Krylov", bound)
@@ -112,7 +114,7 @@ class _Resolved(NamedTuple):
 
     spectrum: Spectrum
     rank: int
-    parts: _Ritz | _Right
+    parts: Ritz | _Right
 
 
 def _resolve(d: Tensor, rule: RankRule, key: str, exact: bool, noise_floor: float) -> _Resolved:
@@ -121,8 +123,9 @@ def _resolve(d: Tensor, rule: RankRule, key: str, exact: bool, noise_floor: floa
     energy = sum_of_squares(d)
     if not exact:
         guess = rule.first_guess(shape)
-        while shape[1] > EXACT_SIDE and _sketch_pays(guess, shape[1]):
-            ritz = _block_krylov(d, guess + OVERSAMPLING, key)
+        while shape[1] > EXACT_SIDE and sketch_pays(guess, shape[1]):
+            start = gaussian(shape[1], guess + OVERSAMPLING, key).to(d.device)
+            ritz = block_krylov(partial(image_and_back, d), start)
             spectrum = Spectrum(ritz.values[:guess].cpu(), energy, shape, noise_floor)
             rank = rule(spectrum)
             if rank is not None:
@@ -147,7 +150,7 @@ def resolve_spectrum(
     return replace(_resolve(tall, rule, key, exact, noise_floor).spectrum, shape=shape)
 
 
-def _sketch_pays(guess: int, side: int) -> bool:
+def sketch_pays(guess: int, side: int) -> bool:
     return (guess + OVERSAMPLING) * (KRYLOV_STEPS + 1) <= side // 2
 
 
@@ -208,18 +211,19 @@ def _left_from_right(d: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, Tens
     return (u / safe).float(), v.float()
 
 
-def _block_krylov(d: Tensor, width: int, key: str) -> _Ritz:
-    """All Ritz triplets of a tall (m, n) matrix on the Krylov space of DᵀD from ``width`` columns.
+def block_krylov(apply: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Ritz:
+    """All Ritz triplets of an (m, n) matrix D on the Krylov space of DᵀD from ``start`` (n, c).
 
-    The basis B lives on the smaller side n; each pass over D gives a block's image D·B and
+    apply: from X (n, c) to D·X and DᵀD·X, float32. n should be D's smaller side, for the basis B
+    lives there; each pass over D gives a block's image D·B and
     Dᵀ·D·B together, the second being the next block before orthogonalisation. B is orthonormal
     to float64 where it counts: the float32 basis is whitened by its own Gram matrix.
     """
-    block = torch.linalg.qr(gaussian(d.shape[1], width, key).to(d.device)).Q
-    block = torch.linalg.qr(image_and_back(d, block)[1]).Q
+    block = torch.linalg.qr(start).Q
+    block = torch.linalg.qr(apply(block)[1]).Q
     blocks, images, backs = [], [], []
     for step in range(KRYLOV_STEPS + 1):
-        image, back = image_and_back(d, block)
+        image, back = apply(block)
         blocks.append(block)
         images.append(image)
         backs.append(back)
@@ -230,7 +234,7 @@ def _block_krylov(d: Tensor, width: int, key: str) -> _Ritz:
     if float((gram - torch.eye(len(gram)).to(gram)).abs().max()) > _SLACK:
         # D has a lower rank than the space has dimensions, and the last blocks are noise
         mended = torch.linalg.qr(basis).Q.float()
-        image, back = image_and_back(d, mended)
+        image, back = apply(mended)
         images, backs, basis = [image], [back], mended.double()
         gram = basis.T @ basis
     whiten = torch.linalg.inv(torch.linalg.cholesky(gram)).T
@@ -240,7 +244,7 @@ def _block_krylov(d: Tensor, width: int, key: str) -> _Ritz:
     small = small.flip(1)
     safe = torch.where(values > 0, values, torch.ones_like(values))
     rotate = whiten @ small
-    return _Ritz(
+    return Ritz(
         (image @ small / safe).float(),
         values,
         (basis @ rotate).float(),
@@ -257,9 +261,16 @@ def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
     return orthonormal
 
 
+def left_signs(u: Tensor) -> Tensor:
+    """(k,): ±1, such that the largest entry of each column of u (m, k) becomes positive."""
+    if not u.numel():
+        return u.new_ones(u.shape[1])
+    top = u.abs().argmax(dim=0, keepdim=True)
+    return torch.where(u.gather(0, top)[0] < 0, -1.0, 1.0).to(u)
+
+
 def _with_fixed_signs(factors: Factors) -> Factors:
     if not factors.rank:
         return factors
-    top = factors.u.abs().argmax(dim=0, keepdim=True)
-    signs = torch.where(factors.u.gather(0, top) < 0, -1.0, 1.0)
+    signs = left_signs(factors.u)
     return replace(factors, u=factors.u * signs, v=factors.v * signs)

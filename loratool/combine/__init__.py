@@ -1,0 +1,1 @@
+"""One way of combining adapters per file; ``registry`` collects them."""
