@@ -1,6 +1,7 @@
 """Write the parts of docs/ that come from the code, or with --check say which are out of date.
 
-docs/cli.md: every command's --help. docs/ranks.md's table: the registered rank rules.
+docs/cli.md: every command's --help. docs/ranks.md: the registered rank rules. docs/methods.md: the
+registered methods of combining.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import click
 from loratool.algebra.ranks import REGISTRY
 from loratool.cli.errors import EXIT_CODES
 from loratool.cli.main import cli
+from loratool.combine.method import Method, Parameter
+from loratool.combine.registry import DEFAULT, METHODS
 
 DOCS = Path(__file__).resolve().parent
 
@@ -69,7 +72,57 @@ def rank_rules() -> str:
     )
 
 
-PAGES = {"cli.md": command_line, "ranks.md": rank_rules}
+def methods() -> str:
+    """docs/methods.md."""
+    spaces: dict[str, str] = {
+        "factors": "the factors alone, through inner products",
+        "core": "small matrices in joint bases of all factors",
+        "dense": "every element of the updates, in blocks of rows; the result is factorised again",
+    }
+    parts = [
+        "# Methods of combining",
+        f"`loratool combine --method NAME`; the default is `{DEFAULT}`. They work on the updates "
+        "ΔWᵢ = sᵢ·BᵢAᵢ of one weight at a time, with sᵢ the adapter's own scale and wᵢ its weight; "
+        "an adapter without an update for it counts as zero. R is the sum of the ranks, (m, n) the "
+        "shape. Each result is cut to `--rank`, and the report states the error against the exact "
+        "result. See [combining adapters](combine.md).",
+        "| method | what it does | works on |\n|---|---|---|\n"
+        + "\n".join(
+            f"| [`{known.name}`](#{known.name}) | {known.summary} | {known.space} |"
+            for known in METHODS.values()
+        ),
+        "\n".join(f"- **{space}**: {text}" for space, text in spaces.items()),
+        *(_method(known) for known in METHODS.values()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _method(known: Method) -> str:
+    least, most = known.adapters
+    lines = [
+        f"## {known.name}",
+        known.summary,
+        f"- source: {known.source}",
+        f"- cost: {known.cost}",
+        f"- weights: {known.weights}",
+    ]
+    if known.adapters != (1, None):
+        lines.append(f"- adapters: {least if least == most else f'{least} or more'}")
+    if known.notes:
+        lines.append(f"- {known.notes}")
+    text = "\n".join([lines[0], "", lines[1], "", *lines[2:]])
+    if known.parameters:
+        text += "\n\n| parameter | default | values | |\n|---|---|---|---|\n"
+        text += "\n".join(_parameter(own) for own in known.parameters)
+    return text
+
+
+def _parameter(own: Parameter) -> str:
+    default = str(own.default).lower() if own.kind is bool else own.default
+    return f"| `--{own.name.replace('_', '-')}` | {default} | {own.range_text} | {own.help} |"
+
+
+PAGES = {"cli.md": command_line, "ranks.md": rank_rules, "methods.md": methods}
 
 
 def main() -> None:

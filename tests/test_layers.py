@@ -19,6 +19,7 @@ ALLOWED = {
     "receipt": {"errors", "storage", "algebra", "adapter", "provenance"},
     "layouts": {"errors", "storage", "algebra", "adapter", "provenance"},
     "formats": {"errors", "storage", "algebra", "adapter", "provenance"},
+    "combine": {"errors", "algebra"},
     "profiles": {"errors", "storage", "algebra", "adapter", "provenance"},
     "hub": {"errors", "storage", "algebra", "adapter", "provenance", "engine"},
 }

@@ -17,6 +17,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "extract": "An adapter from a base and a tuned checkpoint.",
         "merge": "An adapter into a checkpoint.",
     },
+    "Adapters": {"combine": "Several adapters into one."},
     "Look": {"inspect": "What a checkpoint, an adapter or a fine-tune consists of."},
     "Hub": {"push": "Publish an adapter with a model card."},
 }

@@ -7,6 +7,7 @@ from loratool.combine.elementwise import NORMALIZE
 from loratool.combine.method import Space, Updates, linear_combination, method
 from loratool.errors import DisagreementError
 
+
 @method(
     "linear",
     space=Space.FACTORS,

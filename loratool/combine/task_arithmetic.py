@@ -6,6 +6,7 @@ from loratool.algebra.lowrank import LowRank
 from loratool.combine.elementwise import LAMBDA
 from loratool.combine.method import Space, Updates, linear_combination, method
 
+
 @method(
     "task_arithmetic",
     space=Space.FACTORS,

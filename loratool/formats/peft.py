@@ -300,15 +300,16 @@ def _low_rank(
 
 
 def encode(
-    adapter: Adapter, base_modules: Iterable[str]
+    adapter: Adapter, base_modules: Iterable[str] | None
 ) -> tuple[dict[str, LazyTensor], dict[str, bytes]]:
     """The tensors and side files of a PEFT adapter.
 
     base_modules: every module of the base model that owns a weight, so that a short name in the
-    config ("c_attn") is used only where it means exactly the adapted modules. Raises Unplaced for
-    a replaced parameter that no PEFT mechanism stores.
+    config ("c_attn") is used only where it means exactly the adapted modules; None where the base
+    is not known: the config then lists full names. Raises Unplaced for a replaced parameter that
+    no PEFT mechanism stores.
     """
-    modules = set(base_modules)
+    modules = None if base_modules is None else set(base_modules)
     bare = {name: update for name, update in adapter.low_rank.items() if is_bare(name)}
     low_rank = {module_of(n): update for n, update in adapter.low_rank.items() if n not in bare}
     saved = {module_of(name) for name in adapter.replacements if name.endswith(".weight")}
@@ -344,7 +345,7 @@ def _config_of(
     adapter: Adapter,
     low_rank: Mapping[str, LowRankUpdate],
     parameters: Sequence[EncodedParameter],
-    modules: set[str],
+    modules: set[str] | None,
     saved: set[str],
     heads: set[str],
     has_bias: bool,
@@ -410,8 +411,10 @@ def _proper_suffixes(module: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(1, len(parts))]
 
 
-def _target_modules(chosen: set[str], modules: set[str]) -> list[str] | str:
+def _target_modules(chosen: set[str], modules: set[str] | None) -> list[str] | str:
     """Names that PEFT expands to exactly ``chosen``; a pattern where no names do."""
+    if modules is None:
+        return sorted(chosen)
     names = short_names(chosen, modules)
     listed = set(names)
     if any(suffix in listed for other in modules - chosen for suffix in _proper_suffixes(other)):
@@ -419,12 +422,14 @@ def _target_modules(chosen: set[str], modules: set[str]) -> list[str] | str:
     return names
 
 
-def short_names(chosen: set[str], modules: set[str]) -> list[str]:
+def short_names(chosen: set[str], modules: set[str] | None) -> list[str]:
     """The fewest names that stand for ``chosen`` within ``modules`` by PEFT's suffix match.
 
     The last component stands for its modules where all that bear it are chosen; elsewhere the
-    full names are listed.
+    full names are listed, as all are where ``modules`` is not known.
     """
+    if modules is None:
+        return sorted(chosen)
     left_out = {module.rpartition(".")[2] for module in modules - chosen}
     short = {
         last

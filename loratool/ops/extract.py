@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from loratool.algebra.ranks import parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import NothingMatches, Unplaced
-from loratool.formats import peft
+from loratool.ops.adapter_folder import write_adapter
 from loratool.ops.extract_adapter import base_modules, build_adapter, stored_size
 from loratool.ops.extract_jobs import (
     ExtractJob,
@@ -27,9 +26,8 @@ from loratool.ops.extract_report import ExtractReport, Status, TensorRow
 from loratool.ops.extract_resume import keep, pending, resume_key
 from loratool.ops.sources import Model
 from loratool.profiles import fit
-from loratool.provenance import REPORT_FILE, fingerprint
+from loratool.provenance import fingerprint
 from loratool.storage.outputs import staged
-from loratool.storage.writing import write_tensors
 
 
 def run_extract(
@@ -78,11 +76,7 @@ def run_extract(
             notes=(*_notes(plan, adapter, allocation), *fitted.notes),
             stored=stored_size(fitted.adapter),
         )
-        tensors, side_files = peft.encode(fitted.adapter, base_modules(plan.alignment))
-        write_tensors(staging.out / peft.WEIGHTS_FILE, tensors, {"format": "pt"})
-        for name, content in side_files.items():
-            (staging.out / name).write_bytes(content)
-        (staging.out / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        write_adapter(staging.out, fitted.adapter, report.to_json(), base_modules(plan.alignment))
         staging.publish(overwrite=plan.overwrite)
         return report
 

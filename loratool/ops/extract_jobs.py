@@ -15,8 +15,8 @@ from loratool.algebra.lora_test import lora_rank
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.spectrum import Spectrum
-from loratool.errors import RangeOverflow
 from loratool.layouts.pairs import Pair
+from loratool.ops.adapter_folder import stored_value
 from loratool.ops.deltas import Delta, matrix_shape, read_delta
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.storage.dtypes import DType
@@ -121,7 +121,7 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
         row = _with_findings(row, factors, delta)
     if best.rank == 0:
         return ExtractResult(replace(row, status=Status.BELOW_RULE))
-    value = _stored_value(job.pair.name, best, job.dtype)
+    value = stored_value(job.pair.name, best, job.dtype)
     row = replace(
         row,
         status=Status.LOW_RANK,
@@ -154,17 +154,6 @@ def _with_findings(row: TensorRow, factors: Factors, delta: Delta) -> TensorRow:
         lora_rank=answer.rank if answer else None,
         lora_tail=answer.tail if answer else None,
     )
-
-
-def _stored_value(name: str, value: LowRank, dtype: DType) -> LowRank:
-    assert dtype.torch is not None
-    stored = LowRank(value.b.to(dtype.torch), value.a.to(dtype.torch))
-    for factor in (stored.b, stored.a):
-        if not bool(torch.isfinite(factor).all()):
-            raise RangeOverflow(
-                f"{name}: a factor exceeds the range of {dtype.name}", hint="use --dtype float32"
-            )
-    return stored
 
 
 def _park(job: ExtractJob, value: LowRank) -> LowRankUpdate:

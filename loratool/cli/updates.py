@@ -1,0 +1,67 @@
+"""How commands that make an adapter from adapters show what they did."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.cli.output import Output, percent, size_text
+
+if TYPE_CHECKING:
+    from loratool.ops.combine_report import UpdateRow, UpdatesReport
+
+
+def show_updates(out: Output, report: UpdatesReport, title: str, output: Path) -> None:
+    """Tables by module family (by weight with -v), totals, notes."""
+    if out.verbose:
+        out.table(
+            "every weight",
+            ["parameter", "shape", "ranks", "rank", "error", "share"],
+            [
+                [
+                    row.name,
+                    "×".join(map(str, row.shape)),
+                    " ".join(map(str, row.ranks)),
+                    str(row.rank),
+                    percent(row.relative_error),
+                    percent(row.energy / report.energy if report.energy else 0.0),
+                ]
+                for row in report.rows
+            ],
+        )
+    out.table(title, ["module", "weights", "ranks", "rank", "error", "share"], _families(report))
+    out.line(
+        f"relative error {percent(report.relative_error)} of the exact result, as stored in "
+        f"{report.facts['dtype']}"
+    )
+    out.line(
+        f"adapter: {report.adapter_parameters:,} values, {size_text(report.adapter_bytes)} "
+        f"in {output}"
+    )
+    out.notes(report.notes)
+
+
+def _families(report: UpdatesReport) -> list[list[str]]:
+    from loratool.ops.combine_report import error_of
+    from loratool.ops.inspect import family_of
+
+    families: dict[str, list[UpdateRow]] = defaultdict(list)
+    for row in report.rows:
+        families[family_of(row.name).removesuffix(".weight")].append(row)
+    return [
+        [
+            family,
+            str(len(rows)),
+            " ".join(_span([row.ranks[i] for row in rows]) for i in range(len(rows[0].ranks))),
+            _span([row.rank for row in rows]),
+            percent(error_of(rows)),
+            percent(sum(row.energy for row in rows) / report.energy if report.energy else 0.0),
+        ]
+        for family, rows in families.items()
+    ]
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}–{high}"

@@ -1,0 +1,93 @@
+"""Writing an adapter folder: the adapter in PEFT's layout, with its report beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratool.adapter import Adapter, LowRankUpdate
+from loratool.algebra.lowrank import LowRank
+from loratool.errors import NonFiniteValues, RangeOverflow, UsageError
+from loratool.formats import peft
+from loratool.provenance import REPORT_FILE
+from loratool.storage.dtypes import F32, USER_NAMES, DType
+from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.storage.writing import park, write_tensors
+
+_STORED = {dtype.name for dtype in USER_NAMES.values()}
+
+
+def write_adapter(
+    folder: Path,
+    adapter: Adapter,
+    report: Mapping[str, Any],
+    base_modules: Iterable[str] | None = None,
+) -> None:
+    """adapter_model.safetensors, adapter_config.json and the report, in an existing folder."""
+    tensors, side_files = peft.encode(adapter, base_modules)
+    write_tensors(folder / peft.WEIGHTS_FILE, tensors, {"format": "pt"})
+    for name, content in side_files.items():
+        (folder / name).write_bytes(content)
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def dtype_of_factors(text: str | None, factors: Iterable[LazyTensor]) -> DType:
+    """The dtype that the user named, or the one that holds every factor's values.
+
+    float32 for anything else than 16- and 32-bit floats. Raises UsageError for an unknown name.
+    """
+    if text is not None:
+        if text not in USER_NAMES:
+            raise UsageError(f"unknown dtype {text!r}", hint="choose float32, float16 or bfloat16")
+        return USER_NAMES[text]
+    found = {factor.dtype.name: factor.dtype for factor in factors}
+    if len(found) == 1 and set(found) <= _STORED:
+        return next(iter(found.values()))
+    return F32
+
+
+def load_update(label: str, update: LowRankUpdate, device: torch.device) -> LowRank:
+    """An update as its module has it: b (out, r), a (r, in); kernels flattened.
+
+    Raises NonFiniteValues naming adapter and tensor.
+    """
+    factors = []
+    for factor in (update.b, update.a):
+        values = factor.read().flatten(1).to(device)
+        if not bool(torch.isfinite(values).all()):
+            name = factor.name if isinstance(factor, TensorInfo) else "a factor"
+            raise NonFiniteValues(
+                f"{label}: {name} holds NaN or infinity",
+                hint="the adapter is broken, or its training diverged",
+            )
+        factors.append(values)
+    return LowRank(factors[0], factors[1], update.scale)
+
+
+def stored_value(name: str, value: LowRank, dtype: DType) -> LowRank:
+    """The factors rounded to the dtype they are stored in. Raises RangeOverflow."""
+    assert dtype.torch is not None
+    stored = LowRank(value.b.to(dtype.torch), value.a.to(dtype.torch), value.scale)
+    for factor in (stored.b, stored.a):
+        if not bool(torch.isfinite(factor).all()):
+            raise RangeOverflow(
+                f"{name}: a factor exceeds the range of {dtype.name}", hint="use --dtype float32"
+            )
+    return stored
+
+
+def park_update(path: Path, stored: LowRank, like: LowRankUpdate) -> LowRankUpdate:
+    """The factors on disk until all are known, in the shape of the module that ``like`` updates."""
+    rank = stored.rank
+    b, a = stored.b, stored.a
+    if like.kernel:
+        b = b.reshape(b.shape[0], rank, *(1 for _ in like.kernel[1:]))
+        a = a.reshape(rank, *like.kernel)
+    parked = park(path, {"b": b, "a": a})
+    return LowRankUpdate(
+        parked["b"], parked["a"], stored.scale, stored.scale * rank, like.is_embedding
+    )

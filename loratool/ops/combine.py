@@ -1,0 +1,68 @@
+"""Several adapters into one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loratool.adapter import Adapter, Update
+from loratool.engine import Engine, NoProgress, Progress
+from loratool.errors import NothingMatches
+from loratool.formats import peft
+from loratool.ops.adapter_folder import write_adapter
+from loratool.ops.combine_jobs import CombineResult, combine_weight
+from loratool.ops.combine_plan import CombinePlan
+from loratool.ops.combine_report import UpdatesReport
+from loratool.ops.extract_adapter import stored_size
+from loratool.storage.outputs import staged
+
+
+def run_combine(
+    plan: CombinePlan, engine: Engine | None = None, progress: Progress | None = None
+) -> UpdatesReport:
+    """Do the work of a plan and publish the adapter folder.
+
+    Raises NothingMatches when the combination is zero everywhere.
+    """
+    with staged(plan.output) as staging:
+        results = (engine or Engine()).map(
+            combine_weight,
+            [replace(job, scratch=staging.scratch) for job in plan.jobs],
+            cost=lambda job: job.cost,
+            progress=progress or NoProgress(),
+            what="combining",
+        )
+        adapter = _adapter(plan, results)
+        report = UpdatesReport(
+            "combine",
+            tuple(result.row for result in results),
+            plan.facts(),
+            (*plan.notes, *_zero_notes(results)),
+            *stored_size(adapter),
+        )
+        write_adapter(staging.out, adapter, report.to_json())
+        staging.publish(overwrite=plan.overwrite)
+        return report
+
+
+def _adapter(plan: CombinePlan, results: list[CombineResult]) -> Adapter:
+    updates: dict[str, Update] = dict(plan.replaced)
+    updates |= {r.row.name: r.update for r in results if r.update is not None}
+    if not any(result.update is not None for result in results):
+        raise NothingMatches(
+            "the combination is zero everywhere; there is no adapter to write",
+            hint="do the weights cancel each other?",
+        )
+    first = plan.adapters[0]
+    tasks = {adapter.task_type for adapter in plan.adapters}
+    return Adapter(
+        updates,
+        peft.NAME,
+        base_model=next((a.base_model for a in plan.adapters if a.base_model), None),
+        fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in plan.adapters),
+        task_type=first.task_type if len(tasks) == 1 else None,
+    )
+
+
+def _zero_notes(results: list[CombineResult]) -> list[str]:
+    zero = [result.row.name for result in results if result.update is None]
+    return [f"{len(zero)} weights came out as zero and are absent ({zero[0]})"] if zero else []

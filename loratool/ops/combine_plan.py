@@ -1,0 +1,331 @@
+"""Reading adapters' headers and deciding how each weight is combined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratool.adapter import Adapter, LowRankUpdate, Replacement
+from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
+from loratool.combine.method import Method, Value
+from loratool.combine.registry import DEFAULT, find_method
+from loratool.engine.devices import resolve_device
+from loratool.errors import (
+    DisagreementError,
+    NothingMatches,
+    ShapeMismatch,
+    UnsupportedInput,
+    UsageError,
+)
+from loratool.layouts.patterns import select
+from loratool.ops.adapter_folder import dtype_of_factors
+from loratool.ops.combine_jobs import CombineJob
+from loratool.ops.combine_saved import Saved, combine_saved
+from loratool.ops.combine_weights import Source, WeightRule, weights_of
+from loratool.ops.sources import open_adapter
+from loratool.storage.dtypes import DType
+from loratool.storage.outputs import check_free_space, check_output
+
+LARGEST = "largest"
+"""Not a rule but a wish: the largest rank that any adapter has at the weight in question."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What is asked for. rank: a rule, or LARGEST; None for the method's own way."""
+
+    sources: tuple[Source, ...]
+    method: str = DEFAULT
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    rules: tuple[WeightRule, ...] = ()
+    rank: str | None = None
+    limits: RankLimits = field(default_factory=RankLimits)
+    saved: Saved = Saved.REFUSE
+    dtype: str | None = None
+    seed: int = 0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CombinePlan:
+    """Everything decided before a tensor is read."""
+
+    asked: Combination
+    output: Path
+    method: Method
+    parameters: Mapping[str, Value]
+    rank: str
+    dtype: DType
+    device: torch.device
+    overwrite: bool
+    adapters: tuple[Adapter, ...]
+    jobs: tuple[CombineJob, ...]
+    replaced: Mapping[str, Replacement]
+    notes: tuple[str, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(job.cost for job in self.jobs)
+
+    @property
+    def adapter_bytes_at_most(self) -> int:
+        """Size of the result if no weight turns out to be zero."""
+        whole = sum(_nbytes(update) for update in self.replaced.values())
+        factors = sum(job.rank_at_most * sum(job.shape) for job in self.jobs)
+        return whole + factors * self.dtype.bits // 8
+
+    def peak_bytes(self, workers: int) -> int:
+        """Working memory: the largest jobs that can run side by side."""
+        return sum(sorted((job.memory_bytes for job in self.jobs), reverse=True)[:workers])
+
+    def facts(self) -> dict[str, Any]:
+        """What was asked for, for reports. Names only: a push publishes them."""
+        return {
+            "method": self.method.name,
+            "parameters": dict(self.parameters),
+            "rank": self.rank,
+            "dtype": self.dtype.name,
+            "device": str(self.device),
+            "seed": self.asked.seed,
+            "saved": str(self.asked.saved),
+            "adapters": [
+                {
+                    "name": source.path.resolve().name,
+                    "weight": source.weight,
+                    "format": adapter.format,
+                    "base_model": adapter.base_model,
+                }
+                for source, adapter in zip(self.asked.sources, self.adapters, strict=True)
+            ],
+        }
+
+    def to_json(self, workers: int) -> dict[str, Any]:
+        return {
+            **self.facts(),
+            "read_bytes": self.read_bytes,
+            "adapter_bytes_at_most": self.adapter_bytes_at_most,
+            "peak_bytes": self.peak_bytes(workers),
+            "notes": list(self.notes),
+            "updates": [
+                {
+                    "name": job.name,
+                    "shape": list(job.shape),
+                    "ranks": list(job.ranks),
+                    "weights": list(job.weights),
+                    "rank_at_most": job.rank_at_most,
+                }
+                for job in self.jobs
+            ],
+            "stored_whole": sorted(self.replaced),
+        }
+
+
+def plan_combine(
+    asked: Combination, output: Path, *, device: str = "auto", overwrite: bool = False
+) -> CombinePlan:
+    """Read headers and decide about every weight. Nothing is written.
+
+    Raises InputError, DisagreementError, UsageError or OutputError.
+    """
+    if not asked.sources:
+        raise UsageError("no adapters to combine")
+    method = find_method(asked.method)
+    parameters = method.check(asked.parameters, len(asked.sources))
+    rank = _rank_of(asked, method)
+    target = resolve_device(device)
+    adapters = tuple(_open(source) for source in asked.sources)
+    check_output(output, overwrite=overwrite, inputs=[source.path for source in asked.sources])
+    chosen = select(
+        {name: None for adapter in adapters for name in adapter.updates},
+        asked.include,
+        asked.exclude,
+    )
+    adapters = tuple(_only(adapter, chosen) for adapter in adapters)
+    groups = _groups(asked.sources, adapters)
+    replaced, saved_notes = combine_saved(asked.sources, adapters, asked.saved)
+    _refuse_both(asked.sources, groups, replaced)
+    weights = weights_of(list(groups), asked.sources, asked.rules)
+    dtype = dtype_of_factors(
+        asked.dtype, (f for group in groups.values() for u in group if u for f in (u.b, u.a))
+    )
+    jobs = [
+        CombineJob(
+            index,
+            name,
+            tuple(source.label for source in asked.sources),
+            group,
+            weights[name],
+            method.name,
+            parameters,
+            _rule(rank, group, asked.limits),
+            dtype,
+            target,
+            asked.seed,
+        )
+        for index, (name, group) in enumerate(groups.items())
+    ]
+    notes = (*_notes(asked.sources, adapters), *saved_notes)
+    plan = CombinePlan(
+        asked,
+        output,
+        method,
+        parameters,
+        rank or "as it comes",
+        dtype,
+        target,
+        overwrite,
+        adapters,
+        tuple(jobs),
+        replaced,
+        notes,
+    )
+    check_free_space(output, 2 * plan.adapter_bytes_at_most)
+    return plan
+
+
+def _open(source: Source) -> Adapter:
+    """The adapter; its alpha is passed on only where its format does not store one."""
+    try:
+        return open_adapter(source.path)
+    except UsageError:
+        if source.alpha is None:
+            raise
+        return open_adapter(source.path, source.alpha)
+
+
+def _rank_of(asked: Combination, method: Method) -> str | None:
+    if not method.keeps_rank:
+        rank = asked.rank or LARGEST
+        if rank != LARGEST:
+            rank = str(parse_rank_rule(rank, asked.limits))
+        return rank
+    if asked.rank is not None or asked.limits != RankLimits():
+        raise UsageError(
+            f"method {method.name} keeps every component and takes no rank",
+            hint="use --method svd to cut the sum",
+        )
+    return None
+
+
+def _rule(
+    rank: str | None, group: Sequence[LowRankUpdate | None], limits: RankLimits
+) -> RankRule | None:
+    if rank is None:
+        return None
+    if rank == LARGEST:
+        rank = str(max(update.rank for update in group if update is not None))
+    return parse_rank_rule(rank, limits)
+
+
+def _only(adapter: Adapter, chosen: set[str]) -> Adapter:
+    kept = {name: update for name, update in adapter.updates.items() if name in chosen}
+    return replace(adapter, updates=kept)
+
+
+def _groups(
+    sources: Sequence[Source], adapters: Sequence[Adapter]
+) -> dict[str, tuple[LowRankUpdate | None, ...]]:
+    """Weight → each adapter's update of it. A weight that an adapter lacks, it leaves unchanged.
+
+    Raises UnsupportedInput for updates that are not low-rank, ShapeMismatch, NothingMatches.
+    """
+    for source, adapter in zip(sources, adapters, strict=True):
+        for name, update in adapter.updates.items():
+            if not isinstance(update, LowRankUpdate | Replacement):
+                raise UnsupportedInput(
+                    f"{source.label}: {name}: is no low-rank update "
+                    f"({type(update).__name__}), so it cannot be combined",
+                    hint="leave it out with --exclude",
+                )
+    names = sorted({name for adapter in adapters for name in adapter.low_rank})
+    if not names:
+        raise NothingMatches("the adapters hold no low-rank update to combine")
+    _refuse_other_names(sources, adapters)
+    groups = {}
+    for name in names:
+        group = tuple(adapter.low_rank.get(name) for adapter in adapters)
+        forms = [
+            (source.label, update.shape, update.kernel, update.is_embedding)
+            for source, update in zip(sources, group, strict=True)
+            if update is not None
+        ]
+        if any(form[1:] != forms[0][1:] for form in forms):
+            other = next(form for form in forms if form[1:] != forms[0][1:])
+            raise ShapeMismatch(
+                f"{name}: is {_form(*forms[0][1:])} in {forms[0][0]}, "
+                f"{_form(*other[1:])} in {other[0]}",
+                hint="the adapters belong to different models",
+            )
+        groups[name] = group
+    return groups
+
+
+def _form(shape: tuple[int, int], kernel: tuple[int, ...], is_embedding: bool) -> str:
+    what = "a convolution" if kernel else "an embedding" if is_embedding else "a matrix"
+    return f"{what} {[shape[0], *kernel] if kernel else list(shape)}"
+
+
+def _refuse_other_names(sources: Sequence[Source], adapters: Sequence[Adapter]) -> None:
+    """Two adapters that share no name, though one's names end like the other's: two namings."""
+    for i, one in enumerate(adapters):
+        tails = {
+            ".".join(name.split(".")[start:]): name
+            for name in one.low_rank
+            for start in range(1, name.count("."))
+        }
+        for j, two in enumerate(adapters):
+            if i == j or set(one.low_rank) & set(two.low_rank):
+                continue
+            for name in two.low_rank:
+                if name in tails:
+                    raise DisagreementError(
+                        f"{sources[i].label} and {sources[j].label} name one model differently",
+                        details=[f"{tails[name]} in the first, {name} in the second"],
+                        hint="save one of them again from the model class of the other",
+                    )
+
+
+def _refuse_both(
+    sources: Sequence[Source],
+    groups: Mapping[str, Sequence[LowRankUpdate | None]],
+    replaced: Mapping[str, Replacement],
+) -> None:
+    for name in replaced:
+        if name in groups:
+            who = [s.label for s, u in zip(sources, groups[name], strict=True) if u is not None]
+            raise DisagreementError(
+                f"{name}: {who[0]} updates it, another adapter stores it whole",
+                hint="a change and absolute values do not add up; use --saved drop, or --exclude",
+            )
+
+
+def _notes(sources: Sequence[Source], adapters: Sequence[Adapter]) -> list[str]:
+    notes = []
+    bases = {adapter.base_model for adapter in adapters if adapter.base_model}
+    if len(bases) > 1:
+        notes.append(
+            f"the adapters were made for different bases ({', '.join(sorted(bases))}); their sum "
+            "means something only if these are the same model"
+        )
+    union = {name for adapter in adapters for name in adapter.low_rank}
+    for source, adapter in zip(sources, adapters, strict=True):
+        missing = len(union) - len(adapter.low_rank)
+        if missing:
+            notes.append(
+                f"{source.label} has no update for {missing} of {len(union)} weights; they count "
+                "as zero"
+            )
+    copies = sum(len(adapter.base_copies) for adapter in adapters)
+    if copies:
+        notes.append(f"{copies} unchanged base weights that the adapters carry were left out")
+    return notes
+
+
+def _nbytes(update: Replacement) -> int:
+    value = update.value
+    return torch.Size(value.shape).numel() * value.dtype.bits // 8

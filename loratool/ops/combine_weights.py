@@ -1,0 +1,122 @@
+"""How much of each adapter goes into each weight: one number per adapter, and patterns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.errors import NothingMatches, UsageError
+from loratool.layouts.patterns import matches, select
+from loratool.ops.inspect import layer_of
+
+_FORM = "[ADAPTER@]PATTERN=W, or PATTERN=W,W,… spread over the layers"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter to combine: where it is, and its weight.
+
+    alpha: for a format that does not store it; others ignore it. label: how messages call it.
+    """
+
+    path: Path
+    weight: float = 1.0
+    alpha: float | None = None
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+
+def parse_source(text: str, alpha: float | None = None) -> Source:
+    """``PATH`` or ``PATH:WEIGHT``; a path that exists as written is one. Raises UsageError."""
+    head, _, tail = text.rpartition(":")
+    if not head or Path(text).exists():
+        return Source(Path(text), alpha=alpha)
+    try:
+        weight = float(tail)
+    except ValueError:
+        return Source(Path(text), alpha=alpha)
+    if not math.isfinite(weight):
+        raise UsageError(f"{text}: the weight {tail} is not a finite number")
+    return Source(Path(head), weight, alpha)
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """A factor on the weights of the parameters that a pattern covers.
+
+    adapter: which one, counted from 0; None for all. values: one number, or several that are
+    spread evenly over the layers and interpolated between.
+    """
+
+    pattern: str
+    values: tuple[float, ...]
+    adapter: int | None = None
+
+    def factor(self, name: str, last_layer: int) -> float:
+        """What the weight of a covered parameter is multiplied with.
+
+        Names without a layer number count as the first layer.
+        """
+        if len(self.values) == 1:
+            return self.values[0]
+        layer = layer_of(name) or 0
+        place = layer / max(last_layer, 1) * (len(self.values) - 1)
+        low = min(int(place), len(self.values) - 2)
+        share = place - low
+        return self.values[low] * (1 - share) + self.values[low + 1] * share
+
+
+def parse_rule(text: str, sources: Sequence[Source]) -> WeightRule:
+    """``mlp=0.5``, ``A@mlp=0.5``, ``2@layers=0,1``. Raises UsageError."""
+    target, equals, numbers = text.rpartition("=")
+    owner, at, pattern = target.rpartition("@")
+    if not equals or not pattern:
+        raise UsageError(f"--weight {text!r} is not of the form {_FORM}")
+    try:
+        values = tuple(float(number) for number in numbers.split(","))
+    except ValueError:
+        raise UsageError(f"--weight {text!r} is not of the form {_FORM}") from None
+    if not all(math.isfinite(value) for value in values):
+        raise UsageError(f"--weight {text!r}: weights must be finite numbers")
+    return WeightRule(pattern, values, _which(owner, sources) if at else None)
+
+
+def _which(owner: str, sources: Sequence[Source]) -> int:
+    places = [i for i, source in enumerate(sources) if str(source.path) == owner]
+    if len(places) == 1:
+        return places[0]
+    if not places and owner.isdecimal() and 1 <= int(owner) <= len(sources):
+        return int(owner) - 1
+    raise UsageError(
+        f"--weight: {owner!r} names {'no' if not places else 'more than one'} adapter",
+        hint=f"use its path as given, or its number from 1 to {len(sources)}",
+    )
+
+
+def weights_of(
+    names: Collection[str], sources: Sequence[Source], rules: Sequence[WeightRule]
+) -> dict[str, tuple[float, ...]]:
+    """Parameter → one weight per adapter: its own times every rule that covers the parameter.
+
+    Raises NothingMatches for a rule that covers nothing, or is spread over layers that none of
+    its parameters has.
+    """
+    for rule in rules:
+        covered = select(names, [rule.pattern], ())
+        if len(rule.values) > 1 and all(layer_of(name) is None for name in covered):
+            raise NothingMatches(f"pattern {rule.pattern!r} covers nothing with a layer number")
+    last = max((layer_of(name) or 0 for name in names), default=0)
+    weights = {}
+    for name in names:
+        row = [source.weight for source in sources]
+        for rule in rules:
+            if matches(rule.pattern, name):
+                for i in range(len(row)):
+                    if rule.adapter in (None, i):
+                        row[i] *= rule.factor(name, last)
+        weights[name] = tuple(row)
+    return weights
