@@ -5,7 +5,6 @@ Nothing here comes from the package, so that a mistake would have to be made twi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
