@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter
     from loratool.algebra.lowrank import LowRank
     from loratool.api import (
+        compare,
         extract,
         inspect,
         merge,
@@ -32,6 +33,7 @@ _WHERE = {
     "Checkpoint": "loratool.storage.checkpoint",
     "LoratoolError": "loratool.errors",
     "LowRank": "loratool.algebra.lowrank",
+    "compare": "loratool.api",
     "extract": "loratool.api",
     "inspect": "loratool.api",
     "merge": "loratool.api",
@@ -45,6 +47,7 @@ __all__ = [
     "Checkpoint",
     "LoratoolError",
     "LowRank",
+    "compare",
     "extract",
     "inspect",
     "merge",

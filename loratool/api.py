@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter
 from loratool.engine import Engine, Progress
+from loratool.ops import compare as _compare
 from loratool.ops import extract as _extract
 from loratool.ops import extract_plan as _extract_plan
 from loratool.ops import inspect as _inspect
 from loratool.ops import merge as _merge
+from loratool.ops.compare_report import CompareReport
 from loratool.ops.extract_report import ExtractReport
 from loratool.ops.merge_report import MergeReport
 from loratool.ops.sources import is_adapter
@@ -140,6 +142,32 @@ def inspect(
             Path(path), alpha=alpha, engine=_engine(jobs), progress=progress
         )
     return _inspect.inspect_checkpoint(Path(path))
+
+
+def compare(
+    adapters: Sequence[PathArg],
+    *,
+    alpha: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    sample: int = _compare.SAMPLE,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> CompareReport:
+    """Measure two or more adapters of one model against each other, module by module.
+
+    ``sample`` is how many entries of each module the figures on signs come from. Raises a
+    LoratoolError subclass.
+    """
+    return _compare.compare(
+        [Path(path) for path in adapters],
+        alpha=alpha,
+        include=include,
+        exclude=exclude,
+        sample=sample,
+        engine=_engine(jobs),
+        progress=progress,
+    )
 
 
 def push(

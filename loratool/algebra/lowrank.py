@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loratool.algebra.spectrum import Spectrum
 from loratool.errors import ShapeMismatch
+
+
+class ThinSvd(NamedTuple):
+    """U·diag(values)·Vᵀ with u: (out, k), values: (k,) descending, v: (in, k), all float64."""
+
+    u: Tensor
+    values: Tensor
+    v: Tensor
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,14 @@ class LowRank:
         left = self.b.double().T @ other.b.double()
         right = other.a.double() @ self.a.double().T
         return float(self.scale * other.scale * (left * right.T).sum())
+
+    def svd(self) -> ThinSvd:
+        """The numerically nonzero singular triplets: σ > max(out, in)·2⁻⁵²·σ₁."""
+        q_b, core, q_a = self._core()
+        u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
+        top = float(sigma[0]) if len(sigma) else 0.0
+        k = int((sigma > max(self.shape) * 2.0**-52 * top).sum())
+        return ThinSvd(q_b @ u[:, :k], sigma[:k], q_a @ vh[:k].T)
 
     def truncate(self, rank: int) -> LowRank:
         """The best approximation of at most this rank (Eckart–Young), float64, balanced."""

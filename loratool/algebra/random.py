@@ -11,6 +11,14 @@ from torch import Tensor
 
 def gaussian(rows: int, columns: int, key: str) -> Tensor:
     """(rows, columns) float32 standard normal numbers, a function of ``key`` (Philox counters)."""
+    return torch.from_numpy(_generator(key).standard_normal((rows, columns), dtype=np.float32))
+
+
+def choose(total: int, count: int, key: str) -> Tensor:
+    """``count`` different numbers below ``total``, ascending, a function of ``key``; int64."""
+    return torch.from_numpy(np.sort(_generator(key).choice(total, size=count, replace=False)))
+
+
+def _generator(key: str) -> np.random.Generator:
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    return torch.from_numpy(generator.standard_normal((rows, columns), dtype=np.float32))
+    return np.random.Generator(np.random.Philox(key=seed))

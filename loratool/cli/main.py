@@ -18,7 +18,10 @@ GROUPS: dict[str, dict[str, str]] = {
         "merge": "An adapter into a checkpoint.",
     },
     "Adapters": {"combine": "Several adapters into one."},
-    "Look": {"inspect": "What a checkpoint, an adapter or a fine-tune consists of."},
+    "Look": {
+        "inspect": "What a checkpoint, an adapter or a fine-tune consists of.",
+        "compare": "How alike adapters are, and what combining them would do.",
+    },
     "Hub": {"push": "Publish an adapter with a model card."},
 }
 """Command name → its line in the overview. The command itself is cli/NAME.py's NAME_command."""

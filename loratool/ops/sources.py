@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapter import Adapter
-from loratool.errors import InputMissing, UnsupportedInput
+from loratool.errors import InputMissing, UnsupportedInput, UsageError
 from loratool.formats import peft
 from loratool.formats.registry import (
     AdapterFile,
@@ -70,6 +71,25 @@ def open_adapter(path: Path, alpha: float | None = None) -> Adapter:
     side_files = {peft.CONFIG_FILE: _small_file(config)} if config.is_file() else {}
     file = open_weight_file(weights)
     return decode_adapter(AdapterFile(str(path), file.tensors, side_files), alpha)
+
+
+def open_adapters(paths: Sequence[Path], alpha: float | None = None) -> list[Adapter]:
+    """Adapters of mixed formats; ``alpha`` goes to those that do not store it.
+
+    Raises what ``open_adapter`` raises, and UsageError for an alpha that none of them needs.
+    """
+    opened, taken = [], False
+    for path in paths:
+        try:
+            opened.append(open_adapter(path))
+        except UsageError:
+            if alpha is None:
+                raise
+            opened.append(open_adapter(path, alpha))
+            taken = True
+    if alpha is not None and not taken:
+        raise UsageError("every adapter stores its own alpha; --alpha is for those that do not")
+    return opened
 
 
 def is_adapter(path: Path) -> bool:

@@ -1,0 +1,246 @@
+"""How alike adapters are, module by module, and what combining them would do to each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loratool.adapter import Adapter, LowRankUpdate
+from loratool.algebra.comparison import compare_jointly, compare_pair, linear_survival
+from loratool.algebra.entrywise import read_entries, sign_agreement, ties_survival
+from loratool.algebra.initial import RowStatistics, judge_start, row_statistics
+from loratool.algebra.subspaces import phi_grid, row_basis
+from loratool.engine import Engine, NoProgress, Progress
+from loratool.errors import DisagreementError, NonFiniteValues, NothingMatches, UsageError
+from loratool.layouts.names import match_names, near_misses
+from loratool.layouts.patterns import select
+from loratool.ops.compare_report import (
+    AdapterSummary,
+    CompareReport,
+    ModuleRow,
+    PairRow,
+    PairTotals,
+    PhiGrid,
+)
+from loratool.ops.sources import open_adapters
+
+SAMPLE = 2**20
+"""Entries of a matrix that signs are counted on, unless asked otherwise."""
+
+TIES_DENSITY = 0.2
+"""Share of entries that TIES keeps: its paper's and everybody's default."""
+
+JOINT_SHARE = 0.99
+"""Energy of the adapters' sum that its stated rank keeps."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One module: the updates of those adapters that have it, by the adapters' positions."""
+
+    name: str
+    labels: tuple[str, ...]
+    updates: tuple[tuple[int, LowRankUpdate], ...]
+    sample: int
+
+    @property
+    def cost(self) -> int:
+        return sum(update.rank * sum(update.shape) * 4 for _, update in self.updates)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One module's row, its inner products, and its factors' share in the question of the start."""
+
+    row: ModuleRow
+    inner: Tensor
+    starts: dict[tuple[int, int], RowStatistics]
+
+
+def compare(
+    paths: Sequence[Path],
+    *,
+    alpha: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    sample: int = SAMPLE,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> CompareReport:
+    """Measure two or more adapters of one model against each other.
+
+    Subspaces, norms and inner products are exact, through the small cores in float64; figures on
+    signs come from at most ``sample`` entries of each module. Raises UsageError, InputError,
+    NothingMatches when no two adapters share a module, and DisagreementError when a module has
+    different shapes.
+    """
+    if len(paths) < 2:
+        raise UsageError("one adapter cannot be compared", hint="name two or more")
+    adapters = open_adapters(paths, alpha)
+    labels = [str(path) for path in paths]
+    modules, notes = _matched(adapters, labels)
+    chosen = select(list(modules), include, exclude)
+    modules = {name: updates for name, updates in modules.items() if name in chosen}
+    _check_shapes(modules, labels)
+    if not any(len(updates) > 1 for updates in modules.values()):
+        raise _nothing_shared(modules, labels)
+    compared = (engine or Engine()).map(
+        _compare_module,
+        [_Job(name, tuple(labels), tuple(us.items()), sample) for name, us in modules.items()],
+        cost=lambda job: job.cost,
+        progress=progress or NoProgress(),
+        what="comparing",
+    )
+    return _report(paths, adapters, compared, tuple(notes))
+
+
+def _matched(
+    adapters: Sequence[Adapter], labels: Sequence[str]
+) -> tuple[dict[str, dict[int, LowRankUpdate]], list[str]]:
+    """Module names, as the first adapter that has them spells them → position → update."""
+    modules: dict[str, dict[int, LowRankUpdate]] = {}
+    notes = []
+    for position, (adapter, label) in enumerate(zip(adapters, labels, strict=True)):
+        found = match_names(adapter.low_rank, set(modules))
+        if found.note:
+            notes.append(f"{found.note} of {label} with those before it")
+        for name, update in adapter.low_rank.items():
+            entry = modules.setdefault(found.found.get(name, name), {})
+            if position in entry:
+                raise DisagreementError(f"{label}: two updates are both {name}")
+            entry[position] = update
+        rest = len(adapter.updates) - len(adapter.low_rank)
+        if rest:
+            notes.append(
+                f"{label}: {rest} parameters are stored whole and not compared: what they change "
+                "is known only together with the base"
+            )
+    return modules, notes
+
+
+def _check_shapes(modules: dict[str, dict[int, LowRankUpdate]], labels: Sequence[str]) -> None:
+    for name, updates in modules.items():
+        (first, one), *others = updates.items()
+        for position, other in others:
+            if other.shape != one.shape:
+                raise DisagreementError(
+                    f"{name}: the update has shape {list(one.shape)} in {labels[first]} and "
+                    f"{list(other.shape)} in {labels[position]}",
+                    hint="adapters of different models, or of different sizes of one model",
+                )
+
+
+def _nothing_shared(
+    modules: dict[str, dict[int, LowRankUpdate]], labels: Sequence[str]
+) -> NothingMatches:
+    details = []
+    for position, label in enumerate(labels):
+        own = [name for name, updates in modules.items() if position in updates]
+        others = [name for name, updates in modules.items() if position not in updates]
+        alike = near_misses(own[0], others) if own and others else []
+        text = own[0] if own else "no low-rank update"
+        details.append(f"{label}: {text}" + (f"   closest elsewhere: {alike[0]}" if alike else ""))
+    return NothingMatches(
+        "the adapters have no module in common",
+        details=details,
+        hint="are they made for the same model?",
+    )
+
+
+def _compare_module(job: _Job) -> _Compared:
+    values = [update.load() for _, update in job.updates]
+    positions = [position for position, _ in job.updates]
+    for position, value in zip(positions, values, strict=True):
+        if not (bool(torch.isfinite(value.b).all()) and bool(torch.isfinite(value.a).all())):
+            raise NonFiniteValues(
+                f"{job.labels[position]}: {job.name}: NaN or infinity in its factors"
+            )
+    svds = [value.svd() for value in values]
+    inner = torch.zeros(len(values), len(values), dtype=torch.float64)
+    for i, svd in enumerate(svds):
+        inner[i, i] = svd.values.square().sum()
+    pairs, starts = [], {}
+    entries = read_entries(values, job.sample, key=f"compare:{job.name}") if values[1:] else None
+    for i, j in itertools.combinations(range(len(values)), 2):
+        assert entries is not None
+        measures = compare_pair(svds[i], svds[j])
+        inner[i, j] = inner[j, i] = measures.inner
+        pair = (positions[i], positions[j])
+        first, second = job.updates[i][1], job.updates[j][1]
+        statistics = None
+        if first.a.shape == second.a.shape:
+            statistics = starts[pair] = row_statistics(*_a_factors(first, second))
+        pairs.append(
+            PairRow.of(
+                pair,
+                measures,
+                sign_agreement(entries.values[i], entries.values[j]),
+                statistics.cosine if statistics else None,
+                _phi_of_factors(first, second),
+            )
+        )
+    row = ModuleRow(
+        job.name,
+        values[0].shape,
+        tuple(positions),
+        tuple(update.rank for _, update in job.updates),
+        tuple(len(svd.values) for svd in svds),
+        tuple(math.sqrt(energy) for energy in inner.diagonal().tolist()),
+        tuple(pairs),
+        compare_jointly(values, svds, JOINT_SHARE),
+        tuple(linear_survival(inner)),
+        ties_survival(entries.values, TIES_DENSITY) if entries else None,
+        entries.looked_at if entries else 0,
+    )
+    return _Compared(row, inner, starts)
+
+
+def _a_factors(*updates: LowRankUpdate) -> list[Tensor]:
+    return [update.a.read().flatten(1) for update in updates]
+
+
+def _phi_of_factors(first: LowRankUpdate, second: LowRankUpdate) -> PhiGrid:
+    one, two = (row_basis(a) for a in _a_factors(first, second))
+    return PhiGrid.of(phi_grid(one.T @ two))
+
+
+def _report(
+    paths: Sequence[Path],
+    adapters: Sequence[Adapter],
+    compared: Sequence[_Compared],
+    notes: tuple[str, ...],
+) -> CompareReport:
+    rows = tuple(item.row for item in compared)
+    count = len(adapters)
+    inner = torch.zeros(count, count, dtype=torch.float64)
+    for item in compared:
+        where = torch.tensor(item.row.adapters)
+        inner[where[:, None], where[None, :]] += item.inner
+    energy = inner.diagonal()
+    summaries = tuple(
+        AdapterSummary(
+            path.resolve().name,
+            adapter.format,
+            adapter.base_model,
+            sum(position in row.adapters for row in rows),
+            tuple(row.name for row in rows if row.adapters == (position,)),
+            math.sqrt(float(energy[position])),
+        )
+        for position, (path, adapter) in enumerate(zip(paths, adapters, strict=True))
+    )
+    totals = []
+    for i, j in itertools.combinations(range(count), 2):
+        size = math.sqrt(float(energy[i]) * float(energy[j]))
+        starts = [item.starts[i, j] for item in compared if (i, j) in item.starts]
+        totals.append(
+            PairTotals.of(
+                (i, j), rows, float(inner[i, j]) / size if size else None, judge_start(starts)
+            )
+        )
+    return CompareReport(summaries, rows, tuple(totals), tuple(linear_survival(inner)), notes)

@@ -1,0 +1,87 @@
+"""loratool compare, as it is typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.builders import lora_factors, write_peft
+from tests.cli.invoke import invoke
+from tests.cli.test_json import the_document
+
+MODULES = ("h.0.attn.c_attn", "h.1.attn.c_attn", "h.0.mlp.c_fc")
+
+
+def adapters(folder: Path, count: int = 2) -> list[Path]:
+    paths = []
+    for index in range(count):
+        tensors = {}
+        for module in MODULES[: 3 - (index == 1)]:
+            tensors |= lora_factors(module, 24, 8, 2, seed=10 * index)
+        paths.append(write_peft(folder / f"adapter-{index}", tensors, fan_in_fan_out=True))
+    return paths
+
+
+def test_two_adapters(tmp_path: Path) -> None:
+    ended = invoke("compare", *adapters(tmp_path))
+    assert (ended.code, ended.err) == (0, "")
+    for text in ("adapter-0", "h.*.attn.c_attn", "φ(i, j) left", "only in A: 1 modules", "A in B"):
+        assert text in ended.out
+
+
+def test_three_adapters_show_a_matrix(tmp_path: Path) -> None:
+    ended = invoke("compare", *adapters(tmp_path, 3))
+    assert ended.code == 0
+    for text in ("cosine of the updates", "A B", "A C", "B C", "in brackets"):
+        assert text in ended.out
+    assert "φ(i, j) left" not in ended.out
+    assert "φ(i, j) left" in invoke("compare", *adapters(tmp_path / "v", 3), "-v").out
+
+
+def test_a_sample_is_said(tmp_path: Path) -> None:
+    ended = invoke("compare", *adapters(tmp_path), "--sample", "40")
+    assert "from random rows of 2 modules, 80 of 384 entries" in ended.out
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_document(tmp_path: Path, count: int) -> None:
+    report = tmp_path / "report.json"
+    ended = invoke("compare", *adapters(tmp_path, count), "--json", "--report", report)
+    document = the_document(ended)
+    assert document["schema"] == "loratool/compare/1"
+    assert len(document["pairs"]) == count * (count - 1) // 2
+    assert set(document["pairs"][0]["initial_a"]) == {
+        "verdict", "cosine", "distance", "positive_rows", "rows", "chance",
+    }  # fmt: skip
+    module = document["modules"][0]
+    assert module["entries"] == module["entries_total"] == 192
+    assert str(tmp_path) not in ended.out
+    assert report.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "Missing argument"),
+        (["adapter-0"], 2, "one adapter cannot be compared"),
+        (["adapter-0", "gone"], 3, "gone: no such file or folder"),
+        (["adapter-0", "adapter-1", "--include", "q_proj"], 4, "'q_proj' matches nothing"),
+        (["adapter-0", "other"], 4, "no module in common"),
+        (["adapter-0", "adapter-1", "--sample", "0"], 2, "--sample"),
+    ],
+)
+def test_failures(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    adapters(tmp_path)
+    write_peft(tmp_path / "other", lora_factors("lm_head", 24, 8, 2))
+    monkeypatch.chdir(tmp_path)
+    ended = invoke("compare", *arguments)
+    assert ended.code == code
+    assert message in ended.err
+    assert ended.out == ""
