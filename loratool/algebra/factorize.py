@@ -39,8 +39,8 @@ class Factors:
     """The leading part of D's singular value decomposition.
 
     u: (m, k) and v: (n, k) with orthonormal columns, float32. spectrum: every value that was
-    resolved (k or more), with D's total energy. bound: how much more than the best rank-k matrix
-    this one can miss.
+    resolved (more than k, where there are more), with D's total energy. bound: how much more than
+    the best rank-k matrix this one can miss.
     """
 
     u: Tensor
@@ -101,6 +101,8 @@ def factorize(
     spectrum, rank, parts = _resolve(d, rule, key, exact, noise_floor)
     if isinstance(parts, Ritz):
         energy = spectrum.total_energy
+        one_more = parts.values[: len(spectrum.values) + 1].cpu()
+        spectrum = replace(spectrum, values=one_more)
         bound = excess_bound(d, parts.values, parts.v, parts.back, rank, energy, key)
         factors = Factors(parts.u[:, :rank], parts.v[:, :rank], spectrum, "block Krylov", bound)
     else:

@@ -16,6 +16,10 @@ MARGIN = 0.06
 """Of the rounding's energy. Measured: exact rank 8 lies 0.01–0.02 above the expectation, a tail of
 5 % of the update 0.3 and more."""
 
+ARITHMETIC = 1e-7
+"""Of ‖D‖²: what float32 products may put into the energy of the rest, well above the 6e-9
+measured. Matters for checkpoints in float32, whose rounding is smaller than that."""
+
 MOSTLY_UNCHANGED = 0.6
 """Above this share of unchanged entries the rounding hides the update: no answer."""
 
@@ -42,13 +46,14 @@ def lora_rank(spectrum: Spectrum, noise: NoiseFloor, changed_share: float) -> Lo
         return None
     if spectrum.total_energy <= noise.energy * (1 + MARGIN):
         return None
-    tail = (MARGIN * noise.energy / spectrum.total_energy) ** 0.5
+    unseen = ARITHMETIC * spectrum.total_energy
+    tail = ((MARGIN * noise.energy + unseen) / spectrum.total_energy) ** 0.5
     rest = spectrum.total_energy - spectrum.values.square().cumsum(0)
     for rank in range(1, len(spectrum.values)):
         if float(spectrum.values[rank]) > noise.threshold:
             continue
         absorbed = rank * (rows + columns) / (rows * columns)
-        if float(rest[rank - 1]) <= noise.energy * (1 - absorbed + MARGIN):
+        if float(rest[rank - 1]) <= noise.energy * (1 - absorbed + MARGIN) + unseen:
             return LoraAnswer(rank, tail)
         break
     return LoraAnswer(None, tail)

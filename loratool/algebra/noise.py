@@ -18,6 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BIASED = 0.35
+"""From this share of rounding in a change on, entries that did not change at all bias it low.
+Measured on rank-8 updates stored in bf16 and fp16: σ comes out 1 % too low at a share of 0.32,
+2.5 % at 0.40, 6 % at 0.53 and 15 % at 0.83, where 60 % of the entries did not change."""
+
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 _EXPONENT_MASK = {
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -32,6 +37,10 @@ class NoiseFloor:
 
     threshold: float
     energy: float
+
+    def share_of(self, change_energy: float) -> float:
+        """√(Σ ulp²/12) / ‖D‖_F: how much of a change of this ‖D‖²_F rounding may have made."""
+        return float((self.energy / change_energy) ** 0.5) if change_energy else 0.0
 
 
 class NoiseSums:

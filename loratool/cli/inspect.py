@@ -162,18 +162,44 @@ def _show_pair(out: Output, report: PairReport) -> None:
                 spark([row.relative_change or 0.0 for row in rows], top) if len(rows) > 1 else "",
                 spark(resolved.values[:_BARS].tolist()) if resolved else "",
                 *(_energy_at(spectra, rank) for rank in (1, 4, 16)),
+                _lora_answer([row for row in rows if row.spectrum is not None]),
             ]
         )
     out.table(
         f"from {report.base} to {report.tuned}, computed on {report.device}",
-        ["module", "tensors", "energy", "change", "by layer", "spectrum", "r=1", "r=4", "r=16"],
+        [
+            "module",
+            "tensors",
+            "energy",
+            "change",
+            "by layer",
+            "spectrum",
+            "r=1",
+            "r=4",
+            "r=16",
+            "LoRA",
+        ],
         cells,
     )
     out.line("energy: share of the whole change ‖W − W0‖²; change: ‖W − W0‖ / ‖W0‖")
     out.line("spectrum: of the matrix that changed most; r=k: energy that rank k would keep")
+    out.line("LoRA: the rank of the LoRA that explains the change to within rounding")
     if report.unchanged:
         out.line(f"unchanged: {len(report.unchanged)} tensors")
+    if summary := report.lora_summary():
+        out.line(summary)
     out.notes(report.notes)
+
+
+def _lora_answer(rows: list[DeltaRow]) -> str:
+    """``r=8``, a range of ranks, no, ``?`` where it cannot be told; parts of a row by slashes."""
+    ranks = [row.lora_rank for row in rows if row.lora_rank is not None]
+    answers = [f"r={_span(ranks)}"] if ranks else []
+    if any(row.lora_tail is not None and row.lora_rank is None for row in rows):
+        answers.append("no")
+    if any(row.lora_tail is None for row in rows):
+        answers.append("?")
+    return "/".join(answers)
 
 
 def _energy_at(spectra: list[Spectrum], rank: int) -> str:

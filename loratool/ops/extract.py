@@ -22,8 +22,9 @@ from loratool.ops.extract_jobs import (
     resolve_spectrum,
 )
 from loratool.ops.extract_plan import ExtractPlan
-from loratool.ops.extract_report import ExtractReport, Status, TensorRow
+from loratool.ops.extract_report import ExtractReport, Status, TensorRow, factorised
 from loratool.ops.extract_resume import keep, pending, resume_key
+from loratool.ops.findings import noise_warning
 from loratool.ops.sources import Model
 from loratool.profiles import fit
 from loratool.provenance import fingerprint
@@ -73,7 +74,7 @@ def run_extract(
             base_model=plan.base_model,
             base=_side(plan.base),
             tuned=_side(plan.tuned),
-            notes=(*_notes(plan, adapter, allocation), *fitted.notes),
+            notes=(*_notes(plan, adapter, allocation, rows), *fitted.notes),
             stored=stored_size(fitted.adapter),
         )
         write_adapter(staging.out, fitted.adapter, report.to_json(), base_modules(plan.alignment))
@@ -149,8 +150,16 @@ def _refuse_lost_changes(rows: Sequence[TensorRow]) -> None:
         )
 
 
-def _notes(plan: ExtractPlan, adapter: Adapter, allocation: Allocation | None) -> tuple[str, ...]:
+def _notes(
+    plan: ExtractPlan,
+    adapter: Adapter,
+    allocation: Allocation | None,
+    rows: Sequence[TensorRow],
+) -> tuple[str, ...]:
     notes = list(plan.notes)
+    warning = noise_warning(factorised(rows))
+    if warning:
+        notes.append(warning)
     if plan.alignment.ignored:
         names = ", ".join(plan.alignment.ignored[:3])
         notes.append(

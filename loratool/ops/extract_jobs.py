@@ -105,6 +105,7 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
         delta_norm=delta.norm,
         base_norm=delta.base_norm,
         noise_floor=delta.noise.threshold,
+        noise_share=delta.noise.share_of(delta.energy),
         changed_share=delta.changed_share,
     )
     if job.treatment is Treatment.WHOLE:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from loratool.algebra.noise import BIASED
+from loratool.ops.findings import lora_summary
 from loratool.provenance import document
 
 SCHEMA_VERSION = 1
@@ -34,7 +36,9 @@ class TensorRow:
     delta_norm: ‖W − W0‖_F. base_norm: ‖W0‖_F. relative_error: ‖D − s·B·A‖_F / ‖D‖_F of the
     factors as stored. singular_values: those kept. excess_bound: what the factors miss beyond the
     best ones of their rank, at most, before their rounding; it fails with probability ``failure``
-    (see algebra.certificate). noise_floor: singular values below it cannot be told from rounding.
+    (see algebra.certificate). noise_floor: singular values below it cannot be told from rounding;
+    noise_share: √(Σ ulp²/12) / ‖D‖, the share of rounding in the change, whose singular values are
+    biased low where it is large (near_noise).
     lora_rank: the rank of the LoRA that explains the change to within rounding, if one does;
     lora_tail: the share of ‖D‖ that a further change could have without being noticed (None where
     the question cannot be decided).
@@ -54,6 +58,7 @@ class TensorRow:
     excess_bound: float | None = None
     failure: float | None = None
     noise_floor: float = 0.0
+    noise_share: float = 0.0
     changed_share: float = 0.0
     lora_rank: int | None = None
     lora_tail: float | None = None
@@ -62,6 +67,11 @@ class TensorRow:
     def energy(self) -> float:
         """‖D‖²_F."""
         return self.delta_norm**2
+
+    @property
+    def near_noise(self) -> bool:
+        """Whether rounding biases the singular values low."""
+        return self.noise_share >= BIASED
 
     @property
     def energy_kept(self) -> float | None:
@@ -86,11 +96,18 @@ class TensorRow:
             "excess_bound": self.excess_bound,
             "excess_bound_failure_probability": self.failure,
             "noise_floor": self.noise_floor,
+            "noise_share": self.noise_share,
+            "near_noise": self.near_noise,
             "changed_share": self.changed_share,
             "lora_rank": self.lora_rank,
             "lora_tail": self.lora_tail,
             "singular_values": list(self.singular_values),
         }
+
+
+def factorised(rows: Sequence[TensorRow]) -> list[TensorRow]:
+    """The changed matrices that a rank rule was applied to."""
+    return [row for row in rows if row.method or row.status is Status.BELOW_RULE]
 
 
 @dataclass(frozen=True)
@@ -149,23 +166,13 @@ class ExtractReport:
         return lost / self.energy if self.energy else 0.0
 
     def lora_summary(self) -> str | None:
-        """Whether the change is a LoRA's, in words; None where no matrix lets one decide."""
-        asked = [row for row in self.rows if row.lora_tail is not None]
-        found = sorted({row.lora_rank for row in asked if row.lora_rank is not None})
-        if not asked:
-            return None
-        ranks = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}" if found else ""
-        tail = max(row.lora_tail or 0.0 for row in asked)
-        unnoticed = f"a further change of {tail:.1%} of a matrix's would go unnoticed"
-        count = sum(row.lora_rank is not None for row in asked)
-        if count == len(asked):
-            return f"the change is a LoRA's of rank {ranks}, to within rounding ({unnoticed})"
-        if found:
-            return (
-                f"{count} of {len(asked)} matrices changed as by a LoRA of rank {ranks}, to within "
-                f"rounding ({unnoticed})"
-            )
-        return None
+        """Whether the change is a LoRA's, in words; None where no spectrum was resolved."""
+        asked = [
+            row
+            for row in factorised(self.rows)
+            if row.method and (row.singular_values or row.status is Status.BELOW_RULE)
+        ]
+        return lora_summary(asked, "any rank up to those extracted")
 
     def to_json(self) -> dict[str, Any]:
         return document(
@@ -179,6 +186,7 @@ class ExtractReport:
                 "base_model": self.base_model,
                 "base": dict(self.base),
                 "tuned": dict(self.tuned),
+                "lora": self.lora_summary(),
                 "notes": list(self.notes),
                 "totals": {
                     "delta_norm": self.energy**0.5,

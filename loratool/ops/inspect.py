@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loratool.adapter import LowRankUpdate
+from loratool.adapter import LowRankUpdate, ModuleKind
 from loratool.algebra.factorize import resolve_spectrum
+from loratool.algebra.lora_test import lora_rank
 from loratool.algebra.lowrank import LowRank
+from loratool.algebra.noise import BIASED
 from loratool.algebra.ranks import RankRule, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
@@ -22,6 +24,7 @@ from loratool.layouts.pairs import Pair, align, check_floats
 from loratool.layouts.ties import find_ties
 from loratool.ops.deltas import read_delta
 from loratool.ops.extract_plan import LOW_RANK_KINDS
+from loratool.ops.findings import lora_summary, noise_warning
 from loratool.ops.sources import open_adapter, open_model
 from loratool.provenance import document
 
@@ -229,7 +232,10 @@ def _update_row(job: tuple[str, LowRankUpdate]) -> UpdateRow:
 
 @dataclass(frozen=True)
 class DeltaRow:
-    """The change of one tensor. spectrum: None for what is no matrix to factorise."""
+    """The change of one tensor. spectrum: None for what is no matrix to factorise.
+
+    lora_rank, lora_tail, noise_share, near_noise: see ops.findings.
+    """
 
     name: str
     kind: str
@@ -237,6 +243,14 @@ class DeltaRow:
     delta_norm: float
     base_norm: float
     spectrum: Spectrum | None
+    noise_share: float = 0.0
+    lora_rank: int | None = None
+    lora_tail: float | None = None
+
+    @property
+    def near_noise(self) -> bool:
+        """Whether rounding biases the singular values low."""
+        return self.noise_share >= BIASED
 
     @property
     def relative_change(self) -> float | None:
@@ -254,6 +268,10 @@ class DeltaRow:
             "base_norm": self.base_norm,
             "singular_values": spectrum.values.tolist() if spectrum else None,
             "stable_rank": spectrum.stable_rank() if spectrum else None,
+            "noise_share": self.noise_share,
+            "near_noise": self.near_noise,
+            "lora_rank": self.lora_rank,
+            "lora_tail": self.lora_tail,
         }
 
 
@@ -273,6 +291,15 @@ class PairReport:
         """Σ ‖D‖² over all tensors."""
         return sum(row.delta_norm**2 for row in self.rows)
 
+    @property
+    def matrices(self) -> list[DeltaRow]:
+        """The changes that have a spectrum."""
+        return [row for row in self.rows if row.spectrum is not None]
+
+    def lora_summary(self) -> str | None:
+        """Whether the change is a LoRA's, and of which rank; None without a matrix."""
+        return lora_summary(self.matrices, f"any rank below {SPECTRUM_VALUES}")
+
     def to_json(self) -> dict[str, Any]:
         body = {
             "what": "pair",
@@ -280,6 +307,7 @@ class PairReport:
             "tuned": self.tuned,
             "device": self.device,
             "delta_norm": self.energy**0.5,
+            "lora": self.lora_summary(),
             "notes": list(self.notes),
             "changed": [row.to_json() for row in self.rows],
             "unchanged": list(self.unchanged),
@@ -324,13 +352,15 @@ def inspect_pair(
         progress=progress or NoProgress(),
         what="comparing",
     )
+    changed = [row for row in rows if row is not None]
+    warning = noise_warning([row for row in changed if row.spectrum is not None])
     return PairReport(
         base.resolve().name,
         tuned.resolve().name,
         str(target),
-        tuple(row for row in rows if row is not None),
+        tuple(changed),
         tuple(pair.name for pair, row in zip(pairs, rows, strict=True) if row is None),
-        alignment.notes,
+        (*alignment.notes, *([warning] if warning else [])),
     )
 
 
@@ -339,9 +369,22 @@ def _delta_row(job: _DeltaJob) -> DeltaRow | None:
     delta = read_delta(pair, job.device)
     if delta is None:
         return None
-    spectrum = None
-    if pair.kind in LOW_RANK_KINDS:
-        spectrum = resolve_spectrum(delta.matrix, job.rule, key=f"0:{pair.name}")
-    return DeltaRow(
-        pair.name, str(pair.kind), pair.base.shape, delta.norm, delta.base_norm, spectrum
+    row = DeltaRow(
+        pair.name,
+        str(pair.kind),
+        pair.base.shape,
+        delta.norm,
+        delta.base_norm,
+        None,
+        delta.noise.share_of(delta.energy),
+    )
+    if pair.kind not in (*LOW_RANK_KINDS, ModuleKind.CONV):
+        return row
+    spectrum = resolve_spectrum(delta.matrix, job.rule, key=f"0:{pair.name}")
+    answer = lora_rank(spectrum, delta.noise, delta.changed_share)
+    return replace(
+        row,
+        spectrum=spectrum,
+        lora_rank=answer.rank if answer else None,
+        lora_tail=answer.tail if answer else None,
     )

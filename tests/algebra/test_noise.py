@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loratool.algebra.factorize import factorize
 from loratool.algebra.lora_test import LoraAnswer, lora_rank
-from loratool.algebra.noise import NoiseFloor, noise_floor, ulp
+from loratool.algebra.noise import BIASED, NoiseFloor, noise_floor, ulp
 from loratool.algebra.ranks import parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
 
@@ -69,7 +69,7 @@ def answer(dtype: torch.dtype, relative: float, tail: float = 0.0) -> LoraAnswer
     return lora_rank(spectrum, floor, changed)
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("dtype", [*SIXTEEN_BITS, torch.float32])
 @pytest.mark.parametrize("relative", [0.01, 0.1])
 def test_a_lora_is_recognised_and_a_tail_is_not_taken_for_one(
     dtype: torch.dtype, relative: float
@@ -80,6 +80,34 @@ def test_a_lora_is_recognised_and_a_tail_is_not_taken_for_one(
     assert plain.tail < 0.05
     assert tailed is not None
     assert tailed.rank is None
+
+
+def test_a_lora_extracted_at_its_own_rank_is_recognised() -> None:
+    d, floor, changed = change(torch.bfloat16, 0.01)
+    factors = factorize(d, parse_rank_rule("8"), key="k")
+    assert factors.rank == 8
+    found = lora_rank(factors.spectrum, floor, changed)
+    assert found is not None
+    assert found.rank == 8
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("ulps", [0.15, 0.3, 0.6, 1.2, 2.5])
+def test_singular_values_are_biased_low_just_where_the_warning_is(
+    dtype: torch.dtype, ulps: float
+) -> None:
+    """ulps: the update's root mean square, in that of an ulp of the base."""
+    generator = torch.Generator().manual_seed(5)
+    base = (torch.randn(300, 200, generator=generator) * 0.02).to(dtype)
+    b = torch.randn(300, 4, generator=generator)
+    update = b @ torch.randn(4, 200, generator=generator)
+    update *= ulps * ulp(base).norm() / update.norm()
+    tuned = (base.float() + update).to(dtype)
+    d = tuned.float() - base.float()
+    share = noise_floor(tuned).share_of(float(d.square().sum()))
+    found, true = torch.linalg.svdvals(d)[:4], torch.linalg.svdvals(update)[:4]
+    bias = float((found / true).mean()) - 1
+    assert (share >= BIASED) == (bias < -0.015), (share, bias)
 
 
 def test_what_cannot_be_decided_is_not_answered() -> None:

@@ -77,6 +77,68 @@ def test_inspecting_nothing_changed_is_an_answer(tmp_path: Path) -> None:
     assert report.energy == 0
 
 
+def lora_pair(folder: Path, dtype: torch.dtype, relative: float, tail: float) -> tuple[Path, Path]:
+    """Two matrices changed by rank 4, of ``relative`` their norm, the second with a tail."""
+    generator = torch.Generator().manual_seed(3)
+    state, tuned_state = {}, {}
+    for index, part in enumerate(("down_proj", "up_proj")):
+        name = f"model.layers.0.mlp.{part}.weight"
+        base = (torch.randn(200, 150, generator=generator) * 0.02).to(dtype)
+        step = torch.randn(200, 4, generator=generator) @ torch.randn(4, 150, generator=generator)
+        step *= relative * base.float().norm() / step.norm()
+        if index:
+            rest = torch.randn(200, 150, generator=generator)
+            step += tail * step.norm() * rest / rest.norm()
+        state[name], tuned_state[name] = base, (base.float() + step).to(dtype)
+    base_path = save_folder(state, folder / "base", LLAMA)
+    return base_path, save_folder(tuned_state, folder / "tuned", LLAMA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("relative", "tail", "ranks", "says"),
+    [
+        (0.02, 0.0, [4, 4], "a LoRA's of rank 4, to within rounding"),
+        (0.02, 0.3, [4, None], "1 of 2 matrices changed as by a LoRA of rank 4"),
+        (1e-8, 0.0, [None, None], "cannot be told"),
+    ],
+)
+def test_was_it_a_lora(
+    dtype: torch.dtype,
+    relative: float,
+    tail: float,
+    ranks: list[int | None],
+    says: str,
+    tmp_path: Path,
+) -> None:
+    if relative < 1e-6 and dtype != torch.float32:
+        relative = 3e-4 if dtype == torch.bfloat16 else 3e-5
+    base, tuned = lora_pair(tmp_path, dtype, relative, tail)
+    pair = lt.inspect(base, tuned)
+    assert isinstance(pair, PairReport)
+    extracted = lt.extract(base, tuned, tmp_path / "a", rank=8)
+    for report in (pair, extracted):
+        assert [row.lora_rank for row in report.rows] == ranks
+        assert says in (report.lora_summary() or "")
+        assert report.to_json()["lora"] == report.lora_summary()
+        warned = [note for note in report.notes if "rounding of their stored values" in note]
+        assert bool(warned) == (ranks == [None, None])
+        assert all(row.near_noise == bool(warned) for row in report.rows)
+
+
+def test_a_fine_tune_is_no_lora(tmp_path: Path) -> None:
+    state = llama_like(torch.bfloat16)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(state, size=0.05), tmp_path / "tuned", LLAMA)
+    pair = lt.inspect(base, tuned)
+    assert isinstance(pair, PairReport)
+    assert (pair.lora_summary() or "").startswith("the change is no LoRA's of any rank below 32")
+    extracted = lt.extract(base, tuned, tmp_path / "a", rank=4, drop_rest=True)
+    assert "no LoRA's of any rank up to those extracted" in (extracted.lora_summary() or "")
+    whole = lt.extract(base, tuned, tmp_path / "b", rank="full", drop_rest=True)
+    assert whole.lora_summary() is None
+
+
 def test_names() -> None:
     assert layer_of("model.layers.12.mlp.up_proj.weight") == 12
     assert layer_of("12.mlp") == 12
