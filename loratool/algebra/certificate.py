@@ -8,8 +8,9 @@ for any η ≥ ‖E‖₂². With the thin factor R of G,
 
 so the squared error of the best rank-k matrix is at least L = ‖D‖² − Σ_{i≤k} max(λᵢ(T), η).
 
-η comes from random probes and power steps (Halko, Martinsson and Tropp, 2011, Lemma 4.1): it
-fails with probability at most 10⁻ᵗ for t probes.
+Where the spectrum falls fast, η = ‖E‖²_F = ‖D‖² − ΣΘ² does, and is certain. Otherwise η comes
+from random probes and power steps (Halko, Martinsson and Tropp, 2011, Lemma 4.1): with t probes it
+fails with probability at most α⁻ᵗ. Bounds after several numbers of steps may fail each.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from torch import Tensor
 from loratool.algebra.passes import image_and_back
 from loratool.algebra.random import gaussian
 
-PROBES = 8
-POWER_STEPS = (3, 10)
-"""Steps after which η is taken; the later ones only where the first bound is loose."""
+PROBES = 16
+ALPHA = math.sqrt(10)
+POWER_STEPS = (2, 3, 5, 10)
+"""Steps after which η is taken; the later ones only while the bound is loose."""
 
-LOOSE = 0.01
+LOOSE = 2e-3
 NEGLIGIBLE = 1e-2
 """Below this share of ‖D‖ the optimum is too small to measure an excess against."""
 
@@ -60,14 +62,20 @@ def excess_bound(
     # any R with RᵀR = GᵀG serves; this one costs less than a QR of the tall G
     square, vectors = torch.linalg.eigh(g.T @ g)
     r = square.clamp(min=0).sqrt()[:, None] * vectors.T
-    best = math.inf
-    failure = 0.0
-    for norm in _residual_norm_bounds(d, v, key):
-        failure += 10.0**-PROBES
-        best = min(best, _excess(theta, r, norm**2, rank, energy))
-        if best <= LOOSE:
-            break
+    rest = max(0.0, energy - float(theta.square().sum())) + _rounding(len(theta), energy)
+    best, failure = _excess(theta, r, rest, rank, energy), 0.0
+    if best > LOOSE:
+        for norm in _residual_norm_bounds(d, v, key):
+            failure += ALPHA**-PROBES
+            best = min(best, _excess(theta, r, norm**2, rank, energy))
+            if best <= LOOSE:
+                break
     return ExcessBound(best, failure)
+
+
+def _rounding(size: int, energy: float) -> float:
+    """What float32 products of ‖D‖² = energy with ``size`` columns err by, padded fourfold."""
+    return 4 * math.sqrt(size) * 2.0**-24 * energy
 
 
 def _excess(theta: Tensor, r: Tensor, eta: float, rank: int, energy: float) -> float:
@@ -78,8 +86,7 @@ def _excess(theta: Tensor, r: Tensor, eta: float, rank: int, energy: float) -> f
     t[:size, size:] = r.T
     t[size:, size:] = eta * torch.eye(extra, dtype=torch.float64, device=r.device)
     largest = torch.linalg.eigvalsh(t).flip(0)[:rank].clamp(min=eta)
-    # float32 products of length n err by about 2⁻²⁴·√l of ‖D‖ in all; padded outward fourfold
-    padding = 4 * math.sqrt(size) * 2.0**-24 * energy
+    padding = _rounding(size, energy)
     missed = max(0.0, energy - float(theta[:rank].square().sum())) + padding
     least = max(0.0, energy - float(largest.sum()) - padding)
     if least >= NEGLIGIBLE**2 * energy:
@@ -88,7 +95,7 @@ def _excess(theta: Tensor, r: Tensor, eta: float, rank: int, energy: float) -> f
 
 
 def _residual_norm_bounds(d: Tensor, v: Tensor, key: str) -> Iterator[float]:
-    """Ever tighter bounds on ‖D − D·V·Vᵀ‖₂, each failing with probability 10⁻ᴾᴿᴼᴮᴱˢ."""
+    """Ever tighter bounds on ‖D − D·V·Vᵀ‖₂, each failing with probability α⁻ᵗ."""
     block = _project_out(gaussian(d.shape[1], PROBES, f"{key}:probe").to(d.device), v)
     growth = 0.0  # log of what the probes were divided by
     for step in range(1, max(POWER_STEPS) + 1):
@@ -109,7 +116,7 @@ def _norm_from_probes(image: Tensor, growth: float, steps: int) -> float:
     largest = float(torch.linalg.vector_norm(image.double(), dim=0).max())
     if largest == 0:
         return 0.0
-    log = math.log(10 * math.sqrt(2 / math.pi) * largest) + growth
+    log = math.log(ALPHA * math.sqrt(2 / math.pi) * largest) + growth
     return math.exp(log / (2 * steps + 1)) * (1 + 1e-4)
 
 

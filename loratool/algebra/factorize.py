@@ -1,14 +1,13 @@
 """The best low-rank approximation of a dense difference, exactly or by a randomised method.
 
-Small matrices: eigenvectors of the float64 Gram matrix of the smaller side. Large ones: block
-Krylov iteration (Musco and Musco, 2015, Algorithm 2) on a Gaussian start block (Halko, Martinsson
-and Tropp, 2011), whose sketch grows until the rank rule is satisfied. Products run in float32,
+Small matrices: eigenvectors of the float64 Gram matrix of the smaller side. Large ones: the block
+method of ``krylov``, whose sketch grows until the rank rule is satisfied. Products run in float32,
 norms and small eigenproblems in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -16,22 +15,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loratool.algebra.blocks import float64_blocks, sum_of_squares
 from loratool.algebra.certificate import EXACT, ExcessBound, excess_bound
+from loratool.algebra.krylov import OVERSAMPLING, Ritz, block_krylov, sketch_pays, steered_start
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.passes import image_and_back
-from loratool.algebra.random import gaussian
+from loratool.algebra.passes import fastest_dtype, image_and_back
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.spectrum import Spectrum
+from loratool.stopwatch import Stopwatch
 
 EXACT_SIDE = 512
 """Up to this smaller side the Gram matrix is cheaper than a sketch."""
 
-_SLACK = 1e-3
-"""Loss of orthogonality in the float32 basis that whitening may still mend."""
-
-OVERSAMPLING = 8
-KRYLOV_STEPS = 2
-_BLOCK_BYTES = 4 * 2**20
+COMFORTABLE = 1e8
+"""Norms within this factor of one: their fourth powers stay well inside float32's range."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +57,6 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Ritz:
-    """Approximate singular triplets of a tall matrix, more of them than anybody asked for.
-
-    back: DᵀD·v, float64.
-    """
-
-    u: Tensor
-    values: Tensor
-    v: Tensor
-    back: Tensor
-
-
-@dataclass(frozen=True)
 class _Right:
     """All right singular vectors (n, n) and values of a tall matrix, descending."""
 
@@ -81,34 +65,94 @@ class _Right:
 
 
 def factorize(
-    d: Tensor, rule: RankRule, *, key: str, exact: bool = False, noise_floor: float = 0.0
+    d: Tensor,
+    rule: RankRule,
+    *,
+    key: str,
+    exact: bool = False,
+    noise_floor: float = 0.0,
+    energy: float | None = None,
+    sketch_dtype: torch.dtype | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Factors:
     """The components of ``d`` that ``rule`` keeps.
 
     d: (m, n) float32, on any device, finite. ``key`` (a seed and the tensor's name) determines
     the random start block, so that results do not depend on the order of the work. ``exact``
-    forbids the randomised method. ``noise_floor`` is handed to the rule. The sign of each pair is
-    fixed: the entry of the left vector with the largest magnitude is positive.
+    forbids the randomised method. ``noise_floor`` is handed to the rule. ``energy`` is ‖d‖²_F where
+    the caller knows it. ``sketch_dtype`` is that of the products which only steer the randomised
+    method (default: the device's fastest). ``stopwatch`` is told the stages sketch, orthogonalise
+    and certify. The sign of each pair is fixed: the entry of the left vector with the largest
+    magnitude is positive.
     """
-    if d.shape[0] < d.shape[1]:
-        factors = factorize(d.T, rule, key=key, exact=exact, noise_floor=noise_floor)
-        shape = (d.shape[0], d.shape[1])
-        return _with_fixed_signs(
-            replace(
-                factors, u=factors.v, v=factors.u, spectrum=replace(factors.spectrum, shape=shape)
-            )
-        )
-    spectrum, rank, parts = _resolve(d, rule, key, exact, noise_floor)
+    stopwatch = stopwatch or Stopwatch()
+    energy = sum_of_squares(d) if energy is None else energy
+    tall = _Tall.of(d, energy, noise_floor)
+    spectrum, rank, parts = _resolve(tall, rule, key, exact, sketch_dtype, stopwatch)
     if isinstance(parts, Ritz):
-        energy = spectrum.total_energy
         one_more = parts.values[: len(spectrum.values) + 1].cpu()
         spectrum = replace(spectrum, values=one_more)
-        bound = excess_bound(d, parts.values, parts.v, parts.back, rank, energy, key)
-        factors = Factors(parts.u[:, :rank], parts.v[:, :rank], spectrum, "block Krylov", bound)
+        with stopwatch.stage("orthogonalise"):
+            u, v = parts.left(rank), parts.v[:, :rank]
+        with stopwatch.stage("certify"):
+            bound = excess_bound(
+                tall.matrix, parts.values, parts.v, parts.back, rank, tall.energy, key
+            )
+        method = "block Krylov"
     else:
-        u, v = _left_from_right(d, parts.v[:, :rank], parts.values[:rank])
-        factors = Factors(u, v, spectrum, "exact (Gram)", EXACT)
-    return _with_fixed_signs(factors)
+        with stopwatch.stage("orthogonalise"):
+            u, v = _left_from_right(tall.matrix, parts.v[:, :rank], parts.values[:rank])
+        bound, method = EXACT, "exact (Gram)"
+    if tall.transposed:
+        u, v = v, u
+    return _with_fixed_signs(Factors(u, v, tall.original(spectrum), method, bound))
+
+
+@dataclass(frozen=True)
+class _Tall:
+    """The matrix as it is worked on: not wider than tall, and of a norm that is easy on float32.
+
+    energy: ‖matrix‖²_F. noise_floor: in its units. scale: a power of two, what the matrix was
+    multiplied by.
+    """
+
+    matrix: Tensor
+    energy: float
+    noise_floor: float
+    scale: float
+    transposed: bool
+
+    @staticmethod
+    def of(d: Tensor, energy: float, noise_floor: float) -> _Tall:
+        norm = math.sqrt(energy)
+        scale = 1.0
+        if norm > COMFORTABLE or 0 < norm < 1 / COMFORTABLE:
+            scale = 2.0 ** -math.frexp(norm)[1]
+            d = _scaled(d, scale)
+        transposed = d.shape[0] < d.shape[1]
+        matrix = d.T if transposed else d
+        return _Tall(matrix, energy * scale * scale, noise_floor * scale, scale, transposed)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def original(self, spectrum: Spectrum) -> Spectrum:
+        """A spectrum of this matrix as that of the original one."""
+        rows, columns = spectrum.shape
+        return replace(
+            spectrum,
+            values=spectrum.values / self.scale,
+            total_energy=spectrum.total_energy / self.scale / self.scale,
+            noise_floor=spectrum.noise_floor / self.scale,
+            shape=(columns, rows) if self.transposed else (rows, columns),
+        )
+
+
+def _scaled(d: Tensor, scale: float) -> Tensor:
+    """d·scale; a power of two beyond float32's range takes two steps."""
+    half = 2.0 ** (math.frexp(scale)[1] // 2)
+    return (d * half) * (scale / half)
 
 
 class _Resolved(NamedTuple):
@@ -119,41 +163,53 @@ class _Resolved(NamedTuple):
     parts: Ritz | _Right
 
 
-def _resolve(d: Tensor, rule: RankRule, key: str, exact: bool, noise_floor: float) -> _Resolved:
+def _resolve(
+    tall: _Tall,
+    rule: RankRule,
+    key: str,
+    exact: bool,
+    sketch_dtype: torch.dtype | None,
+    stopwatch: Stopwatch,
+) -> _Resolved:
     """Resolve values of a tall matrix until the rule is decided."""
-    shape = (d.shape[0], d.shape[1])
-    energy = sum_of_squares(d)
+    d, shape = tall.matrix, tall.shape
     if not exact:
+        dtype = sketch_dtype or fastest_dtype(d.device)
         guess = rule.first_guess(shape)
         while shape[1] > EXACT_SIDE and sketch_pays(guess, shape[1]):
-            start = gaussian(shape[1], guess + OVERSAMPLING, key).to(d.device)
-            ritz = block_krylov(partial(image_and_back, d), start)
-            spectrum = Spectrum(ritz.values[:guess].cpu(), energy, shape, noise_floor)
-            rank = rule(spectrum)
+            with stopwatch.stage("sketch"):
+                start = steered_start(d, guess + OVERSAMPLING, key, dtype)
+            ritz = block_krylov(partial(image_and_back, d), start, stopwatch=stopwatch)
+            spectrum = Spectrum(ritz.values[:guess].cpu(), tall.energy, shape, tall.noise_floor)
+            rank = rule(tall.original(spectrum))
             if rank is not None:
                 return _Resolved(spectrum, rank, ritz)
             guess *= 2
-    right = _gram_eigenvectors(d)
-    spectrum = Spectrum(right.values.cpu(), energy, shape, noise_floor)
-    rank = rule(spectrum)
+    with stopwatch.stage("sketch"):
+        right = _gram_eigenvectors(d)
+    spectrum = Spectrum(right.values.cpu(), tall.energy, shape, tall.noise_floor)
+    rank = rule(tall.original(spectrum))
     assert rank is not None, "a complete spectrum decides every rule"
     return _Resolved(spectrum, rank, right)
 
 
 def resolve_spectrum(
-    d: Tensor, rule: RankRule, *, key: str, exact: bool = False, noise_floor: float = 0.0
+    d: Tensor,
+    rule: RankRule,
+    *,
+    key: str,
+    exact: bool = False,
+    noise_floor: float = 0.0,
+    energy: float | None = None,
+    sketch_dtype: torch.dtype | None = None,
 ) -> Spectrum:
     """The singular values that ``rule`` looks at, as ``factorize`` resolves them.
 
     Without factors, and so without the certificate that costs a good part of theirs.
     """
-    shape = (d.shape[0], d.shape[1])
-    tall = d if shape[0] >= shape[1] else d.T
-    return replace(_resolve(tall, rule, key, exact, noise_floor).spectrum, shape=shape)
-
-
-def sketch_pays(guess: int, side: int) -> bool:
-    return (guess + OVERSAMPLING) * (KRYLOV_STEPS + 1) <= side // 2
+    tall = _Tall.of(d, sum_of_squares(d) if energy is None else energy, noise_floor)
+    resolved = _resolve(tall, rule, key, exact, sketch_dtype, Stopwatch())
+    return tall.original(resolved.spectrum)
 
 
 def identity_factors(d: Tensor) -> LowRank:
@@ -167,37 +223,21 @@ def identity_factors(d: Tensor) -> LowRank:
     return LowRank(d, identity) if rows >= columns else LowRank(identity, d)
 
 
-def sum_of_squares(d: Tensor) -> float:
-    """‖d‖²_F with the squares and their sum in float64, block by block."""
-    total = 0.0
-    for block in torch.split(d, block_rows(d.shape[1])):
-        flat = block.double().reshape(-1)
-        total += float(torch.dot(flat, flat))
-    return total
-
-
 def residual_norm(d: Tensor, update: LowRank) -> float:
     """‖D − s·B·A‖_F with the factors as stored: products and sums in float64, block by block."""
-    step = block_rows(d.shape[1])
     a = update.a.double() * update.scale
     b = update.b.double()
     total = 0.0
-    for start in range(0, d.shape[0], step):
-        block = d[start : start + step].double()
-        total += float(block.sub_(b[start : start + step] @ a).square_().sum())
-    return float(total**0.5)
-
-
-def block_rows(columns: int) -> int:
-    """Rows per block such that a float64 block stays in cache."""
-    return max(16, _BLOCK_BYTES // (8 * max(columns, 1)))
+    for start, block in float64_blocks(d):
+        rest = block.addmm_(b[start : start + block.shape[0]], a, alpha=-1).view(-1)
+        total += float(torch.dot(rest, rest))
+    return math.sqrt(total)
 
 
 def _gram_eigenvectors(d: Tensor) -> _Right:
     gram = torch.zeros(d.shape[1], d.shape[1], dtype=torch.float64, device=d.device)
-    for block in torch.split(d, block_rows(d.shape[1])):
-        wide = block.double()
-        gram.addmm_(wide.T, wide)
+    for _, block in float64_blocks(d):
+        gram.addmm_(block.T, block)
     eigenvalues, vectors = torch.linalg.eigh(gram)
     return _Right(vectors.flip(1), eigenvalues.flip(0).clamp(min=0).sqrt())
 
@@ -208,59 +248,9 @@ def _left_from_right(d: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, Tens
     A Gram matrix resolves σ down to about 1e-8·σ₁; below, u is not of length one. Its product
     with σ, which is all that an update needs, is D·v whatever σ is.
     """
-    u = torch.cat([block.double() @ v for block in torch.split(d, block_rows(d.shape[1]))])
+    u = torch.cat([block @ v for _, block in float64_blocks(d)])
     safe = torch.where(values > 0, values, torch.ones_like(values))
     return (u / safe).float(), v.float()
-
-
-def block_krylov(apply: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Ritz:
-    """All Ritz triplets of an (m, n) matrix D on the Krylov space of DᵀD from ``start`` (n, c).
-
-    apply: from X (n, c) to D·X and DᵀD·X, float32. n should be D's smaller side, for the basis B
-    lives there; each pass over D gives a block's image D·B and
-    Dᵀ·D·B together, the second being the next block before orthogonalisation. B is orthonormal
-    to float64 where it counts: the float32 basis is whitened by its own Gram matrix.
-    """
-    block = torch.linalg.qr(start).Q
-    block = torch.linalg.qr(apply(block)[1]).Q
-    blocks, images, backs = [], [], []
-    for step in range(KRYLOV_STEPS + 1):
-        image, back = apply(block)
-        blocks.append(block)
-        images.append(image)
-        backs.append(back)
-        if step < KRYLOV_STEPS:
-            block = _orthogonal_to(torch.cat(blocks, dim=1), back)
-    basis = torch.cat(blocks, dim=1).double()
-    gram = basis.T @ basis
-    if float((gram - torch.eye(len(gram)).to(gram)).abs().max()) > _SLACK:
-        # D has a lower rank than the space has dimensions, and the last blocks are noise
-        mended = torch.linalg.qr(basis).Q.float()
-        image, back = apply(mended)
-        images, backs, basis = [image], [back], mended.double()
-        gram = basis.T @ basis
-    whiten = torch.linalg.inv(torch.linalg.cholesky(gram)).T
-    image = torch.cat(images, dim=1).double() @ whiten
-    eigenvalues, small = torch.linalg.eigh(image.T @ image)
-    values = eigenvalues.flip(0).clamp(min=0).sqrt()
-    small = small.flip(1)
-    safe = torch.where(values > 0, values, torch.ones_like(values))
-    rotate = whiten @ small
-    return Ritz(
-        (image @ small / safe).float(),
-        values,
-        (basis @ rotate).float(),
-        torch.cat(backs, dim=1).double() @ rotate,
-    )
-
-
-def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
-    """An orthonormal basis of what ``block`` adds to ``basis``."""
-    for _ in range(2):
-        block = torch.linalg.qr(block).Q
-        block = block - basis @ (basis.T @ block)
-    orthonormal: Tensor = torch.linalg.qr(block).Q
-    return orthonormal
 
 
 def left_signs(u: Tensor) -> Tensor:
@@ -272,7 +262,5 @@ def left_signs(u: Tensor) -> Tensor:
 
 
 def _with_fixed_signs(factors: Factors) -> Factors:
-    if not factors.rank:
-        return factors
     signs = left_signs(factors.u)
     return replace(factors, u=factors.u * signs, v=factors.v * signs)

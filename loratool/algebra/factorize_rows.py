@@ -11,13 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratool.algebra.factorize import (
-    EXACT_SIDE,
-    OVERSAMPLING,
-    block_krylov,
-    left_signs,
-    sketch_pays,
-)
+from loratool.algebra.factorize import EXACT_SIDE, left_signs
+from loratool.algebra.krylov import OVERSAMPLING, block_krylov, sketch_pays
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.random import gaussian
 from loratool.algebra.ranks import RankRule
@@ -48,14 +43,15 @@ def factorize_rows(matrix: RowBlocks, rule: RankRule, *, key: str) -> RowFactors
     while side > EXACT_SIDE and sketch_pays(guess, side):
         start = gaussian(side, guess + OVERSAMPLING, key).to(matrix.device)
         wide = matrix.shape[0] < matrix.shape[1]
-        ritz = block_krylov(_WidePasses(matrix) if wide else _TallPasses(matrix), start)
+        passes = _WidePasses(matrix) if wide else _TallPasses(matrix)
+        _, back = passes(torch.linalg.qr(start).Q)
+        ritz = block_krylov(passes, back, blocks=3)
         spectrum = Spectrum(ritz.values[:guess].cpu(), energy, matrix.shape)
         rank = rule(spectrum)
         if rank is not None:
-            u, v = (ritz.v, ritz.u) if wide else (ritz.u, ritz.v)
-            return RowFactors(
-                _balanced(u[:, :rank], ritz.values[:rank], v[:, :rank]), spectrum, "block Krylov"
-            )
+            left, right = ritz.left(rank), ritz.v[:, :rank]
+            u, v = (right, left) if wide else (left, right)
+            return RowFactors(_balanced(u, ritz.values[:rank], v), spectrum, "block Krylov")
         guess *= 2
     return _exact(matrix, rule, energy)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loratool.algebra.blocks import large_matrix
+
 _ROWS = 256
 """Rows at a time: a block is used twice while it is in cache."""
 
@@ -27,3 +29,38 @@ def image_and_back(d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         image_t[:, start : start + _ROWS] = part
         back_t.addmm_(part, block)
     return image_t.T, back_t.T
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for products that only have to point somewhere: bf16 where it is native.
+
+    Elsewhere its products are emulated, and float32 is faster.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = known.get("avx512_bf16") or known.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+class RoughMatrix:
+    """A copy of a matrix in a fast dtype, for directions that need no precision."""
+
+    def __init__(self, d: Tensor, dtype: torch.dtype):
+        self._dtype = dtype
+        self._d = d if d.dtype == dtype else _copied(d, dtype)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Dᵀ·x (n, c) in float32, for x (m, c)."""
+        return (x.T.to(self._dtype) @ self._d).T.float()
+
+    def there_and_back(self, x: Tensor) -> Tensor:
+        """Dᵀ·D·x (n, c) in float32, for x (n, c)."""
+        return ((x.T.to(self._dtype) @ self._d.T) @ self._d).T.float()
+
+
+def _copied(d: Tensor, dtype: torch.dtype) -> Tensor:
+    """With d's own layout, so that copying does not transpose."""
+    if not d.is_contiguous() and d.T.is_contiguous():
+        return _copied(d.T, dtype).T
+    return large_matrix(d.shape[0], d.shape[1], dtype, d.device).copy_(d)

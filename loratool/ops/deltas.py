@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratool.algebra.factorize import sum_of_squares
+from loratool.algebra.blocks import sum_of_squares
 from loratool.algebra.noise import NoiseFloor, NoiseSums
 from loratool.errors import NonFiniteValues
 from loratool.layouts.pairs import Pair

@@ -116,8 +116,14 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
         best = identity_factors(delta.matrix)
         row = replace(row, method="exact (W − W0 itself)", excess_bound=0.0, failure=0.0)
     else:
-        floor = delta.noise.threshold
-        factors = factorize(delta.matrix, job.rule, key=job.key, exact=job.exact, noise_floor=floor)
+        factors = factorize(
+            delta.matrix,
+            job.rule,
+            key=job.key,
+            exact=job.exact,
+            noise_floor=delta.noise.threshold,
+            energy=delta.energy,
+        )
         best = factors.low_rank()
         row = _with_findings(row, factors, delta)
     if best.rank == 0:
@@ -140,8 +146,14 @@ def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
     delta = read_delta(job.pair, job.device)
     if delta is None:
         return None
-    floor = delta.noise.threshold
-    return spectrum_of(delta.matrix, job.rule, key=job.key, exact=job.exact, noise_floor=floor)
+    return spectrum_of(
+        delta.matrix,
+        job.rule,
+        key=job.key,
+        exact=job.exact,
+        noise_floor=delta.noise.threshold,
+        energy=delta.energy,
+    )
 
 
 def _with_findings(row: TensorRow, factors: Factors, delta: Delta) -> TensorRow:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.algebra.factorize import factorize, residual_norm, sum_of_squares
+from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.factorize import factorize, residual_norm
 from loratool.algebra.random import gaussian
 from loratool.algebra.ranks import parse_rank_rule
 
