@@ -28,11 +28,12 @@ def method_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _option(name: str, users: list[tuple[Method, Parameter]]) -> Any:
     parameter = users[0][1]
+    helps = list(dict.fromkeys(own.help for _, own in users))
     defaults: dict[object, list[str]] = {}
     for user, own in users:
         value = str(own.default).lower() if own.kind is bool else own.default
         defaults.setdefault(value, []).append(user.name)
-    text = "; ".join(f"{value}: {', '.join(names)}" for value, names in defaults.items())
+    text = "; ".join(f"{value} for {', '.join(names)}" for value, names in defaults.items())
     flag = f"--{name.replace('_', '-')}"
     if parameter.kind is bool:
         flag = f"{flag}/--no-{name.replace('_', '-')}"
@@ -42,7 +43,7 @@ def _option(name: str, users: list[tuple[Method, Parameter]]) -> Any:
         parameter.argument,
         type=click.Choice(parameter.choices) if parameter.choices else kinds[parameter.kind],
         default=None,
-        help=f"{parameter.help} [default by method: {text}]",
+        help=f"{' / '.join(helps)} [default: {text}]",
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from loratool.algebra.counter import uniform
 from loratool.algebra.row_blocks import RowBlocks, dense, magnitudes_at, map_rows
 from loratool.combine.method import Parameter, Updates, Value
 
@@ -77,14 +78,37 @@ def agreeing_sum(
     def add(_: int, *blocks: Tensor) -> Tensor:
         values = [weight * block.double() for weight, block in zip(weights, blocks, strict=True)]
         votes = values if majority == "total" else [value.sign() for value in values]
-        elected = torch.where(sum(votes[1:], votes[0]) >= 0, 1.0, -1.0).double()
-        total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
-        for value, weight in zip(values, weights, strict=True):
-            agrees = value.sign() == elected
-            total += torch.where(agrees, value, 0.0)
-            divisor += torch.where(agrees, weight, 0.0)
-        if normalize:
-            total /= torch.where(divisor == 0, 1.0, divisor)
+        total = sum_of_agreeing(values, weights, elect(votes), normalize=normalize)
         return (factor * total).float()
 
     return map_rows(matrices, add)
+
+
+def elect(votes: Sequence[Tensor]) -> Tensor:
+    """The sign of Σ votes, positive where that is zero; float64."""
+    return torch.where(sum(votes[1:], votes[0]) >= 0, 1.0, -1.0).double()
+
+
+def sum_of_agreeing(
+    values: Sequence[Tensor], weights: Sequence[float], elected: Tensor, *, normalize: bool
+) -> Tensor:
+    """Σ of the values with the elected sign; ``normalize`` divides by the sum of their weights."""
+    total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
+    for value, weight in zip(values, weights, strict=True):
+        agrees = value.sign() == elected
+        total += torch.where(agrees, value, 0.0)
+        divisor += torch.where(agrees, weight, 0.0)
+    return total / torch.where(divisor == 0, 1.0, divisor) if normalize else total
+
+
+def drop_at_random(matrix: RowBlocks, density: float, key: str) -> RowBlocks:
+    """Each element kept with probability ``density``, and then divided by it."""
+    if density >= 1:
+        return matrix
+    columns = matrix.shape[1]
+
+    def drop(start: int, block: Tensor) -> Tensor:
+        chance = uniform(start, start + len(block), columns, key, block.device)
+        return torch.where(chance < density, block / density, 0.0)
+
+    return map_rows([matrix], drop)

@@ -135,7 +135,7 @@ class Method:
 
     run: from the updates of one weight and the parameters as keyword arguments to the combined
     update. adapters: fewest and most it takes. keeps_rank: its result is stored as it is, and
-    takes no rank rule.
+    takes no rank rule. validate: what must hold between parameters, else UsageError.
     """
 
     name: str
@@ -148,6 +148,7 @@ class Method:
     adapters: tuple[int, int | None] = (1, None)
     keeps_rank: bool = False
     notes: str = ""
+    validate: Callable[[Mapping[str, Value]], None] | None = None
     summary: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,10 +173,13 @@ class Method:
         if adapters < least or (most is not None and adapters > most):
             wanted = f"exactly {least}" if least == most else f"at least {least}"
             raise UsageError(f"method {self.name} combines {wanted} adapters, not {adapters}")
-        return {
+        values = {
             name: parameter.check(given.get(name, parameter.default))
             for name, parameter in known.items()
         }
+        if self.validate is not None:
+            self.validate(values)
+        return values
 
 
 def method(name: str, **facts: Any) -> Callable[[Callable[..., Combined]], Method]:

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+from loratool.combine.breadcrumbs import breadcrumbs
 from loratool.combine.cat import cat
+from loratool.combine.dare_linear import dare_linear
+from loratool.combine.dare_ties import dare_ties
+from loratool.combine.della import della
+from loratool.combine.karcher import karcher
 from loratool.combine.linear import linear
+from loratool.combine.magnitude_prune import magnitude_prune
 from loratool.combine.method import Method, Parameter
+from loratool.combine.model_stock import model_stock
+from loratool.combine.multislerp import multislerp
+from loratool.combine.nearswap import nearswap
+from loratool.combine.nuslerp import nuslerp
+from loratool.combine.sce import sce
+from loratool.combine.slerp import slerp
 from loratool.combine.svd import svd
 from loratool.combine.task_arithmetic import task_arithmetic
 from loratool.combine.ties import ties
 from loratool.errors import UsageError
 
 METHODS: dict[str, Method] = {
-    known.name: known for known in (svd, cat, linear, task_arithmetic, ties)
+    known.name: known
+    for known in (
+        svd,
+        cat,
+        linear,
+        task_arithmetic,
+        ties,
+        dare_linear,
+        dare_ties,
+        della,
+        breadcrumbs,
+        magnitude_prune,
+        sce,
+        slerp,
+        nuslerp,
+        multislerp,
+        karcher,
+        model_stock,
+        nearswap,
+    )
 }
 DEFAULT = svd.name
 
