@@ -20,7 +20,7 @@ def main() -> None:
     first, second, output = map(Path, paths)
     start = time.perf_counter()
     if command == "merge":
-        merge = plan_merge(first, second, output, device="cpu")
+        merge = plan_merge(first, [(second, 1.0)], output, device="cpu")
         planned = time.perf_counter()
         run_merge(merge)
     else:

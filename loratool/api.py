@@ -89,7 +89,7 @@ def extract(
 
 def merge(
     base: PathArg,
-    adapter: PathArg,
+    adapters: PathArg | Sequence[PathArg | tuple[PathArg, float]],
     output: PathArg,
     *,
     scale: float = 1.0,
@@ -97,27 +97,47 @@ def merge(
     device: str = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    base_check: bool = False,
+    link: bool = False,
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Write ``base`` with the adapter's updates added, each weight correctly rounded.
+    """Write ``base`` with the adapters' updates added, each weight correctly rounded.
 
-    ``scale`` multiplies the adapter's own alpha/r. ``alpha`` is for formats that do not store it.
-    Raises a LoratoolError subclass; nothing is written then.
+    ``adapters`` is one path, or several, each alone or with a weight. ``scale`` multiplies all
+    weights and with them the adapters' own alpha/r. ``alpha`` is for formats that do not store
+    it. ``dtype`` is that of the output's floats (default: the base's). Raises a LoratoolError
+    subclass; nothing is written then.
     """
     plan = _merge.plan_merge(
         Path(base),
-        Path(adapter),
+        _weighted(adapters),
         Path(output),
         scale=scale,
         alpha=alpha,
         device=device,
         include=include,
         exclude=exclude,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        base_check=base_check,
+        link=link,
         overwrite=overwrite,
     )
     return _merge.run_merge(plan, _engine(jobs), progress)
+
+
+def _weighted(
+    adapters: PathArg | Sequence[PathArg | tuple[PathArg, float]],
+) -> list[tuple[Path, float]]:
+    if isinstance(adapters, str | PathLike):
+        return [(Path(adapters), 1.0)]
+    return [
+        (Path(one[0]), one[1]) if isinstance(one, tuple) else (Path(one), 1.0) for one in adapters
+    ]
 
 
 def inspect(

@@ -50,6 +50,10 @@ class UnsupportedInput(InputError):
     """A well-formed input that loratool does not handle."""
 
 
+class Unfinished(InputError):
+    """A change in place was interrupted here, or is going on: see ``loratool recover``."""
+
+
 class NonFiniteValues(InputError):
     """NaN or infinity where numbers are needed."""
 

@@ -280,8 +280,8 @@ _SCRATCH = _Scratch()
 
 
 def _largest(values: Tensor) -> float:
-    """The largest magnitude of 16-bit values; NaN or infinity comes out as such."""
-    if values.device.type != "cpu":
+    """The largest magnitude; NaN or infinity comes out as such."""
+    if values.device.type != "cpu" or values.element_size() != 2:
         return float(values.abs().max())
     bits = _bits(values).numpy()
     positive = max(int(bits.max()), 0)  # magnitudes are ordered as their bits are

@@ -18,14 +18,36 @@ if TYPE_CHECKING:
 
 @click.command("merge")
 @click.argument("base", type=options.PATH)
-@click.argument("adapter", type=options.PATH)
+@click.argument(
+    "adapters", type=options.WEIGHTED, nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]..."
+)
 @options.output_option
 @click.option(
     "--scale",
     type=options.FINITE,
     default=1.0,
     show_default=True,
-    help="Multiplies the adapter's own alpha/r.",
+    help="Multiplies all weights, and with them the adapters' own alpha/r.",
+)
+@click.option(
+    "--dtype",
+    metavar="float32|float16|bfloat16",
+    help="Dtype of every float tensor of the output [default: the base's].",
+)
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    help="New shards of at most SIZE (5GB, 500MiB) [default: the base's files].",
+)
+@click.option(
+    "--base-check",
+    is_flag=True,
+    help="Refuse a base that is not the one the adapter records; else that is a note.",
+)
+@click.option(
+    "--link",
+    is_flag=True,
+    help="Hard links to the base's files, instead of copies, for those that stay as they are.",
 )
 @options.alpha_option
 @options.include_option
@@ -39,9 +61,13 @@ if TYPE_CHECKING:
 def merge_command(
     out: Output,
     base: Path,
-    adapter: Path,
+    adapters: tuple[tuple[Path, float], ...],
     output: Path,
     scale: float,
+    dtype: str | None,
+    max_shard_size: str | None,
+    base_check: bool,
+    link: bool,
     alpha: float | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -51,23 +77,29 @@ def merge_command(
     dry_run: bool,
     overwrite: bool,
 ) -> None:
-    """Merge ADAPTER into BASE: W = W0 + s·B·A, each weight correctly rounded.
+    """Merge ADAPTERs into BASE: W = W0 + Σ s·B·A, each weight correctly rounded.
 
     The result has the base's files, shards, names and dtypes, its tokenizer and config; only the
-    adapted tensors change. The same inputs give the same bytes on every machine.
+    adapted tensors change. The same inputs give the same bytes on every machine. Several adapters
+    are added up before anything is rounded. A killed merge goes on where it was: run it again.
 
     \b
     Example:
       loratool merge base/ adapter/ -o merged/
+      loratool merge base/ style/:0.7 subject/:0.5 -o merged/ --dtype bfloat16
     """
     from loratool.engine import Engine
     from loratool.ops.merge import plan_merge, run_merge
 
     plan = plan_merge(
         base,
-        adapter,
+        adapters,
         output,
         scale=scale,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        base_check=base_check,
+        link=link,
         alpha=alpha,
         device=device,
         include=include,
@@ -93,11 +125,14 @@ def _show_plan(out: Output, plan: MergePlan, engine: Engine) -> None:
     if out.as_json:
         out.document(document("merge-plan", 1, body))
         return
-    total = len(plan.base.checkpoint)
+    merging = plan.merging
     out.line(
-        f"would change {len(plan.placement.updates)} of {total} tensors "
-        f"({size_text(plan.changed_bytes)} of {size_text(plan.output_bytes)}) on {plan.device}"
+        f"would change {len(merging.placement.updates)} of {len(merging.base.checkpoint)} tensors "
+        f"({size_text(merging.changed_bytes)} of {size_text(plan.output_bytes)}) "
+        f"on {merging.device}"
     )
+    if len(plan.layout.files) > 1:
+        out.line(f"files: {len(plan.layout.files)}")
     if out.verbose:
         out.table(
             "updates",
@@ -105,9 +140,10 @@ def _show_plan(out: Output, plan: MergePlan, engine: Engine) -> None:
             [[row["name"], row["update"]] for row in body["tensors"]],
             text=2,
         )
-    out.line(f"working memory: about {size_text(plan.peak_bytes(engine.workers))}")
-    _show_left_out(out, plan.left_out, plan.skipped_files)
-    out.notes(plan.placement.notes)
+    out.line(f"disk: {size_text(plan.written_bytes)}")
+    out.line(f"working memory: about {size_text(merging.peak_bytes(engine.workers))}")
+    _show_left_out(out, merging.left_out, plan.side_files.skipped)
+    out.notes([*merging.notes, *plan.side_files.notes])
 
 
 def _show_left_out(

@@ -75,8 +75,10 @@ def framed(function: Command) -> Command:
             raise
         except LoratoolError as error:
             _fail(out, error, exit_code(error))
-        except KeyboardInterrupt:
-            out.complain("interrupted; nothing was written")
+        except KeyboardInterrupt as interrupt:
+            out.complain("interrupted; nothing was published")
+            for note in getattr(interrupt, "__notes__", ()):
+                out.complain(note)
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
             sys.stderr.close()

@@ -77,6 +77,7 @@ def run_extract(
             notes=(*_notes(plan, adapter, allocation, rows), *fitted.notes),
             stored=stored_size(fitted.adapter),
         )
+        staging.clear_out()
         write_adapter(staging.out, fitted.adapter, report.to_json(), base_modules(plan.alignment))
         staging.publish(overwrite=plan.overwrite)
         return report

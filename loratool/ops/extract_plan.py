@@ -25,7 +25,7 @@ from loratool.ops.extract_jobs import ExtractJob, Treatment
 from loratool.ops.extract_rules import BUDGET, Rules, read_rules
 from loratool.ops.sources import Model, open_model
 from loratool.profiles import Profile, find_profile
-from loratool.storage.dtypes import BY_NAME, USER_NAMES, DType
+from loratool.storage.dtypes import BY_NAME, DType, dtype_named
 from loratool.storage.outputs import check_free_space, check_output
 
 LOW_RANK_KINDS = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EMBEDDING)
@@ -180,9 +180,7 @@ def plan_extract(
 
 def _adapter_dtype(text: str | None, tuned: Model) -> DType:
     if text is not None:
-        if text not in USER_NAMES:
-            raise UsageError(f"unknown dtype {text!r}", hint="choose float32, float16 or bfloat16")
-        return USER_NAMES[text]
+        return dtype_named(text)
     sizes: dict[str, int] = {}
     for info in tuned.checkpoint.tensors.values():
         if info.dtype.name in ("F32", "F16", "BF16"):

@@ -1,4 +1,4 @@
-"""The work of a merge, as jobs that any worker can run: rows of a tensor, and ranges to copy."""
+"""The arithmetic of a merge as jobs that any worker can run: rows of one tensor each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loratool.layouts.placing import PlacedUpdate, describe
 from loratool.ops.merge_report import MergeRow
 from loratool.ops.rounders import rounder_of
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.writing import OutputSlot, copy_range
+from loratool.storage.writing import OutputSlot
 
 JOB_BYTES = 128 * 2**20
 BLOCK_ELEMENTS = 2**20
@@ -38,36 +38,11 @@ class MergeJob:
         return self.source.nbytes * (self.stop - self.start) // max(1, self.source.rows)
 
 
-@dataclass(frozen=True)
-class CopyJob:
-    """A byte range that does not change, or a pickled tensor that is only rewritten."""
-
-    source: TensorInfo
-    nbytes: int
-    slot: OutputSlot
-
-    @property
-    def cost(self) -> int:
-        return self.nbytes
-
-
-def run_job(job: MergeJob | CopyJob) -> MergeRow | None:
-    """Copy unchanged bytes, or merge rows and say what that took."""
-    if isinstance(job, CopyJob):
-        if job.source.strides is None:
-            copy_range(
-                job.source.path, job.source.offset, job.slot.path, job.slot.offset, job.nbytes
-            )
-        else:
-            job.slot.write(job.source.read())
-        return None
-    return _merge_rows(job)
-
-
-def _merge_rows(job: MergeJob) -> MergeRow:
+def merge_rows(job: MergeJob) -> MergeRow:
+    """Do it, and say what that took. Raises NonFiniteValues and RangeOverflow."""
     source, target = job.source, job.updates[0].target
     row = MergeRow(target, describe(job.updates), 0, 0, 0, 0)
-    dtype = source.dtype.torch
+    dtype = job.slot.dtype.torch
     assert dtype is not None
     rounder = rounder_of(
         job.updates, source, job.start, job.stop, device=job.device, compiled=job.compiled
@@ -87,7 +62,7 @@ def _merge_rows(job: MergeJob) -> MergeRow:
         if block.overflowed:
             raise RangeOverflow(
                 f"{target}: {block.overflowed} merged values exceed the range of "
-                f"{source.dtype.name}",
+                f"{job.slot.dtype.name}",
                 hint="is the scale right? a smaller --scale, or a base in a wider dtype",
             )
         job.slot.write_rows(start, block.values.cpu().reshape(before.shape))

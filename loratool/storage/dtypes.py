@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from loratool.errors import UsageError
+
 
 @dataclass(frozen=True)
 class DType:
@@ -61,3 +63,10 @@ USER_NAMES = {
     "bf16": BY_NAME["BF16"],
 }
 """What people type after ``--dtype``."""
+
+
+def dtype_named(text: str) -> DType:
+    """The dtype that a user typed. Raises UsageError."""
+    if text not in USER_NAMES:
+        raise UsageError(f"unknown dtype {text!r}", hint="choose float32, float16 or bfloat16")
+    return USER_NAMES[text]

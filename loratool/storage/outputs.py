@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from loratool.errors import NoSpace, OutputError, OutputExists
 from loratool.storage.checkpoint import WEIGHT_SUFFIXES
 from loratool.storage.disk import ONLY_ON_WRITING, disk_errors
+from loratool.storage.done_log import append_done
 
 _STAGING_MARK = ".loratool-partial-"
 _SETUP_MARK = ".loratool-setup-"
@@ -27,12 +29,16 @@ _SETUP_SECONDS = 600
 _FLUSH_SECONDS = 0.3
 _LOCK = ".lock"
 _KEY = ".key"
+_REPLACED = "replaced"
 
 
 def check_free_space(output: Path, needed: int) -> None:
-    """Refuse early when the disk that will hold ``output`` has less than ``needed`` bytes."""
+    """Refuse early when the disk that will hold ``output`` has less than ``needed`` bytes.
+
+    What a dead run left for the same output counts as free: it is taken over or removed.
+    """
     parent = _existing_parent(output)
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + _bytes_left(Path(os.path.abspath(output)))
     if needed > free:
         raise NoSpace(
             f"{output}: needs {needed:,} bytes, its disk has {free:,} free",
@@ -89,7 +95,7 @@ def staged(output: Path, resume_key: str | None = None) -> Iterator[Staging]:
     """A staging folder for ``output``, removed again unless ``publish`` was called.
 
     With a ``resume_key``, a folder that an interrupted or killed run with the same key left is
-    taken over with its scratch files; without, or with another key, it is removed.
+    taken over with all that is in it; without, or with another key, it is removed.
     """
     output = Path(os.path.abspath(output))
     made = [parent for parent in output.parents if not parent.exists()]
@@ -99,8 +105,10 @@ def staged(output: Path, resume_key: str | None = None) -> Iterator[Staging]:
     keep = False
     try:
         yield Staging(folder, output)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         keep = resume_key is not None
+        if keep:
+            interrupt.add_note(f"the same command goes on from {folder}")
         raise
     except OSError as error:
         if error.errno in ONLY_ON_WRITING:  # only an output can meet these
@@ -127,6 +135,10 @@ class Staging:
         path.mkdir(exist_ok=True)
         return path
 
+    def clear_out(self) -> None:
+        """Forget what a run that was taken over had put there."""
+        shutil.rmtree(self.folder / "out", ignore_errors=True)
+
     @property
     def scratch(self) -> Path:
         path = self.folder / "scratch"
@@ -142,7 +154,7 @@ class Staging:
         with disk_errors(self.output):
             _sync_tree(self.out)
             source = self.out / only_file if only_file else self.out
-            aside = self.folder / "replaced"
+            aside = self.folder / _REPLACED
             exists = self.output.is_symlink() or self.output.exists()
             if exists and not overwrite:
                 raise OutputExists(f"{self.output}: appeared while it was being made")
@@ -157,11 +169,32 @@ class Staging:
             _sync_folder(self.output.parent)
 
 
+@dataclass
+class FinishedWork:
+    """Jobs that are done, waiting to be recorded once their data is on the disk."""
+
+    log: Path
+    _waiting: dict[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, job: str, result: Any) -> None:
+        """Say that ``job`` is done. Called from any thread."""
+        with self._lock:
+            self._waiting[job] = result
+
+    def take(self) -> dict[str, Any]:
+        """The jobs added since the last time."""
+        with self._lock:
+            taken, self._waiting = self._waiting, {}
+            return taken
+
+
 @contextmanager
-def flushing(paths: Sequence[Path]) -> Iterator[None]:
+def flushing(paths: Sequence[Path], finished: FinishedWork) -> Iterator[None]:
     """Send what is written to ``paths`` to the disk while more is being computed.
 
-    Only a head start: ``publish`` flushes everything again and reports what fails.
+    Finished jobs are recorded after each round, so none waits for the disk. Only a head start:
+    ``publish`` flushes everything again and reports what fails.
     """
     over = threading.Event()
 
@@ -169,8 +202,11 @@ def flushing(paths: Sequence[Path]) -> Iterator[None]:
         handles = [os.open(path, os.O_RDWR) for path in paths]
         try:
             while not over.wait(_FLUSH_SECONDS):
+                jobs = finished.take()
                 for handle in handles:
                     os.fsync(handle)
+                if jobs:
+                    append_done(finished.log, jobs)
         except OSError:
             pass
         finally:
@@ -221,13 +257,30 @@ def _take_leftover(output: Path, resume_key: str | None) -> tuple[Path, int] | N
             continue
         key = folder / _KEY
         fits = resume_key is not None and key.is_file() and key.read_text() == resume_key
+        _give_back(folder / _REPLACED, output)
         if fits and taken is None:
-            shutil.rmtree(folder / "out", ignore_errors=True)
             taken = folder, lock
         else:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
     return taken
+
+
+def _give_back(replaced: Path, output: Path) -> None:
+    """A run that died between the two renames of ``publish`` left the old output aside."""
+    if (replaced.exists() or replaced.is_symlink()) and not output.exists():
+        replaced.rename(output)
+
+
+def _bytes_left(output: Path) -> int:
+    """Room that dead runs for the same output hold."""
+    held = 0
+    for folder in output.parent.glob(f".{_glob_escape(output.name)}{_STAGING_MARK}*"):
+        lock = _lock_if_dead(folder)
+        if lock is not None:
+            held += sum(512 * path.lstat().st_blocks for path in folder.rglob("*"))
+            os.close(lock)
+    return held
 
 
 def _lock_if_dead(folder: Path) -> int | None:

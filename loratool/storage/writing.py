@@ -15,6 +15,7 @@ from loratool.storage.direct import write_direct
 from loratool.storage.disk import NO_SPACE, disk_errors
 from loratool.storage.dtypes import BY_TORCH, DType
 from loratool.storage.safetensors_file import encode_header, tensor_bytes
+from loratool.storage.sharing import share_blocks
 from loratool.storage.tensors import LazyTensor, TensorInfo
 
 _COPY_BYTES = 16 * 2**20
@@ -59,27 +60,36 @@ def write_at(path: Path, offset: int, data: memoryview) -> None:
 
 
 def copy_range(source: Path, start: int, target: Path, offset: int, nbytes: int) -> None:
-    """Copy bytes between files, past the page cache or inside the kernel where it can."""
+    """Copy bytes between files: sharing blocks, past the page cache or inside the kernel."""
     with open(source, "rb", buffering=0) as reader, disk_errors(target):
+        shared = share_blocks(reader.fileno(), start, target, offset, nbytes)
+        for part in _around(shared, nbytes):
+            if part:
+                _copy(
+                    source,
+                    reader.fileno(),
+                    start + part.start,
+                    target,
+                    offset + part.start,
+                    len(part),
+                )
 
-        def fill(buffer: memoryview, position: int) -> int:
-            return os.preadv(reader.fileno(), [buffer], start + position)
 
-        direct = write_direct(target, offset, nbytes, fill)
-        with open(target, "r+b", buffering=0) as writer:
-            for part in _around(direct, nbytes):
-                done = part.start
-                while done < part.stop:
-                    count = _copy_some(
-                        reader.fileno(),
-                        writer.fileno(),
-                        start + done,
-                        offset + done,
-                        part.stop - done,
-                    )
-                    if count == 0:
-                        raise InputMissing(f"{source}: shrank while it was copied")
-                    done += count
+def _copy(source: Path, reader: int, start: int, target: Path, offset: int, nbytes: int) -> None:
+    def fill(buffer: memoryview, position: int) -> int:
+        return os.preadv(reader, [buffer], start + position)
+
+    direct = write_direct(target, offset, nbytes, fill)
+    with open(target, "r+b", buffering=0) as writer:
+        for part in _around(direct, nbytes):
+            done = part.start
+            while done < part.stop:
+                count = _copy_some(
+                    reader, writer.fileno(), start + done, offset + done, part.stop - done
+                )
+                if count == 0:
+                    raise InputMissing(f"{source}: shrank while it was copied")
+                done += count
 
 
 def _around(middle: range, length: int) -> tuple[range, range]:
@@ -120,6 +130,20 @@ def create_with_header(path: Path, header: bytes, size: int) -> None:
         with open(path, "xb") as file:
             file.write(header)
             file.truncate(size)
+
+
+def put_header(path: Path, header: bytes, size: int) -> bool:
+    """Like ``create_with_header``, but what an interrupted run wrote behind the header stays.
+
+    Says whether there was a file of that size.
+    """
+    if not path.exists() or path.stat().st_size != size:
+        with disk_errors(path):
+            path.unlink(missing_ok=True)
+        create_with_header(path, header, size)
+        return False
+    write_at(path, 0, memoryview(header))
+    return True
 
 
 def park(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

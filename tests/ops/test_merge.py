@@ -151,10 +151,10 @@ def test_workers_and_job_sizes_do_not_change_bytes(
     adapter = save_peft(tmp_path / "adapter", {Q0: factors(24, 24), DOWN1: factors(24, 40)})
     results = []
     for index, (workers, job, block) in enumerate([(1, 2**27, 2**18), (4, 300, 50), (2, 99, 1)]):
-        monkeypatch.setattr("loratool.ops.merge.JOB_BYTES", job)
+        monkeypatch.setattr("loratool.ops.merge_work.JOB_BYTES", job)
         monkeypatch.setattr("loratool.ops.merge_jobs.BLOCK_ELEMENTS", block)
         out = tmp_path / f"merged{index}"
-        run_merge(plan_merge(base, adapter, out), Engine(workers))
+        run_merge(plan_merge(base, [(adapter, 1.0)], out), Engine(workers))
         results.append([path.read_bytes() for path in sorted(out.glob("*.safetensors"))])
     assert results[0] == results[1] == results[2]
 

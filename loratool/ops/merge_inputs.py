@@ -1,0 +1,187 @@
+"""What a merge puts into what: the base, the adapters with their weights, and where each goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratool.adapter import Adapter, LowRankUpdate, Replacement
+from loratool.algebra.rounding import MERGEABLE
+from loratool.engine.devices import resolve_device
+from loratool.errors import DisagreementError, UnsupportedInput, UsageError
+from loratool.layouts.patterns import select
+from loratool.layouts.placing import Placement, describe, place
+from loratool.ops.base_check import check_base
+from loratool.ops.merge_jobs import BLOCK_ELEMENTS, WAITING
+from loratool.ops.sources import Model, open_adapter
+from loratool.storage.tensors import equal_values
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """An adapter and what the user multiplies its updates with."""
+
+    path: Path
+    weight: float
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Everything decided about the values before a weight is read."""
+
+    base: Model
+    adapters: tuple[WeightedAdapter, ...]
+    scale: float
+    device: torch.device
+    placement: Placement
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def changed_bytes(self) -> int:
+        """Size in the base of the tensors that change."""
+        tensors = self.base.checkpoint.tensors
+        return sum(tensors[name].nbytes for name in self.placement.updates)
+
+    def peak_bytes(self, workers: int) -> int:
+        """Working memory: blocks in float32 beside the factors, per worker."""
+        factors = [
+            sum(
+                sum(4 * math.prod(t.shape) for t in (update.update.b, update.update.a))
+                for update in placed
+                if isinstance(update.update, LowRankUpdate)
+            )
+            for placed in self.placement.updates.values()
+        ]
+        return (workers + WAITING) * (16 * BLOCK_ELEMENTS + 3 * max(factors, default=0))
+
+    def to_json(self, workers: int) -> dict[str, Any]:
+        """What a plan says of the values."""
+        return {
+            "changed_bytes": self.changed_bytes,
+            "peak_bytes": self.peak_bytes(workers),
+            "device": str(self.device),
+            "scale": self.scale,
+            "adapters": [one | {"adapter": str(a.path)} for one, a in self._described()],
+            "tensors": [
+                {"name": name, "update": describe(placed)}
+                for name, placed in self.placement.updates.items()
+            ],
+            "left_out": list(self.left_out),
+            "notes": list(self.notes),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What the report repeats of the plan."""
+        first = self.adapters[0]
+        return {
+            "base": self.base.checkpoint.path.resolve().name,
+            "adapter": first.path.resolve().name,
+            "adapter_format": first.adapter.format,
+            "adapters": [one | {"adapter": a.path.resolve().name} for one, a in self._described()],
+            "scale": self.scale,
+            "device": str(self.device),
+            "tensors_total": len(self.base.checkpoint),
+            "left_out": list(self.left_out),
+            "notes": list(self.notes),
+        }
+
+    def _described(self) -> list[tuple[dict[str, Any], WeightedAdapter]]:
+        return [({"weight": a.weight, "format": a.adapter.format}, a) for a in self.adapters]
+
+
+def plan_merging(
+    model: Model,
+    adapters: Sequence[tuple[Path, float]],
+    *,
+    scale: float = 1.0,
+    alpha: float | None = None,
+    device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base_check: bool = False,
+) -> Merging:
+    """Read the adapters' headers and place every update.
+
+    ``scale`` multiplies every weight. ``base_check`` makes it an error when what an adapter
+    records of its base is not this base. Raises InputError, DisagreementError or UsageError.
+    """
+    target = resolve_device(device)
+    opened = [WeightedAdapter(path, weight, open_adapter(path, alpha)) for path, weight in adapters]
+    if not opened:
+        raise UsageError("no adapter is named")
+    notes = [
+        note for one in opened for note in check_base(model, one.path, one.adapter, base_check)
+    ]
+    names = {name: None for one in opened for name in one.adapter.updates}
+    chosen = select(list(names), include, exclude)
+    left_out = tuple(name for name in names if name not in chosen)
+    opened = [replace(one, adapter=_only(one.adapter, chosen)) for one in opened]
+    _check_scale(scale, opened)
+    placement = place(
+        [(one.adapter, one.weight * scale) for one in opened],
+        model.checkpoint.tensors,
+        model.config,
+    )
+    _check_dtypes(placement, model)
+    return Merging(
+        model,
+        tuple(opened),
+        scale,
+        target,
+        placement,
+        left_out,
+        (*notes, *placement.notes),
+    )
+
+
+def check_base_copies(merging: Merging) -> None:
+    """Compare base weights that an adapter carries along with the base's. Reads their values.
+
+    Raises DisagreementError.
+    """
+    for ours, copies in merging.placement.base_copies.items():
+        info = merging.base.checkpoint.tensors[ours]
+        for copy in copies:
+            if info.shape != copy.shape:
+                raise DisagreementError(
+                    f"{ours}: the adapter was trained on a base with shape {list(copy.shape)}, "
+                    f"this one has {list(info.shape)}",
+                    hint="a resized vocabulary? use the base that the adapter was trained on",
+                )
+            if not equal_values(info, copy):
+                raise DisagreementError(
+                    f"{ours}: the base weights inside the adapter differ from this base's",
+                    hint="use the base that the adapter was trained on",
+                )
+
+
+def _only(adapter: Adapter, chosen: set[str]) -> Adapter:
+    return replace(adapter, updates={n: u for n, u in adapter.updates.items() if n in chosen})
+
+
+def _check_scale(scale: float, adapters: Sequence[WeightedAdapter]) -> None:
+    replaced = [name for one in adapters for name in one.adapter.replacements]
+    if scale != 1.0 and replaced:
+        raise UsageError(
+            f"--scale {scale:g} does not apply to parameters that the adapter replaces",
+            details=replaced[:12],
+            hint="leave them out with --exclude, or merge at scale 1",
+        )
+
+
+def _check_dtypes(placement: Placement, model: Model) -> None:
+    for name, placed in placement.updates.items():
+        dtype = model.checkpoint.tensors[name].dtype
+        calculated = any(not isinstance(update.update, Replacement) for update in placed)
+        if calculated and dtype.torch not in MERGEABLE:
+            raise UnsupportedInput(
+                f"{name}: is stored as {dtype.name}; merging works on F32, F16 and BF16",
+                hint="quantised and 64-bit weights must be converted first",
+            )

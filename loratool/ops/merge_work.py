@@ -1,0 +1,97 @@
+"""The work of a merge as a list: rows to merge, ranges to copy, tensors to convert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from loratool.layouts.placing import PlacedUpdate
+from loratool.ops.merge_copies import ConvertJob, CopyJob
+from loratool.ops.merge_jobs import COMPILE_ELEMENTS, JOB_BYTES, MergeJob, merge_rows
+from loratool.ops.merge_layout import OutFile, OutTensor
+from loratool.ops.merge_report import MergeRow
+
+Job = MergeJob | CopyJob | ConvertJob
+Updates = Mapping[str, tuple[PlacedUpdate, ...]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job, and the name by which a log of finished work knows it."""
+
+    key: str
+    job: Job
+
+
+def run_job(job: Job) -> MergeRow | None:
+    """Do it; of merged rows, say what that took."""
+    if isinstance(job, MergeJob):
+        return merge_rows(job)
+    job.run()
+    return None
+
+
+def list_work(
+    file: OutFile, path: Path, updates: Updates, device: torch.device, *, compiled: bool
+) -> Iterator[Work]:
+    """What fills the file at ``path``, whose header is there already."""
+    for job in _jobs(file, path, updates, device, compiled):
+        start = getattr(job, "start", 0)
+        yield Work(f"{file.name}@{job.slot.offset}+{start}", job)
+
+
+def pays_to_compile(changed_bytes: int) -> bool:
+    """Whether loading the compiled pass takes less time than it saves."""
+    return changed_bytes >= 2 * COMPILE_ELEMENTS
+
+
+def _jobs(
+    file: OutFile, path: Path, updates: Updates, device: torch.device, compiled: bool
+) -> Iterator[Job]:
+    pending: CopyJob | None = None
+    for tensor in file.tensors:
+        if tensor.name in updates:
+            for start, stop in row_ranges(tensor, JOB_BYTES):
+                yield MergeJob(
+                    tensor.source,
+                    updates[tensor.name],
+                    start,
+                    stop,
+                    tensor.slot(path),
+                    device,
+                    compiled,
+                )
+        elif tensor.dtype != tensor.source.dtype:
+            for start, stop in row_ranges(tensor, JOB_BYTES):
+                yield ConvertJob(tensor.source, start, stop, tensor.slot(path))
+        elif tensor.nbytes:
+            if pending and _continues(pending, tensor):
+                pending = replace(pending, nbytes=pending.nbytes + tensor.nbytes)
+                continue
+            if pending:
+                yield pending
+            pending = CopyJob(tensor.source, tensor.nbytes, tensor.slot(path))
+    if pending:
+        yield pending
+
+
+def row_ranges(tensor: OutTensor, most_bytes: int) -> Sequence[tuple[int, int]]:
+    """The tensor's rows in runs of about ``most_bytes`` of the base."""
+    rows = tensor.source.rows
+    step = max(1, most_bytes * rows // max(1, tensor.source.nbytes))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _continues(job: CopyJob, tensor: OutTensor) -> bool:
+    source = tensor.source
+    return (
+        job.source.path == source.path
+        and job.source.strides is None
+        and source.strides is None
+        and source.offset == job.source.offset + job.nbytes
+        and tensor.offset == job.slot.offset + job.nbytes
+        and job.nbytes < JOB_BYTES
+    )
