@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from loratool.combine.breadcrumbs import breadcrumbs
 from loratool.combine.cat import cat
+from loratool.combine.core_space import in_core_space
+from loratool.combine.ctm import ctm
 from loratool.combine.dare_linear import dare_linear
 from loratool.combine.dare_ties import dare_ties
 from loratool.combine.della import della
+from loratool.combine.iso_c import iso_c
+from loratool.combine.iso_cts import iso_cts
 from loratool.combine.karcher import karcher
+from loratool.combine.knots_ties import knots_ties
 from loratool.combine.linear import linear
 from loratool.combine.magnitude_prune import magnitude_prune
 from loratool.combine.method import Method, Parameter
@@ -15,12 +20,18 @@ from loratool.combine.model_stock import model_stock
 from loratool.combine.multislerp import multislerp
 from loratool.combine.nearswap import nearswap
 from loratool.combine.nuslerp import nuslerp
+from loratool.combine.pico import pico
 from loratool.combine.sce import sce
 from loratool.combine.slerp import slerp
+from loratool.combine.svc import svc
 from loratool.combine.svd import svd
 from loratool.combine.task_arithmetic import task_arithmetic
 from loratool.combine.ties import ties
+from loratool.combine.tsv_m import tsv_m
 from loratool.errors import UsageError
+
+ELEMENTWISE = (ties, dare_linear, dare_ties, della, breadcrumbs, magnitude_prune, sce)
+"""Rules on single elements, which have a second form in core space."""
 
 METHODS: dict[str, Method] = {
     known.name: known
@@ -29,19 +40,21 @@ METHODS: dict[str, Method] = {
         cat,
         linear,
         task_arithmetic,
-        ties,
-        dare_linear,
-        dare_ties,
-        della,
-        breadcrumbs,
-        magnitude_prune,
-        sce,
+        *ELEMENTWISE,
         slerp,
         nuslerp,
         multislerp,
         karcher,
         model_stock,
         nearswap,
+        knots_ties,
+        tsv_m,
+        iso_c,
+        iso_cts,
+        svc,
+        pico,
+        ctm,
+        *map(in_core_space, ELEMENTWISE),
     )
 }
 DEFAULT = svd.name

@@ -207,7 +207,9 @@ def _rank_of(asked: Combination, method: Method) -> str | None:
     if asked.rank is not None or asked.limits != RankLimits():
         raise UsageError(
             f"method {method.name} keeps every component and takes no rank",
-            hint="use --method svd to cut the sum",
+            hint="--components sets its rank"
+            if any(parameter.name == "components" for parameter in method.parameters)
+            else "use --method svd to cut the sum",
         )
     return None
 

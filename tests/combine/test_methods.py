@@ -10,7 +10,7 @@ import torch
 from loratool.algebra.lowrank import LowRank
 from loratool.combine.registry import METHODS, find_method
 from loratool.errors import DisagreementError, UsageError
-from tests.combine import reference
+from tests.combine import reference, reference_spectral
 from tests.combine.values import close, low_rank, run, three
 
 WEIGHTS = [0.7, 0.3, 1.2]
@@ -73,10 +73,17 @@ def test_a_method_is_its_formula(name: str, given: dict[str, Any], shape: tuple[
 
 
 def test_every_method_has_a_case() -> None:
-    assert {name for name, _ in CASES} >= set(METHODS)
+    assert {name for name, _ in CASES + reference_spectral.CASES} >= set(METHODS)
 
 
-@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.adapters[0] == 1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n, m in METHODS.items()
+        if m.adapters[0] == 1 and n not in reference_spectral.FLATTENING
+    ],
+)
 def test_one_update_at_weight_one_is_itself(name: str) -> None:
     """With the parameters that drop nothing, for the methods that drop something."""
     value = low_rank(20, 30, 3, 5, 0.7)
