@@ -14,12 +14,12 @@ _MAX_SWEEPS = 12
 _SPLITTER = 2.0**27 + 1
 
 
-def scaled_exactly(products: np.ndarray, scale: float) -> list[np.ndarray]:
-    """``scale · products`` as an unevaluated sum of two arrays, without error (TwoProduct)."""
-    high = products * scale
-    p_high, p_low = _split(products)
-    s_high, s_low = _split(np.float64(scale))
-    low = ((p_high * s_high - high) + p_high * s_low + p_low * s_high) + p_low * s_low
+def two_product(x: np.ndarray, y: np.ndarray | np.float64) -> list[np.ndarray]:
+    """``x · y`` as an unevaluated sum of two arrays, without error (Dekker's TwoProduct)."""
+    high = x * y
+    x_high, x_low = _split(x)
+    y_high, y_low = _split(y)
+    low = ((x_high * y_high - high) + x_high * y_low + x_low * y_high) + x_low * y_low
     return [high, low]
 
 
@@ -50,7 +50,7 @@ def sum_rounded_to_odd(addends: np.ndarray) -> np.ndarray:
         result[active[done]] = _to_odd(head[done], np.sign(tail[done]))
         active, terms = active[~done], terms[:, ~done]
     for index, column in zip(active, terms.T, strict=True):
-        result[index] = _fraction_to_odd(sum((Fraction(float(x)) for x in column), Fraction(0)))
+        result[index] = fraction_to_odd(sum((Fraction(float(x)) for x in column), Fraction(0)))
     return result
 
 
@@ -73,7 +73,8 @@ def _to_odd(head: np.ndarray, side: np.ndarray) -> np.ndarray:
     return np.where(side != 0, (bits - inward) | 1, bits).view(np.float64)
 
 
-def _fraction_to_odd(value: Fraction) -> float:
+def fraction_to_odd(value: Fraction) -> float:
+    """A rational as a double: exact where representable, else rounded to odd."""
     nearest = float(value)
     side = (value > Fraction(nearest)) - (value < Fraction(nearest))
     return float(_to_odd(np.array([nearest]), np.array([float(side)]))[0])

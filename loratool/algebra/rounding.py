@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.algebra.exact_sum import scaled_exactly, sum_rounded_to_odd
+from loratool.algebra.exact_sum import sum_rounded_to_odd, two_product
 from loratool.algebra.kernels import Decide, decide_bf16
 from loratool.algebra.lowrank import LowRank
 from loratool.errors import NonFiniteValues, UnsupportedInput
@@ -229,7 +229,7 @@ class CertifiedSum:
             addends = [start.double().cpu().numpy()[None]]
             for term, b, a in zip(self._terms, self._b64, self._at64, strict=True):
                 product = b[first_row + row] * a[column]
-                addends += scaled_exactly(product.T.cpu().numpy(), term.scale)
+                addends += two_product(product.T.cpu().numpy(), np.float64(term.scale))
             exact = torch.from_numpy(sum_rounded_to_odd(np.concatenate(addends)))
             rounded = round_float64(exact, values.dtype).to(values.device)
             unchanged_zero = (exact == 0).to(start.device) & (start == 0)
@@ -258,6 +258,11 @@ def round_float64(values: Tensor, dtype: torch.dtype) -> Tensor:
     odd: Tensor = torch.where(inexact, (bits - too_far.int()) | 1, bits)
     rounded: Tensor = odd.view(torch.float32).to(dtype)
     return rounded
+
+
+def equal_bits(first: Tensor, second: Tensor) -> Tensor:
+    """Where two tensors of one dtype are the same, zeros of either sign told apart."""
+    return _bits(first) == _bits(second)
 
 
 class _Scratch(threading.local):

@@ -29,7 +29,9 @@ class PlacedUpdate:
 
     source: the adapter's name for the parameter. target: the checkpoint's. transposed: the
     tensor is stored (in, out). weight: what the user multiplies the update with. adapter: which
-    of the adapters it comes from, counted from 0.
+    of the adapters it comes from, counted from 0. places: where an update meets only a part of the
+    tensor, or only a part of it does (split and fused projections): for each row of the target's
+    module the row of the update's that it takes, or −1.
     """
 
     source: str
@@ -38,12 +40,14 @@ class PlacedUpdate:
     transposed: bool = False
     weight: float = 1.0
     adapter: int = 0
+    places: tuple[int, ...] | None = None
 
     def describe(self) -> str:
-        if isinstance(self.update, Replacement):
-            return "replaced"
-        turned = ", transposed" if self.transposed else ""
-        return f"rank {self.update.rank}, scale {self.update.scale * self.weight:g}{turned}"
+        text = self.update.describe(self.weight)
+        if self.places is not None:
+            rows = sum(place >= 0 for place in self.places)
+            text += f" on {rows} of {len(self.places)} rows"
+        return text + (", transposed" if self.transposed else "")
 
 
 def describe(updates: Sequence[PlacedUpdate]) -> str:

@@ -11,7 +11,6 @@ from loratool.layouts.pairs import Alignment, Pair
 from loratool.layouts.ties import Tie
 from loratool.ops.extract_jobs import ExtractResult
 from loratool.ops.extract_report import Status
-from loratool.storage.tensors import LazyTensor
 
 
 def build_adapter(
@@ -96,8 +95,5 @@ def base_modules(alignment: Alignment) -> set[str]:
 
 def stored_size(adapter: Adapter) -> tuple[int, int]:
     """(values, bytes) of an adapter's tensors."""
-    tensors: list[LazyTensor] = []
-    for update in adapter.updates.values():
-        tensors += [update.value] if isinstance(update, Replacement) else [update.b, update.a]
-    sizes = [(math.prod(tensor.shape), tensor.dtype.bits // 8) for tensor in tensors]
+    sizes = [(math.prod(tensor.shape), tensor.dtype.bits // 8) for tensor in adapter.tensors]
     return sum(count for count, _ in sizes), sum(count * item for count, item in sizes)

@@ -6,10 +6,9 @@ import math
 from collections import Counter
 from typing import Any
 
-from loratool.adapter import Adapter, LowRankUpdate, module_of
+from loratool.adapter import Adapter, module_of
 from loratool.hub.card import CardFacts
 from loratool.provenance import loratool_version
-from loratool.storage.tensors import LazyTensor
 
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
@@ -25,7 +24,7 @@ def facts_of(
     low_rank = adapter.low_rank
     ranks = sorted(update.rank for update in low_rank.values())
     typical = Counter(ranks).most_common(1)
-    tensors = _tensors(adapter)
+    tensors = list(adapter.tensors)
     return CardFacts(
         repo_id=repo_id,
         base_model=base,
@@ -43,13 +42,6 @@ def facts_of(
         num_labels=_num_labels(adapter),
         report=report,
     )
-
-
-def _tensors(adapter: Adapter) -> list[LazyTensor]:
-    found: list[LazyTensor] = []
-    for update in adapter.updates.values():
-        found += [update.b, update.a] if isinstance(update, LowRankUpdate) else [update.value]
-    return found
 
 
 def _num_labels(adapter: Adapter) -> int | None:

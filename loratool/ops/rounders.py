@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loratool.adapter import LowRankUpdate, Replacement
-from loratool.algebra.kernels import decide_bf16_when_loaded
+from loratool.adapter import (
+    DenseUpdate,
+    DoraUpdate,
+    HadamardUpdate,
+    KroneckerUpdate,
+    LowRankUpdate,
+    Replacement,
+    TokenRows,
+    Update,
+)
+from loratool.algebra.certified_terms import CertifiedTerms
+from loratool.algebra.dora import CertifiedDora, Dora
+from loratool.algebra.exact_matrix import ExactMatrix, Scaled, Spread, checked, low_rank_matrix
+from loratool.algebra.kernels import Decide, decide_bf16_when_loaded
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.rounding import CertifiedSum, RoundedBlock, Rounder, round_once
 from loratool.errors import NonFiniteValues, UnsupportedInput
 from loratool.layouts.placing import PlacedUpdate
 from loratool.storage.tensors import LazyTensor
+
+_BLOCK_ELEMENTS = 2**20
+
+FindPass = Callable[[], Decide | None]
 
 
 def rounder_of(
@@ -28,19 +44,24 @@ def rounder_of(
 ) -> Rounder:
     """The rounder for rows ``start:stop`` of a tensor; its own rows count from ``start``.
 
-    updates: all that are placed on the tensor; their weights may have either sign. base: the
-    tensor they were made for, which some kinds need beyond the rows asked for. compiled:
-    whether loading the compiled pass pays; the result is the same. Raises NonFiniteValues and
-    UnsupportedInput naming the update.
+    updates: all that are placed on the tensor; the weights of additive ones may have either sign.
+    base: the tensor they were made for, which some kinds need beyond the rows asked for.
+    compiled: whether loading the compiled pass pays; the result is the same. Low-rank updates are
+    calculated on ``device``, other kinds on the CPU. Raises NonFiniteValues and UnsupportedInput
+    naming the update.
     """
-    replacing = [update for update in updates if isinstance(update.update, Replacement)]
-    if replacing:
-        (only,) = updates
-        assert isinstance(only.update, Replacement)
-        return ReplacedRows(only.source, only.update.value, start)
-    terms = [_low_rank(update, start, stop, device) for update in updates]
+    find_pass: FindPass = decide_bf16_when_loaded if compiled else _plain
+    kinds = {type(update.update) for update in updates}
     try:
-        return CertifiedSum(terms, find_pass=decide_bf16_when_loaded if compiled else _plain)
+        if any(update.member is not None for update in updates):
+            return _Members(tuple(updates), start, device, find_pass)
+        if kinds == {LowRankUpdate}:
+            terms = [_low_rank(update, start, stop, device) for update in updates]
+            return CertifiedSum(terms, find_pass=find_pass)
+        if kinds in ({Replacement}, {TokenRows}):
+            (only,) = updates
+            return _replaced(only, start)
+        return _mixed(updates, base, start)
     except (NonFiniteValues, UnsupportedInput) as error:
         sources = " + ".join(dict.fromkeys(update.source for update in updates))
         raise type(error)(f"{sources}: {error.message}") from None
@@ -50,31 +71,146 @@ def rounder_of(
 class ReplacedRows:
     """Rows that become those of ``value``, from row ``start`` on; what was there does not matter.
 
-    source: the adapter's name for the parameter.
+    source: the adapter's name for the parameter. rows: where each row of ``value`` goes, or None
+    where it has a value for every row; the others stay.
     """
 
     source: str
     value: LazyTensor
     start: int
+    rows: tuple[int, ...] | None = None
 
     def add_to(self, w0: Tensor, first_row: int, dtype: torch.dtype) -> RoundedBlock:
         """Those rows, each value rounded once. Raises NonFiniteValues."""
         first = self.start + first_row
-        rows = self.value.read_rows(first, first + len(w0)).reshape(w0.shape).to(w0.device)
-        if not bool(torch.isfinite(rows).all()):
-            raise NonFiniteValues(f"{self.source}: the adapter holds NaN or infinity")
-        values = round_once(rows, dtype)
+        if self.rows is None:
+            new = self.value.read_rows(first, first + len(w0)).reshape(w0.shape).to(w0.device)
+            values = self._rounded(new, dtype)
+        else:
+            values = w0.to(dtype, copy=True)
+            for index, row in enumerate(self.rows):
+                if first <= row < first + len(w0):
+                    new = self.value.read_rows(index, index + 1).reshape(-1).to(w0.device)
+                    values[row - first] = self._rounded(new, dtype)
         overflowed = int(torch.isinf(values).sum())
         return RoundedBlock(values, int((values != w0).sum()), 0, 0, overflowed)
+
+    def _rounded(self, new: Tensor, dtype: torch.dtype) -> Tensor:
+        if not bool(torch.isfinite(new).all()):
+            raise NonFiniteValues(f"{self.source}: the adapter holds NaN or infinity")
+        return round_once(new, dtype)
+
+
+@dataclass(frozen=True)
+class _Members:
+    """Rows are the matrices of a stack, each of which has low-rank updates of its own."""
+
+    updates: tuple[PlacedUpdate, ...]
+    start: int
+    device: torch.device
+    find_pass: FindPass
+
+    def add_to(self, w0: Tensor, first_row: int, dtype: torch.dtype) -> RoundedBlock:
+        """Those matrices, each flattened. Raises NonFiniteValues."""
+        blocks = [
+            self._matrix(flat, self.start + first_row + offset, dtype)
+            for offset, flat in enumerate(w0)
+        ]
+        return _joined(blocks, w0.shape)
+
+    def _matrix(self, flat: Tensor, member: int, dtype: torch.dtype) -> RoundedBlock:
+        ours = [update for update in self.updates if update.member == member]
+        if not ours:
+            return RoundedBlock(flat.to(dtype), 0, 0, 0, 0)
+        rows, columns = ours[0].update.shape[:: -1 if ours[0].transposed else 1]
+        terms = [_low_rank(update, 0, rows, self.device) for update in ours]
+        summed = CertifiedSum(terms, find_pass=self.find_pass)
+        matrix = flat.view(rows, columns)
+        step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+        parts = [
+            summed.add_to(matrix[row : row + step], row, dtype) for row in range(0, rows, step)
+        ]
+        return _joined(parts, (-1,))
+
+
+def _joined(parts: Sequence[RoundedBlock], shape: Sequence[int]) -> RoundedBlock:
+    return RoundedBlock(
+        torch.cat([part.values.reshape(-1) for part in parts]).reshape(shape),
+        sum(part.changed for part in parts),
+        sum(part.level2 for part in parts),
+        sum(part.level3 for part in parts),
+        sum(part.overflowed for part in parts),
+    )
+
+
+def _replaced(placed: PlacedUpdate, start: int) -> ReplacedRows:
+    update = placed.update
+    assert isinstance(update, Replacement | TokenRows)
+    rows = update.indices if isinstance(update, TokenRows) else None
+    return ReplacedRows(placed.source, update.value, start, rows)
 
 
 def _low_rank(placed: PlacedUpdate, start: int, stop: int, device: torch.device) -> LowRank:
     update = placed.update
     assert isinstance(update, LowRankUpdate)
     value = update.load()
+    if placed.places is not None:
+        places = torch.tensor(placed.places)
+        covered = (places >= 0).to(value.b.dtype)
+        value = LowRank(value.b[places.clamp(min=0)] * covered[:, None], value.a, value.scale)
     value = value.T if placed.transposed else value
     part = value.rows(start, stop)
     return LowRank(part.b.to(device), part.a.to(device), part.scale * placed.weight)
+
+
+def _mixed(updates: Sequence[PlacedUpdate], base: LazyTensor, start: int) -> Rounder:
+    """Any kinds that can be summed, on the CPU."""
+    doras = [_dora(placed) for placed in updates if isinstance(placed.update, DoraUpdate)]
+    terms = [
+        _in_place(_scaled(placed.update, placed.weight), placed)
+        for placed in updates
+        if not isinstance(placed.update, DoraUpdate)
+    ]
+    if not doras:
+        return CertifiedTerms(terms, start)
+
+    def read_rows(first: int, last: int) -> Tensor:
+        return base.read_rows(first, last).reshape(last - first, -1)
+
+    return CertifiedDora(doras, terms, read_rows, start)
+
+
+def _scaled(update: Update, weight: float) -> Scaled:
+    """The update with its scale times the weight, rounded once to a double."""
+    if isinstance(update, LowRankUpdate):
+        matrix = low_rank_matrix(update.load())
+    elif isinstance(update, HadamardUpdate | KroneckerUpdate | DenseUpdate):
+        matrix = update.load()
+    else:
+        raise UnsupportedInput(f"{update.describe()}: cannot be summed with other updates")
+    return Scaled(matrix.matrix, matrix.factor * weight)
+
+
+def _in_place(matrix: ExactMatrix, placed: PlacedUpdate) -> ExactMatrix:
+    """In the stored tensor's orientation."""
+    if placed.places is not None:
+        matrix = Spread(matrix, torch.tensor(placed.places))
+    return matrix.T if placed.transposed else matrix
+
+
+def _dora(placed: PlacedUpdate) -> Dora:
+    update = placed.update
+    assert isinstance(update, DoraUpdate)
+    magnitude = checked(update.magnitude.read()).double().reshape(-1)
+    if placed.places is not None:
+        places = torch.tensor(placed.places)
+        magnitude = torch.where(places >= 0, magnitude[places.clamp(min=0)], torch.nan)
+    return Dora(
+        _in_place(low_rank_matrix(update.low_rank.load()), placed),
+        magnitude,
+        placed.weight,
+        by_column=placed.transposed or update.low_rank.is_embedding,
+    )
 
 
 def _plain() -> None:

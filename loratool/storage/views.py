@@ -168,6 +168,24 @@ class Interleaved(_View):
         return torch.stack([part.read_rows(start, stop) for part in self.parts], dim=2).flatten(1)
 
 
+@dataclass(frozen=True)
+class Flattened(_View):
+    """All values of a tensor in one dimension."""
+
+    source: LazyTensor
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (math.prod(self.source.shape),)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.source.read().reshape(-1)[start:stop]
+
+
 def rows_of(source: LazyTensor, start: int, stop: int) -> Stored:
     """Rows ``start:stop``; of a plainly stored tensor a tensor of its own."""
     if isinstance(source, TensorInfo) and source.strides is None and source.shape:
@@ -194,7 +212,7 @@ def files_of(tensor: LazyTensor) -> set[Path]:
     if isinstance(tensor, TensorInfo):
         return {tensor.path}
     sources: Iterable[LazyTensor] = ()
-    if isinstance(tensor, _Rows | _Member | Columns):
+    if isinstance(tensor, _Rows | _Member | Columns | Flattened):
         sources = (tensor.source,)
     elif isinstance(tensor, Joined | Interleaved):
         sources = tensor.parts

@@ -7,13 +7,11 @@ Updates are named by the parameter they change in the full model's own naming
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
 
-from loratool.algebra.lowrank import LowRank
+from loratool.adapter.updates import LowRankUpdate, Replacement, Update
 from loratool.storage.tensors import LazyTensor
 
 
@@ -28,62 +26,6 @@ class ModuleKind(StrEnum):
     NORM = "norm"
     BIAS = "bias"
     OTHER = "other"
-
-
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """ΔW = scale · B @ A on one weight.
-
-    b: (out, r), a: (r, in) for a linear module. For an embedding the factors are PEFT's
-    ``lora_embedding_B`` (dim, r) and ``lora_embedding_A`` (r, vocabulary), whose product is the
-    transposed change of the (vocabulary, dim) table. For a convolution a: (r, in, k…) and
-    b: (out, r, 1…), and the weight is read as the matrix (out, in·k…). r and alpha are as the
-    file states them.
-    """
-
-    b: LazyTensor
-    a: LazyTensor
-    scale: float
-    alpha: float
-    is_embedding: bool = False
-    is_additive: ClassVar[bool] = True
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """(in, k…) of a convolution; () of a matrix."""
-        return self.a.shape[1:] if len(self.a.shape) > 2 else ()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the weight as a matrix: (out, in), or (vocabulary, dim) of an embedding."""
-        product = (self.b.shape[0], math.prod(self.a.shape[1:]))
-        return (product[1], product[0]) if self.is_embedding else product
-
-    def load(self) -> LowRank:
-        """The update in the orientation of ``shape``."""
-        value = LowRank(self.b.read().flatten(1), self.a.read().flatten(1), self.scale)
-        return value.T if self.is_embedding else value
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """Absolute values for one parameter, as modules_to_save and bias="all" store them."""
-
-    value: LazyTensor
-    is_additive: ClassVar[bool] = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-
-Update = LowRankUpdate | Replacement
-"""``is_additive``: adds an amount that does not depend on the weight it is added to, so that
-several can be summed, weighted, and taken off again."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +61,21 @@ class Adapter:
         return {
             name: update for name, update in self.updates.items() if isinstance(update, Replacement)
         }
+
+    @property
+    def others(self) -> dict[str, Update]:
+        """Updates that are neither low-rank nor replacements."""
+        return {
+            name: update
+            for name, update in self.updates.items()
+            if not isinstance(update, LowRankUpdate | Replacement)
+        }
+
+    @property
+    def tensors(self) -> Iterator[LazyTensor]:
+        """Every stored tensor of every update."""
+        for update in self.updates.values():
+            yield from update.tensors
 
 
 def module_of(parameter: str) -> str:

@@ -1,0 +1,262 @@
+"""Reading a PEFT adapter.
+
+Checked against PEFT 0.21: what its loader does with each kind of key (``base_layer``,
+``modules_to_save``, biases, ``token_adapter``), and the shapes, come from its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loratool.adapter import (
+    Adapter,
+    DenseUpdate,
+    DoraUpdate,
+    LowRankUpdate,
+    Replacement,
+    TokenRows,
+    Update,
+)
+from loratool.errors import DisagreementError, MalformedFile, Unplaced, UnsupportedInput, UsageError
+from loratool.formats.peft_config import CONFIG_FILE, Scaling, read_config, scaling_of
+from loratool.formats.peft_experts import Wrapped, decode_parameter
+from loratool.formats.peft_keys import (
+    BASE_COPY,
+    FACTOR,
+    FACTOR_BIAS,
+    LYCORIS,
+    MAGNITUDE,
+    PREFIX,
+    SAVED,
+    TOKENS,
+)
+from loratool.formats.peft_lycoris import lycoris_updates
+from loratool.storage.tensors import LazyTensor
+from loratool.storage.views import Flattened
+
+_OWN_PARTS = ("lora_", "token_adapter", "trainable_tokens")
+
+
+def decode(
+    label: str,
+    tensors: Mapping[str, LazyTensor],
+    side_files: Mapping[str, bytes],
+    alpha: float | None,
+) -> Adapter:
+    """Read a PEFT LoRA (DoRA, trained biases, tokens and expert parameters among them), LoHa,
+    LoKr or set of trained tokens.
+
+    Raises UnsupportedInput for kinds of adapter not handled, MalformedFile for a config or
+    factors that make no sense, DisagreementError where config and tensors contradict each other,
+    Unplaced for keys of unknown meaning.
+    """
+    config = read_config(label, side_files)
+    if alpha is not None:
+        raise UsageError(f"{label}: stores its own alpha; --alpha is for adapters that do not")
+    return _Reader(label, tensors, config).read()
+
+
+class _Reader:
+    """One adapter being read: its keys sorted by meaning, then put together module by module."""
+
+    def __init__(self, label: str, tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]):
+        self.label = label
+        self.tensors = tensors
+        self.config = config
+        self.updates: dict[str, Update] = {}
+        self.base_copies: dict[str, LazyTensor] = {}
+        self.factors: dict[str, dict[str, str]] = {}
+        self.lycoris: dict[str, dict[str, LazyTensor]] = {}
+        self.unplaced: list[str] = []
+
+    def read(self) -> Adapter:
+        for key in self.tensors:
+            self._sort(key)
+        if self.unplaced:
+            raise Unplaced(
+                f"{self.label}: {len(self.unplaced)} tensors have no known meaning in a PEFT "
+                f"{self.config['peft_type']} adapter",
+                details=self.unplaced[:12],
+            )
+        if self.factors or self.lycoris:
+            scaling = scaling_of(self.label, self.config)
+            self.updates |= lycoris_updates(self.label, self.lycoris, scaling)
+            for module, parts in self.factors.items():
+                self._read_module(module, parts, scaling)
+        return Adapter(
+            self.updates,
+            "PEFT",
+            base_model=_text(self.config.get("base_model_name_or_path")),
+            fan_in_fan_out=bool(self.config.get("fan_in_fan_out")),
+            task_type=_text(self.config.get("task_type")),
+            base_copies=self.base_copies,
+        )
+
+    def _sort(self, key: str) -> None:
+        name = key.removeprefix(PREFIX)
+        tensor = self.tensors[key]
+        if ".lora_diag" in name:
+            raise UnsupportedInput(f"{self.label}: {key}: KaSA adapters are not supported")
+        if found := FACTOR.fullmatch(name):
+            module, embedding, side = found.groups()
+            self.factors.setdefault(module, {})[f"{embedding or ''}{side}"] = key
+        elif found := FACTOR_BIAS.fullmatch(name):
+            self.factors.setdefault(found[1], {})["bias"] = key
+        elif found := MAGNITUDE.fullmatch(name):
+            self.factors.setdefault(found[1], {})["magnitude"] = key
+        elif found := LYCORIS.fullmatch(name):
+            self.lycoris.setdefault(found[1], {})[found[2]] = tensor
+        elif found := TOKENS.fullmatch(name):
+            module = found[1]
+            self._put(f"{module}.weight", self._token_rows(module, tensor), key)
+        elif found := SAVED.fullmatch(name):
+            self._put(".".join(found.groups()), Replacement(tensor), key)
+        elif found := BASE_COPY.fullmatch(name):
+            module, part = found.groups()
+            if part == "bias" and ".base_layer." in name:
+                self._put(f"{module}.bias", Replacement(tensor), key)
+            elif ".base_layer." in name:
+                self.base_copies[f"{module}.weight"] = tensor
+        elif key.startswith(PREFIX) and not any(
+            part.startswith(("lora_", "token_adapter", "trainable_tokens"))
+            for part in name.split(".")
+        ):
+            self.updates.setdefault(name, Replacement(tensor))
+        else:
+            self.unplaced.append(key)
+
+    def _put(self, name: str, update: Update, key: str) -> None:
+        if name in self.updates and not isinstance(self.updates[name], Replacement):
+            raise UnsupportedInput(
+                f"{self.label}: {key}: {name} is changed in two ways; loratool merges one"
+            )
+        if isinstance(update, Replacement) or name not in self.updates:
+            self.updates[name] = update
+            return
+        raise UnsupportedInput(
+            f"{self.label}: {key}: {name} is replaced as well as updated; loratool merges one"
+        )
+
+    # Modules ------------------------------------------------------------------------------------
+
+    def _read_module(self, module: str, parts: Mapping[str, str], scaling: Scaling) -> None:
+        embedding = "embedding_A" in parts or "embedding_B" in parts
+        side_a, side_b = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+        for side, other in ((side_b, side_a), (side_a, side_b)):
+            if other not in parts:
+                key = parts.get(side) or next(iter(parts.values()))
+                raise MalformedFile(f"{self.label}: {key} has no lora_{other} beside it")
+        a, b = self.tensors[parts[side_a]], self.tensors[parts[side_b]]
+        wrapped = self._wrapped()
+        parameter = wrapped.parameter(module, self.tensors) if wrapped.targets else None
+        if parameter is not None:
+            self._parameter(parameter, a, b, scaling)
+            return
+        update = self._low_rank(module, a, b, embedding, scaling)
+        whole: Update = update
+        if self.config.get("use_dora") and "magnitude" not in parts:
+            raise MalformedFile(
+                f"{self.label}: {module}: use_dora is set, but it has no lora_magnitude_vector"
+            )
+        if "magnitude" in parts:
+            whole = self._dora(module, update, parts["magnitude"])
+        self._put(f"{module}.weight", whole, parts[side_a])
+        if "bias" in parts:
+            self._put(f"{module}.bias", self._bias(module, parts["bias"], update), parts["bias"])
+        elif self.config.get("lora_bias") and not embedding:
+            raise MalformedFile(
+                f"{self.label}: {module}: lora_bias is set, but it has no lora_B.bias"
+            )
+
+    def _low_rank(
+        self, module: str, a: LazyTensor, b: LazyTensor, embedding: bool, scaling: Scaling
+    ) -> LowRankUpdate:
+        if len(a.shape) < 2 or len(a.shape) != len(b.shape) or (embedding and len(a.shape) > 2):
+            raise MalformedFile(
+                f"{self.label}: {module}: factors of shapes {list(b.shape)} and {list(a.shape)}"
+            )
+        grouped = a.shape[0] != b.shape[1] and b.shape[1] and not a.shape[0] % b.shape[1]
+        if len(a.shape) > 2 and grouped:
+            raise UnsupportedInput(
+                f"{self.label}: {module}: is a grouped convolution (lora_B {list(b.shape)} for "
+                f"rank {a.shape[0]}); PEFT itself does not merge those",
+            )
+        if a.shape[0] != b.shape[1] or a.shape[0] == 0 or any(side != 1 for side in b.shape[2:]):
+            raise MalformedFile(
+                f"{self.label}: {module}: lora_B {b.shape} and lora_A {a.shape} do not chain"
+            )
+        scale, alpha = scaling.of(module, a.shape[0])
+        return LowRankUpdate(b, a, scale, alpha, embedding)
+
+    def _dora(self, module: str, update: LowRankUpdate, key: str) -> DoraUpdate:
+        if not self.config.get("use_dora"):
+            raise DisagreementError(
+                f"{self.label}: {key}: a DoRA magnitude, but the config does not say use_dora",
+                hint="PEFT would leave the magnitude out; set use_dora to true if it is meant",
+            )
+        magnitude = Flattened(self.tensors[key])
+        if magnitude.shape != (update.b.shape[0],):
+            raise MalformedFile(
+                f"{self.label}: {module}: {magnitude.shape[0]} magnitudes for "
+                f"{update.b.shape[0]} outputs"
+            )
+        return DoraUpdate(update, magnitude)
+
+    def _bias(self, module: str, key: str, update: LowRankUpdate) -> DenseUpdate:
+        if not self.config.get("lora_bias"):
+            raise DisagreementError(
+                f"{self.label}: {key}: the config does not say lora_bias",
+                hint="PEFT would leave the bias out; set lora_bias to true if it is meant",
+            )
+        bias = self.tensors[key]
+        if bias.shape != (update.b.shape[0],):
+            raise MalformedFile(
+                f"{self.label}: {module}: a lora_B.bias of shape {list(bias.shape)} for "
+                f"{update.b.shape[0]} outputs"
+            )
+        return DenseUpdate(bias, update.scale)
+
+    # Bare parameters ----------------------------------------------------------------------------
+
+    def _wrapped(self) -> Wrapped:
+        targets = self.config.get("target_parameters") or []
+        if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+            raise MalformedFile(f"{self.label}: {CONFIG_FILE} has an unusable target_parameters")
+        return Wrapped(self.label, tuple(targets))
+
+    def _parameter(self, name: str, a: LazyTensor, b: LazyTensor, scaling: Scaling) -> None:
+        rank = scaling.rank_of(name)
+        scale, alpha = scaling.of(name, None)
+        self.updates |= decode_parameter(
+            self.label, name, a, b, rank=rank, scale=scale, alpha=alpha
+        )
+
+    # Tokens -------------------------------------------------------------------------------------
+
+    def _token_rows(self, module: str, value: LazyTensor) -> TokenRows:
+        indices = self._token_indices(module)
+        if len(value.shape) != 2 or len(indices) != value.shape[0]:
+            raise MalformedFile(
+                f"{self.label}: {module}: {len(indices)} trained tokens, but values of shape "
+                f"{list(value.shape)}"
+            )
+        if len(set(indices)) != len(indices) or min(indices, default=0) < 0:
+            raise MalformedFile(f"{self.label}: {module}: trained tokens repeat or are negative")
+        return TokenRows(tuple(indices), value)
+
+    def _token_indices(self, module: str) -> Sequence[int]:
+        key = "token_indices" if "token_indices" in self.config else "trainable_token_indices"
+        said = self.config.get(key)
+        if isinstance(said, dict):
+            ends = [name for name in said if f".{module}".endswith(f".{name}")]
+            said = said[max(ends, key=len)] if ends else None
+        if not isinstance(said, list) or not all(
+            isinstance(index, int) and not isinstance(index, bool) for index in said
+        ):
+            raise MalformedFile(f"{self.label}: {CONFIG_FILE} has no usable {key} for {module}")
+        return said
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
