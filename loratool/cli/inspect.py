@@ -124,6 +124,10 @@ def _show_adapter(out: Output, report: AdapterReport) -> None:
         ["module", "tensors", "rank", "alpha", "scale", "‖ΔW‖", "stable rank", "spectrum"],
         cells,
     )
+    for other in report.others[:12]:
+        out.line(f"{other['name']}: {other['update']}")
+    if len(report.others) > 12:
+        out.line(f"… {len(report.others) - 12} more updates that are not low-rank")
     if report.replaced:
         names = ", ".join(row["name"] for row in report.replaced[:4])
         more = len(report.replaced) - 4

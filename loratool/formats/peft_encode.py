@@ -27,6 +27,8 @@ def encode(
     is not known: the config then lists full names. Raises Unplaced for a replaced parameter that
     no PEFT mechanism stores.
     """
+    for name, other in adapter.others.items():
+        raise Unplaced(f"{name}: {other.describe()}: cannot be written as PEFT's yet")
     modules = None if base_modules is None else set(base_modules)
     bare = {name: update for name, update in adapter.low_rank.items() if is_bare(name)}
     low_rank = {module_of(n): update for n, update in adapter.low_rank.items() if n not in bare}

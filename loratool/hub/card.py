@@ -51,7 +51,8 @@ class CardFacts:
 
     base_model: the Hub id of the base. ranks: smallest, most common and largest; None without
     low-rank updates. alphas: the distinct values. targets: last components of the adapted
-    modules' names. replaced: parameters stored whole. num_labels: outputs of a classification
+    modules' names. replaced: parameters stored whole. others: updates of
+    other kinds (DoRA, LoHa, trained tokens …). num_labels: outputs of a classification
     head that the adapter carries. report: a loratool_report.json, structure not trusted.
 
     Raises UsageError when an id is not one that the Hub accepts.
@@ -65,6 +66,7 @@ class CardFacts:
     targets: tuple[str, ...]
     adapted: int
     replaced: int
+    others: int
     parameters: int
     size_bytes: int
     dtypes: tuple[str, ...]
@@ -190,6 +192,8 @@ def _fact_rows(facts: CardFacts) -> Iterable[tuple[str, str]]:
         yield "Adapted modules", f"{count(facts.adapted)} ({', '.join(map(code, facts.targets))})"
     if facts.replaced:
         yield "Parameters stored whole", count(facts.replaced)
+    if facts.others:
+        yield "Updates of other kinds", count(facts.others)
     yield "Size", f"{count(facts.parameters)} values, {count(facts.size_bytes)} bytes"
     yield "Stored as", ", ".join(map(code, facts.dtypes))
     yield "Made ready by", f"loratool {code(facts.version)}"

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from loratool.adapter import Adapter, LowRankUpdate, ModuleKind, Replacement, Update
+from loratool.adapter import (
+    Adapter,
+    DenseUpdate,
+    DoraUpdate,
+    HadamardUpdate,
+    KroneckerUpdate,
+    LowRankUpdate,
+    ModuleKind,
+    Replacement,
+    TokenRows,
+    Update,
+    module_of,
+)
 from loratool.errors import (
     DisagreementError,
     NothingMatches,
@@ -31,7 +44,8 @@ class PlacedUpdate:
     tensor is stored (in, out). weight: what the user multiplies the update with. adapter: which
     of the adapters it comes from, counted from 0. places: where an update meets only a part of the
     tensor, or only a part of it does (split and fused projections): for each row of the target's
-    module the row of the update's that it takes, or −1.
+    module the row of the update's that it takes, or −1. member: which matrix of a stack of them
+    (experts fused into one tensor).
     """
 
     source: str
@@ -41,46 +55,64 @@ class PlacedUpdate:
     weight: float = 1.0
     adapter: int = 0
     places: tuple[int, ...] | None = None
+    member: int | None = None
 
     def describe(self) -> str:
         text = self.update.describe(self.weight)
         if self.places is not None:
             rows = sum(place >= 0 for place in self.places)
             text += f" on {rows} of {len(self.places)} rows"
+        if self.member is not None:
+            text += f" of matrix {self.member}"
         return text + (", transposed" if self.transposed else "")
 
 
 def describe(updates: Sequence[PlacedUpdate]) -> str:
     """What is done to one tensor, in a few words."""
+    members = {update.member for update in updates} - {None}
+    if len(members) > 1:
+        return f"{updates[0].update.describe(updates[0].weight)} on {len(members)} matrices"
     return " + ".join(update.describe() for update in updates)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """All updates by checkpoint tensor, in the order of their adapters. notes: guesses made."""
+    """All updates by checkpoint tensor, in the order of their adapters.
+
+    notes: guesses made. added: updates of biases that the base does not have, by the name that
+    they would be stored under; they start from zero.
+    """
 
     updates: dict[str, tuple[PlacedUpdate, ...]]
     base_copies: dict[str, tuple[LazyTensor, ...]]
     notes: tuple[str, ...]
+    added: dict[str, tuple[PlacedUpdate, ...]] = field(default_factory=dict)
 
 
 def place(
     adapters: Sequence[tuple[Adapter, float]],
     tensors: Mapping[str, TensorInfo],
     config: ModelConfig,
+    *,
+    add_bias: bool = False,
 ) -> Placement:
     """Find the tensor of every update of the adapters, each of which has a weight.
 
-    Updates of different adapters on one tensor are summed. Raises NothingMatches naming updates
+    Updates of different adapters on one tensor are summed. add_bias: whether a trained bias may
+    be for a module that has none in the base. Raises NothingMatches naming updates
     without a tensor and what looks like them, ShapeMismatch, and DisagreementError for an adapter
     that changes one side of a tied pair or two that cannot be summed; UsageError for a weight on
     replaced values.
     """
     updates: dict[str, tuple[PlacedUpdate, ...]] = {}
     copies: dict[str, tuple[LazyTensor, ...]] = {}
+    added: dict[str, tuple[PlacedUpdate, ...]] = {}
     notes: list[str] = []
     for index, (adapter, weight) in enumerate(adapters):
-        one = _place_one(adapter, tensors, config)
+        one = _place_one(adapter, tensors, config, add_bias)
+        for name, placed in one.added.items():
+            ours = tuple(replace(update, weight=weight, adapter=index) for update in placed)
+            added[name] = added.get(name, ()) + ours
         for name, placed in one.updates.items():
             ours = tuple(replace(update, weight=weight, adapter=index) for update in placed)
             updates[name] = updates.get(name, ()) + ours
@@ -89,14 +121,14 @@ def place(
         notes += [note for note in one.notes if note not in notes]
     for name, placed in updates.items():
         _check_summable(name, placed)
-    return Placement(updates, copies, tuple(notes))
+    return Placement(updates, copies, tuple(notes), added)
 
 
 def _check_summable(name: str, placed: Sequence[PlacedUpdate]) -> None:
-    replacing = [update for update in placed if isinstance(update.update, Replacement)]
+    replacing = [update for update in placed if isinstance(update.update, Replacement | TokenRows)]
     if replacing and len(placed) > 1:
         raise DisagreementError(
-            f"{name}: one adapter replaces it whole and another changes it as well",
+            f"{name}: one adapter replaces values of it and another changes it as well",
             details=[update.source for update in placed],
             hint=f"leave it out of one of them with --exclude {name}",
         )
@@ -109,7 +141,7 @@ def _check_summable(name: str, placed: Sequence[PlacedUpdate]) -> None:
 
 
 def _place_one(
-    adapter: Adapter, tensors: Mapping[str, TensorInfo], config: ModelConfig
+    adapter: Adapter, tensors: Mapping[str, TensorInfo], config: ModelConfig, add_bias: bool
 ) -> Placement:
     if not adapter.updates:
         raise NothingMatches("the adapter holds no update", hint="was everything excluded?")
@@ -121,12 +153,21 @@ def _place_one(
     asked = module_names([*adapter.updates, *adapter.base_copies], config)
     matched = match_names(asked.values(), targets)
     missing = [name for name in adapter.updates if asked[name] in matched.missing]
+    found = {name: matched.found[asked[name]] for name in adapter.updates if name not in missing}
+    new_biases = _new_biases(adapter, missing, found, stored_as)
+    if new_biases and not add_bias:
+        raise DisagreementError(
+            f"the adapter trained biases (lora_bias) for {len(new_biases)} modules that have none "
+            f"in the base: {next(iter(new_biases.values())).target}",
+            hint="leave them out with --exclude '*.bias' if they can be done without",
+        )
+    missing = [name for name in missing if name not in new_biases]
     if missing:
         raise _nothing_matches(missing, len(adapter.updates), tensors)
     notes = [f"{matched.note} of the adapter in the base"] if matched.note else []
     by_target: dict[str, tuple[str, Update]] = {}
-    for source, update in adapter.updates.items():
-        target = matched.found[asked[source]]
+    for source, target in found.items():
+        update = adapter.updates[source]
         if target in by_target:
             raise DisagreementError(f"{target}: two updates of the adapter claim it")
         by_target[target] = (source, update)
@@ -141,7 +182,27 @@ def _place_one(
         for name, copy in adapter.base_copies.items()
         if matched.found.get(asked[name]) in stored_as
     }
-    return Placement(placed, copies, tuple(notes))
+    added: dict[str, tuple[PlacedUpdate, ...]] = {
+        update.target: (update,) for update in new_biases.values()
+    }
+    return Placement(placed, copies, tuple(notes), added)
+
+
+def _new_biases(
+    adapter: Adapter,
+    missing: Sequence[str],
+    found: Mapping[str, str],
+    stored_as: Mapping[str, str],
+) -> dict[str, PlacedUpdate]:
+    """Differences of biases beside a weight that the base has, by the adapter's name."""
+    biases = {}
+    for name in missing:
+        weight = f"{module_of(name)}.weight"
+        update = adapter.updates[name]
+        if name.endswith(".bias") and isinstance(update, DenseUpdate) and weight in found:
+            stored = stored_as.get(found[weight], found[weight])
+            biases[name] = PlacedUpdate(name, f"{module_of(stored)}.bias", update)
+    return biases
 
 
 def _nothing_matches(
@@ -167,6 +228,7 @@ def _settle_tie(
 
     Names that the base stores with other values are not tied, whatever its config says.
     """
+    _share_token_rows(tie, by_target)
     conflict = _conflict(tie, by_target)
     if conflict is not None:
         also = tie.stored - {tie.main}
@@ -184,6 +246,14 @@ def _settle_tie(
     if len(tie.stored) > 1:
         return [f"{names} are tied: every stored one gets the same update"]
     return [f"{names} are tied and stored once: updated once"]
+
+
+def _share_token_rows(tie: Tie, by_target: dict[str, tuple[str, Update]]) -> None:
+    """PEFT trains the tokens of a tied pair once and saves them under one of its names."""
+    tokens = [by_target[name] for name in tie.names if name in by_target]
+    if len(tokens) == 1 and isinstance(tokens[0][1], TokenRows):
+        for name in tie.names:
+            by_target.setdefault(name, tokens[0])
 
 
 def _conflict(tie: Tie, by_target: Mapping[str, tuple[str, Update]]) -> DisagreementError | None:
@@ -207,39 +277,60 @@ def _conflict(tie: Tie, by_target: Mapping[str, tuple[str, Update]]) -> Disagree
 
 
 def _same_update(first: Update, second: Update) -> bool:
-    if isinstance(first, Replacement) and isinstance(second, Replacement):
-        return first.shape == second.shape and torch.equal(first.value.read(), second.value.read())
-    if isinstance(first, LowRankUpdate) and isinstance(second, LowRankUpdate):
-        if first.shape != second.shape or first.rank != second.rank:
-            return False
-        one, two = first.load(), second.load()
-        return (
-            one.scale == two.scale
-            and torch.equal(one.b.double(), two.b.double())
-            and torch.equal(one.a.double(), two.a.double())
-        )
-    return False
+    """Whether both do the same, to the last bit."""
+    if type(first) is not type(second) or first.shape != second.shape:
+        return False
+    if _constants(first) != _constants(second) or len(first.tensors) != len(second.tensors):
+        return False
+    return all(
+        one.shape == two.shape and torch.equal(one.read().double(), two.read().double())
+        for one, two in zip(first.tensors, second.tensors, strict=True)
+    )
+
+
+def _constants(update: Update) -> tuple[object, ...]:
+    core = update.low_rank if isinstance(update, DoraUpdate) else update
+    return (getattr(core, "scale", None), getattr(update, "indices", None))
 
 
 def _oriented(
     source: str, target: str, update: Update, stored: tuple[int, ...], kind: ModuleKind
 ) -> PlacedUpdate:
-    if isinstance(update, LowRankUpdate) and kind is ModuleKind.CONV1D and not update.is_embedding:
-        if update.shape == stored[::-1]:
+    if isinstance(update, TokenRows):
+        return _rows_of_table(source, target, update, stored)
+    core = update.low_rank if isinstance(update, DoraUpdate) else update
+    is_product = isinstance(core, LowRankUpdate | HadamardUpdate | KroneckerUpdate)
+    of_table = isinstance(core, LowRankUpdate) and core.is_embedding
+    shape: tuple[int, ...] = update.shape
+    if is_product and kind is ModuleKind.CONV1D and not of_table:
+        if shape == stored[::-1]:
             return PlacedUpdate(source, target, update, transposed=True)
-        raise _wrong_shape(source, target, update.shape, stored, " as (in, out)")
-    if isinstance(update, LowRankUpdate) and update.kernel:
-        shape = (update.shape[0], *update.kernel)
+        raise _wrong_shape(source, target, shape, stored, " as (in, out)")
+    if isinstance(core, LowRankUpdate) and core.kernel:
+        shape = (shape[0], *core.kernel)
         if shape != stored and (stored[:1], stored[2:]) == (shape[:1], shape[2:]):
             raise UnsupportedInput(
                 f"{target}: is a grouped convolution {list(stored)}, the update is for {shape[1]} "
                 "input channels; PEFT itself does not merge those",
                 hint=f"leave it out with --exclude {source}",
             )
-    else:
-        shape = update.shape
+    elif isinstance(core, HadamardUpdate | KroneckerUpdate):  # of convolutions as well
+        stored = (stored[0], math.prod(stored[1:])) if len(stored) > 2 else stored
     if shape != stored:
         raise _wrong_shape(source, target, shape, stored, "")
+    return PlacedUpdate(source, target, update)
+
+
+def _rows_of_table(
+    source: str, target: str, update: TokenRows, stored: tuple[int, ...]
+) -> PlacedUpdate:
+    if len(stored) != 2 or update.shape[1:] != stored[1:]:
+        raise _wrong_shape(source, target, update.shape, stored, "")
+    if max(update.indices, default=0) >= stored[0]:
+        raise ShapeMismatch(
+            f"{target}: the adapter trained token {max(update.indices)}, the base has {stored[0]}",
+            hint="add the tokens to the base first, as for the training",
+        )
     return PlacedUpdate(source, target, update)
 
 

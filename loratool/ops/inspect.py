@@ -150,13 +150,14 @@ class UpdateRow:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter: its updates, and what it replaces whole."""
+    """An adapter: its low-rank updates, what it replaces whole, and updates of other kinds."""
 
     name: str
     format: str
     base_model: str | None
     rows: tuple[UpdateRow, ...]
     replaced: tuple[dict[str, Any], ...]
+    others: tuple[dict[str, Any], ...]
     parameters: int
     nbytes: int
 
@@ -170,6 +171,7 @@ class AdapterReport:
             "bytes": self.nbytes,
             "updates": [row.to_json() for row in self.rows],
             "replaced": list(self.replaced),
+            "others": list(self.others),
         }
         return document("inspect", SCHEMA_VERSION, body)
 
@@ -194,9 +196,7 @@ def inspect_adapter(
         progress=progress or NoProgress(),
         what="reading the adapter",
     )
-    stored = [tensor for _, update in jobs for tensor in (update.b, update.a)]
-    stored += [update.value for update in adapter.replacements.values()]
-    sizes = [(torch.Size(tensor.shape).numel(), tensor.dtype.bits) for tensor in stored]
+    sizes = [(torch.Size(tensor.shape).numel(), tensor.dtype.bits) for tensor in adapter.tensors]
     return AdapterReport(
         path.resolve().name,
         adapter.format,
@@ -205,6 +205,10 @@ def inspect_adapter(
         tuple(
             {"name": name, "shape": list(update.shape), "dtype": update.value.dtype.name}
             for name, update in adapter.replacements.items()
+        ),
+        tuple(
+            {"name": name, "shape": list(other.shape), "update": other.describe()}
+            for name, other in adapter.others.items()
         ),
         sum(numel for numel, _ in sizes),
         sum(numel * bits // 8 for numel, bits in sizes),

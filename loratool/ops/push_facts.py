@@ -34,6 +34,7 @@ def facts_of(
         targets=tuple(sorted({module_of(name).rpartition(".")[2] for name in low_rank})),
         adapted=len(low_rank),
         replaced=len(adapter.replacements),
+        others=len(adapter.others),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         size_bytes=sum(math.prod(tensor.shape) * tensor.dtype.bits // 8 for tensor in tensors),
         dtypes=tuple(sorted({tensor.dtype.name for tensor in tensors})),

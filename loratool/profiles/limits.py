@@ -10,7 +10,8 @@ class Limits:
     """What a consumer accepts.
 
     one_rank: a single rank and scale for all modules. ranks: the ranks it knows, ascending; None
-    for any. whole_modules, biases, embeddings, convolutions: whether it takes those.
+    for any. whole_modules, biases, embeddings, convolutions, other_kinds (DoRA, LoHa, trained
+    tokens …): whether it takes those.
     refused_modules: last name components that it takes no update of. serve: advice, with {rank}
     for the rank.
     """
@@ -21,5 +22,6 @@ class Limits:
     biases: bool = True
     embeddings: bool = True
     convolutions: bool = True
+    other_kinds: bool = True
     refused_modules: frozenset[str] = frozenset()
     serve: str = ""

@@ -2,4 +2,6 @@
 
 from loratool.profiles.limits import Limits
 
-LIMITS = Limits(one_rank=True, whole_modules=False, biases=False, convolutions=False)
+LIMITS = Limits(
+    one_rank=True, whole_modules=False, biases=False, convolutions=False, other_kinds=False
+)

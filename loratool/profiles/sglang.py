@@ -8,6 +8,7 @@ LIMITS = Limits(
     biases=False,
     embeddings=False,
     convolutions=False,
+    other_kinds=False,
     refused_modules=frozenset({"lm_head", "embed_tokens"}),
     serve="serve with --max-lora-rank {rank}",
 )

@@ -9,6 +9,7 @@ LIMITS = Limits(
     biases=False,
     embeddings=False,
     convolutions=False,
+    other_kinds=False,
     refused_modules=frozenset({"lm_head", "embed_tokens"}),
     serve="serve with --enable-lora --max-lora-rank {rank}",
 )

@@ -34,6 +34,7 @@ FACTS = CardFacts(
     targets=("c_attn", "c_fc"),
     adapted=12,
     replaced=1,
+    others=0,
     parameters=123_456,
     size_bytes=493_824,
     dtypes=("F32",),

@@ -496,7 +496,7 @@ def test_several_adapters_meet_on_one_tensor_with_their_weights() -> None:
 def test_replaced_values_stand_alone_and_unweighted() -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     whole, more = adapter(**{name: replacement(8, 8)}), adapter(**{name: low_rank(8, 8)})
-    with pytest.raises(DisagreementError, match=r"q_proj.*replaces it whole"):
+    with pytest.raises(DisagreementError, match=r"q_proj.*replaces values of it"):
         place([(whole, 1.0), (more, 1.0)], infos(llama_weights()), LLAMA)
     with pytest.raises(UsageError, match=r"q_proj.*weight of 0.5"):
         place([(whole, 0.5)], infos(llama_weights()), LLAMA)

@@ -1,0 +1,212 @@
+"""Every kind of PEFT adapter that loratool merges, against PEFT's own merge_and_unload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+import loratool as lt
+from loratool.errors import DisagreementError, LoratoolError, UnsupportedInput
+from tests.interop.conftest import gpt2, llama, qwen2
+from tests.ops.builders import load_folder
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`",
+    "ignore:.*is_gradient_checkpointing",
+    "ignore:.*tie_word_embeddings",
+    "ignore:.*no longer tied",
+    "ignore:`lora_bias=True` was passed",
+    "ignore:.* LoRA tensor.* have invalid shape",
+)
+
+Maker = Callable[[], PreTrainedModel]
+LORA = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
+MATRICES = r".*(q_proj|k_proj|down_proj)"
+KINDS: dict[str, tuple[Maker, PeftConfig]] = {
+    "dora": (llama, LoraConfig(**LORA, target_modules=["q_proj", "down_proj"], use_dora=True)),
+    "dora rslora": (
+        llama,
+        LoraConfig(**LORA, target_modules=["v_proj"], use_dora=True, use_rslora=True),
+    ),
+    "dora conv1d": (
+        gpt2,
+        LoraConfig(**LORA, target_modules=["c_attn", "c_proj"], use_dora=True, fan_in_fan_out=True),
+    ),
+    "dora embedding": (llama, LoraConfig(**LORA, target_modules=["embed_tokens"], use_dora=True)),
+    "lora_bias": (qwen2, LoraConfig(**LORA, target_modules=["q_proj", "v_proj"], lora_bias=True)),
+    "lora_bias conv1d": (
+        gpt2,
+        LoraConfig(**LORA, target_modules=["c_fc"], lora_bias=True, fan_in_fan_out=True),
+    ),
+    "tokens": (
+        llama,
+        LoraConfig(**LORA, target_modules=["q_proj"], trainable_token_indices=[7, 2, 95]),
+    ),
+    "tokens tied": (
+        qwen2,
+        LoraConfig(**LORA, target_modules=["q_proj"], trainable_token_indices=[7, 2]),
+    ),
+    "tokens of both": (
+        llama,
+        LoraConfig(
+            **LORA,
+            target_modules=["q_proj"],
+            trainable_token_indices={"embed_tokens": [1, 5], "lm_head": [2]},
+        ),
+    ),
+    "tokens alone": (llama, TrainableTokensConfig(token_indices=[0, 11])),
+    "loha": (
+        llama,
+        LoHaConfig(
+            r=3,
+            alpha=5,
+            target_modules=MATRICES,
+            init_weights=False,
+            rank_pattern={"k_proj": 2},
+            alpha_pattern={"down_proj": 2},
+        ),
+    ),
+    "lokr": (llama, LoKrConfig(r=3, alpha=5, target_modules=MATRICES, init_weights=False)),
+    "lokr of two products": (
+        llama,
+        LoKrConfig(
+            r=2,
+            alpha=5,
+            target_modules=MATRICES,
+            init_weights=False,
+            decompose_both=True,
+            decompose_factor=8,
+        ),
+    ),
+    "lokr whole": (llama, LoKrConfig(r=64, alpha=5, target_modules=MATRICES, init_weights=False)),
+}
+
+
+def randomised(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """The model under an adapter whose every trained value is random."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "magnitude" in name:
+                parameter.copy_(torch.rand(parameter.shape) + 0.5)
+            elif parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    return adapted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_as_peft_merges_it(kind: str, tmp_path: Path) -> None:
+    make, config = KINDS[kind]
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    adapted = randomised(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    report = lt.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    base, ours = load_folder(tmp_path / "base"), load_folder(tmp_path / "merged")
+    theirs = dict(adapted.merge_and_unload().named_parameters())
+    changed = {name for name in base if not torch.equal(base[name], ours[name])}
+    assert changed == {row.name for row in report.rows} != set()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name].detach(), rtol=1e-5, atol=2e-6)
+
+
+class Convolutions(nn.Module):
+    """A kernel that is not square, one of size one, a grouped and a one-dimensional one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(6, 8, (3, 2))
+        self.point = nn.Conv2d(6, 8, 1)
+        self.grouped = nn.Conv2d(8, 6, 3, groups=2)
+        self.line = nn.Conv1d(6, 8, 3)
+
+
+CONVOLUTIONS: dict[str, tuple[list[str], PeftConfig]] = {
+    "dora": (["wide", "point", "line"], LoraConfig(**LORA, use_dora=True)),
+    "lora_bias": (["wide", "point"], LoraConfig(**LORA, lora_bias=True)),
+    "loha": (["wide", "point", "grouped", "line"], LoHaConfig(r=3, alpha=5, init_weights=False)),
+    "loha tucker": (
+        ["wide", "point", "grouped", "line"],
+        LoHaConfig(r=3, alpha=5, init_weights=False, use_effective_conv2d=True),
+    ),
+    "lokr": (["wide", "point", "grouped"], LoKrConfig(r=1, alpha=5, init_weights=False)),
+    "lokr tucker": (
+        ["wide", "grouped"],  # PEFT itself fails on those of one dimension
+        LoKrConfig(r=1, alpha=5, init_weights=False, use_effective_conv2d=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions_merged_as_peft_merges_them(kind: str, tmp_path: Path) -> None:
+    names, config = CONVOLUTIONS[kind]
+    config.target_modules = set(names)
+    torch.manual_seed(0)
+    model = Convolutions()
+    base = {name: value.detach().clone() for name, value in model.named_parameters()}
+    save_file(base, tmp_path / "base.safetensors")
+    adapted = randomised(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    lt.merge(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged")
+    ours = load_folder(tmp_path / "merged")
+    theirs = dict(adapted.merge_and_unload().named_parameters())
+    for name, value in ours.items():
+        module, _, part = name.rpartition(".")
+        changes = module in names and (part == "weight" or kind == "lora_bias")
+        assert torch.equal(value, base[name]) != changes
+        torch.testing.assert_close(value, theirs[name].detach(), rtol=1e-5, atol=2e-6)
+
+
+def test_a_trained_bias_without_a_base_bias_is_named(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(**LORA, target_modules=["q_proj"], lora_bias=True)
+    randomised(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(DisagreementError, match=r"lora_bias.*q_proj.bias"):
+        lt.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+REFUSED: dict[str, tuple[PeftConfig, type[LoratoolError], str]] = {
+    "replicated layers": (
+        LoraConfig(**LORA, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
+        UnsupportedInput,
+        "layer_replication",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_by_name(kind: str, tmp_path: Path) -> None:
+    config, error, message = REFUSED[kind]
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    randomised(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(error, match=message):
+        lt.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_biases_can_be_left_out(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(**LORA, target_modules=["q_proj"], lora_bias=True)
+    randomised(model, config).save_pretrained(tmp_path / "adapter")
+    report = lt.merge(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", exclude=["*.bias"]
+    )
+    assert {row.name.rpartition(".")[2] for row in report.rows} == {"weight"}
