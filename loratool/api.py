@@ -48,9 +48,12 @@ def extract(
     exclude: Sequence[str] = (),
     drop_rest: bool = False,
     exact: bool = False,
+    sketch_dtype: str = "auto",
     seed: int = 0,
     base_model: str | None = None,
     profile: str = "peft",
+    into: PathArg | None = None,
+    alpha: float | None = None,
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -58,7 +61,9 @@ def extract(
     """Write the low-rank adapter that turns ``base`` into ``tuned`` and report its error.
 
     ``rank`` is a number or a rule such as ``"energy:0.95"`` or ``"full"``; ``conv_rank`` one for
-    convolutions, which are stored whole without it. ``dtype`` is that of
+    convolutions, which are stored whole without it. ``into`` is an adapter to continue from: its
+    factors are kept, and what it leaves unexplained is extracted (``alpha``: for one that stores
+    none). ``dtype`` is that of
     the factors (default: the tuned checkpoint's). Raises a LoratoolError subclass; nothing is
     written then.
     """
@@ -79,9 +84,12 @@ def extract(
         exclude=exclude,
         drop_rest=drop_rest,
         exact=exact,
+        sketch_dtype=sketch_dtype,
         seed=seed,
         base_model=base_model,
         profile=profile,
+        into=None if into is None else Path(into),
+        alpha=alpha,
         overwrite=overwrite,
     )
     return _extract.run_extract(plan, _engine(jobs), progress)

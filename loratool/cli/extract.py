@@ -76,6 +76,14 @@ class _ExtractCommand(click.Command):
     show_default=True,
     help="exact forbids the randomised method for large matrices.",
 )
+@click.option(
+    "--sketch-dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of the products that steer the randomised method; auto is bfloat16 where the device "
+    "multiplies it natively.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised method.")
 @click.option("--base-model", metavar="OWNER/NAME", help="The base's Hub name, for the adapter.")
 @click.option(
@@ -86,6 +94,14 @@ class _ExtractCommand(click.Command):
     help="Guarantee what this consumer takes (one rank, nothing stored whole), or say what is in "
     "the way.",
 )
+@click.option(
+    "--into",
+    type=options.PATH,
+    metavar="ADAPTER",
+    help="Continue from an adapter of BASE: keep its factors, and extract only what it does not "
+    "explain of the change, at the rank of --rank.",
+)
+@options.alpha_option
 @options.include_option
 @options.exclude_option
 @options.device_option
@@ -115,9 +131,12 @@ def extract_command(
     dtype: str | None,
     drop_rest: bool,
     svd: str,
+    sketch_dtype: str,
     seed: int,
     base_model: str | None,
     profile: str,
+    into: Path | None,
+    alpha: float | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     device: str,
@@ -158,9 +177,12 @@ def extract_command(
         exclude=exclude,
         drop_rest=drop_rest,
         exact=svd == "exact",
+        sketch_dtype=sketch_dtype,
         seed=seed,
         base_model=base_model,
         profile=profile,
+        into=into,
+        alpha=alpha,
         overwrite=overwrite,
     )
     engine = Engine(jobs) if jobs else Engine()
@@ -211,6 +233,8 @@ def _show_ranks(out: Output, plan: ExtractPlan, engine: Engine, max_rank: int | 
         ],
         text=0,
     )
+    if plan.into is not None:
+        out.line("of what the adapter of --into leaves of the change")
     out.line("error: ‖D − D_r‖ / ‖D‖ over these matrices, before the factors are rounded")
     out.line("as a budget: the same size by --rank budget:SIZE, spent where it helps most")
 
@@ -277,11 +301,18 @@ def _tensor_cells(row: TensorRow, report: ExtractReport) -> list[str]:
         row.name,
         str(row.status),
         "×".join(map(str, row.shape)),
-        "" if row.rank is None else f"{row.rank}{' (clamped)' if row.clamped else ''}",
+        _rank_cell(row),
         percent(row.relative_error),
         percent(row.energy_kept),
         percent(row.energy / report.energy),
     ]
+
+
+def _rank_cell(row: TensorRow) -> str:
+    if row.rank is None:
+        return ""
+    kept = "" if row.kept_rank is None else f" ({row.kept_rank} kept)"
+    return f"{row.rank}{kept}{' (clamped)' if row.clamped else ''}"
 
 
 def _family_rows(rows: list[TensorRow], report: ExtractReport) -> list[list[str]]:

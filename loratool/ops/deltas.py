@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.lowrank import LowRank
 from loratool.algebra.noise import NoiseFloor, NoiseSums
 from loratool.errors import NonFiniteValues
 from loratool.layouts.pairs import Pair
@@ -35,6 +36,12 @@ class Delta:
     def norm(self) -> float:
         """‖D‖_F."""
         return float(self.energy**0.5)
+
+    def minus(self, update: LowRank) -> Delta:
+        """What is left of the change beside an update of it, in float32."""
+        b, a = update.b.float(), update.a.float()
+        matrix = torch.addmm(self.matrix, b, a, alpha=-update.scale)
+        return replace(self, matrix=matrix, energy=sum_of_squares(matrix))
 
 
 _NOT_NUMBERS = Delta(torch.zeros(1, 1), 0.0, 0.0, NoiseFloor(0.0, 0.0), 1.0)

@@ -43,7 +43,7 @@ def run_extract(
     jobs, allocation = list(plan.jobs), None
     if plan.budget is not None:
         jobs, allocation = _spend(plan, plan.budget, engine, progress)
-    with staged(plan.output, resume_key(jobs)) as staging:
+    with staged(plan.output, resume_key(jobs, plan.into)) as staging:
         jobs = [replace(job, scratch=staging.scratch) for job in jobs]
         done, left = pending(jobs)
         new = engine.map(
@@ -161,6 +161,8 @@ def _notes(
     warning = noise_warning(factorised(rows))
     if warning:
         notes.append(warning)
+    if plan.into is not None:
+        notes += _into_notes(plan.jobs, rows)
     if plan.alignment.ignored:
         names = ", ".join(plan.alignment.ignored[:3])
         notes.append(
@@ -181,6 +183,31 @@ def _notes(
     if plan.base_model is None:
         notes.append("the base's Hub name is not known; --base-model owner/name records it")
     return tuple(notes)
+
+
+def _into_notes(jobs: Sequence[ExtractJob], rows: Sequence[TensorRow]) -> list[str]:
+    continued = [row for row in rows if row.rest_norm is not None]
+    energy = sum(row.energy for row in continued)
+    rest = sum((row.rest_norm or 0.0) ** 2 for row in continued)
+    notes = []
+    if rest > energy:
+        notes.append(
+            "the adapter of --into explains nothing of the change: without it, less is left. Is "
+            "it of these checkpoints?"
+        )
+    elif energy:
+        notes.append(
+            f"the adapter of --into alone explains {1 - rest / energy:.2%} of the energy of the "
+            f"{len(continued)} matrices that it changes"
+        )
+    started = {job.pair.name for job in jobs if job.start is not None}
+    idle = [row.name for row in rows if row.status is Status.UNCHANGED and row.name in started]
+    if idle:
+        notes.append(
+            f"{len(idle)} updates of --into are left out, for their tensors did not change "
+            f"({', '.join(idle[:3])})"
+        )
+    return notes
 
 
 def _side(model: Model) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from loratool.algebra.lora_test import lora_rank
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.spectrum import Spectrum
+from loratool.algebra.stacking import at_scale, stacked
 from loratool.layouts.pairs import Pair
-from loratool.ops.adapter_folder import stored_value
+from loratool.ops.adapter_folder import load_update, stored_value
 from loratool.ops.deltas import Delta, matrix_shape, read_delta
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.storage.dtypes import DType
@@ -34,8 +35,29 @@ class Treatment(StrEnum):
 
 
 @dataclass(frozen=True)
+class Start:
+    """An update of a matrix that its extraction continues from.
+
+    transposed: the stored tensor is the update's transpose (Conv1D, embedding).
+    """
+
+    source: str
+    update: LowRankUpdate
+    transposed: bool
+
+    def load(self, device: torch.device) -> LowRank:
+        """In the orientation of the stored tensor. Raises NonFiniteValues."""
+        value = load_update("--into", self.update, device)
+        return value.T if self.transposed else value
+
+
+@dataclass(frozen=True)
 class ExtractJob:
-    """One tensor: where it lies on both sides and what to make of its change."""
+    """One tensor: where it lies on both sides and what to make of its change.
+
+    sketch: see factorize's sketch_dtype. scale: that of the stored update. start: an update to
+    continue from (see extract_into).
+    """
 
     index: int
     pair: Pair
@@ -46,6 +68,9 @@ class ExtractJob:
     seed: int
     exact: bool
     scratch: Path | None
+    sketch: torch.dtype | None = None
+    scale: float = 1.0
+    start: Start | None = None
 
     @property
     def cost(self) -> int:
@@ -59,9 +84,11 @@ class ExtractJob:
 
     @property
     def memory_bytes(self) -> int:
-        """Working memory of the job: its change in float32, and as much again to factorise it."""
+        """Working memory of the job: its change in float32, as much again to factorise it, and
+        what is left of it where it continues from an update."""
         float32 = 4 * self.pair.base.numel
-        return (2 if self.treatment is Treatment.LOW_RANK else 1) * float32
+        copies = 1 + (self.treatment is Treatment.LOW_RANK) + (self.start is not None)
+        return copies * float32
 
     @property
     def output_bytes_at_most(self) -> int:
@@ -71,7 +98,10 @@ class ExtractJob:
         if self.treatment is not Treatment.LOW_RANK:
             return 0
         rows, columns = matrix_shape(self.pair.base.shape)
-        return self.rule.first_guess((rows, columns)) * (rows + columns) * self.dtype.bits // 8
+        rank = self.rule.first_guess((rows, columns)) + (
+            self.start.update.rank if self.start else 0
+        )
+        return rank * (rows + columns) * self.dtype.bits // 8
 
 
 @dataclass(frozen=True)
@@ -110,33 +140,49 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
     )
     if job.treatment is Treatment.WHOLE:
         return ExtractResult(replace(row, status=Status.WHOLE, relative_error=0.0))
-    if job.treatment is not Treatment.LOW_RANK:
+    start = job.start.load(job.device) if job.start else None
+    if job.treatment is not Treatment.LOW_RANK and start is None:
         return ExtractResult(replace(row, status=_NOT_STORED[job.treatment]))
-    if job.rule.kind.name == "full":
-        best = identity_factors(delta.matrix)
-        row = replace(row, method="exact (W − W0 itself)", excess_bound=0.0, failure=0.0)
+    rest = delta if start is None else delta.minus(start)
+    row, new = _factorised(job, row, rest)
+    if start is not None:
+        row = replace(row, kept_rank=start.rank, rest_norm=rest.norm)
+        value = start if new is None else stacked(start, new)
+    elif new is not None:
+        value = at_scale(new, job.scale)
     else:
-        factors = factorize(
-            delta.matrix,
-            job.rule,
-            key=job.key,
-            exact=job.exact,
-            noise_floor=delta.noise.threshold,
-            energy=delta.energy,
-        )
-        best = factors.low_rank()
-        row = _with_findings(row, factors, delta)
-    if best.rank == 0:
         return ExtractResult(replace(row, status=Status.BELOW_RULE))
-    value = stored_value(job.pair.name, best, job.dtype)
+    value = stored_value(job.pair.name, value, job.dtype)
     row = replace(
         row,
         status=Status.LOW_RANK,
-        rank=best.rank,
+        rank=value.rank,
         relative_error=residual_norm(delta.matrix, value) / delta.norm,
-        clamped=job.rule.clamps(best.rank),
+        clamped=new is not None and job.rule.clamps(new.rank),
     )
     return ExtractResult(row, _park(job, value))
+
+
+def _factorised(job: ExtractJob, row: TensorRow, rest: Delta) -> tuple[TensorRow, LowRank | None]:
+    """The factors that the rule keeps of ``rest``, None for none, and the row with the findings."""
+    if job.treatment is not Treatment.LOW_RANK or rest.energy == 0:
+        return row, None
+    if job.rule.kind.name == "full":
+        row = replace(row, method="exact (W − W0 itself)", excess_bound=0.0, failure=0.0)
+        return row, identity_factors(rest.matrix)
+    factors = factorize(
+        rest.matrix,
+        job.rule,
+        key=job.key,
+        exact=job.exact,
+        noise_floor=rest.noise.threshold,
+        energy=rest.energy,
+        sketch_dtype=job.sketch,
+    )
+    row = _with_findings(row, factors, rest)
+    if job.start is not None:  # the question is about the whole change
+        row = replace(row, lora_rank=None, lora_tail=None)
+    return row, factors.low_rank() if factors.rank else None
 
 
 def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
@@ -146,6 +192,8 @@ def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
     delta = read_delta(job.pair, job.device)
     if delta is None:
         return None
+    if job.start is not None:
+        delta = delta.minus(job.start.load(job.device))
     return spectrum_of(
         delta.matrix,
         job.rule,
@@ -153,6 +201,7 @@ def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
         exact=job.exact,
         noise_floor=delta.noise.threshold,
         energy=delta.energy,
+        sketch_dtype=job.sketch,
     )
 
 
@@ -183,5 +232,5 @@ def _park(job: ExtractJob, value: LowRank) -> LowRankUpdate:
         kernel = job.pair.base.shape[1:]
         b, a = b.reshape(*b.shape, *(1 for _ in kernel[1:])), a.reshape(-1, *kernel)
     parked = park(job.scratch / f"{job.index}.raw", {"b": b, "a": a})
-    rank = value.rank
-    return LowRankUpdate(parked["b"], parked["a"], 1.0, float(rank), is_embedding)
+    alpha = value.scale * value.rank
+    return LowRankUpdate(parked["b"], parked["a"], alpha / value.rank, alpha, is_embedding)

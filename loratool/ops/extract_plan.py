@@ -21,15 +21,19 @@ from loratool.layouts.patterns import select
 from loratool.layouts.targets import targeted
 from loratool.ops.deltas import matrix_shape
 from loratool.ops.extract_adapter import in_task_head
+from loratool.ops.extract_into import continue_from
 from loratool.ops.extract_jobs import ExtractJob, Treatment
 from loratool.ops.extract_rules import BUDGET, Rules, read_rules
-from loratool.ops.sources import Model, open_model
+from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.profiles import Profile, find_profile
 from loratool.storage.dtypes import BY_NAME, DType, dtype_named
 from loratool.storage.outputs import check_free_space, check_output
 
 LOW_RANK_KINDS = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EMBEDDING)
 _STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION)
+
+
+SKETCH_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class ExtractPlan:
     alignment: Alignment
     jobs: tuple[ExtractJob, ...]
     notes: tuple[str, ...]
+    into: Path | None
 
     @property
     def read_bytes(self) -> int:
@@ -107,26 +112,38 @@ def plan_extract(
     exclude: Sequence[str] = (),
     drop_rest: bool = False,
     exact: bool = False,
+    sketch_dtype: str = "auto",
     seed: int = 0,
     base_model: str | None = None,
     profile: str = "peft",
+    into: Path | None = None,
+    alpha: float | None = None,
     overwrite: bool = False,
 ) -> ExtractPlan:
     """Read headers and decide what happens to every tensor. Nothing is written.
 
     rank_for: pattern → rank, rule or "whole", for the tensors it matches; the last match wins.
     conv_rank: rank or rule of convolutions, or "same" for that of ``rank``; without it they are
-    stored whole. targets: see layouts.targets. Raises InputError, DisagreementError, UsageError or
+    stored whole. sketch_dtype: of the products that steer the randomised method, "auto" for the
+    device's fastest. into: an adapter to continue from (see extract_into), alpha: for one that
+    stores none. targets: see layouts.targets. Raises InputError, DisagreementError, UsageError or
     OutputError, before any long work.
     """
     is_budget = str(rank).startswith(BUDGET)
     limits = RankLimits(min_rank, max_rank, multiple_of)
     rules = read_rules(str(rank), rank_for or {}, conv_rank, limits)
     target = resolve_device(device)
+    if sketch_dtype not in SKETCH_DTYPES:
+        raise UsageError(
+            f"unknown dtype of the sketch {sketch_dtype!r}",
+            hint=f"choose one of {', '.join(SKETCH_DTYPES)}",
+        )
+    sketch = SKETCH_DTYPES[sketch_dtype]
     if base_model is not None and not is_hub_id(base_model):
         raise UsageError(f"--base-model {base_model!r} is not of the form owner/name")
     base_side, tuned_side = open_model(base), open_model(tuned)
-    check_output(output, overwrite=overwrite, inputs=[*base_side.paths, *tuned_side.paths])
+    inputs = [*base_side.paths, *tuned_side.paths, *([into] if into else [])]
+    check_output(output, overwrite=overwrite, inputs=inputs)
     alignment = align(
         base_side.checkpoint, tuned_side.checkpoint, base_side.config, tuned_side.config
     )
@@ -150,11 +167,20 @@ def plan_extract(
             seed,
             exact,
             scratch=None,
+            sketch=sketch,
         )
         for index, pair in enumerate(pairs)
     ]
     budget = _budget(str(rank), stored, base_side) if is_budget else None
     rules.check_used(jobs)
+    notes = [*alignment.notes, *_grouped_note(jobs, rules, base_side)]
+    if into is not None:
+        if rules.general.kind.name == "full":
+            raise UsageError("--rank full stores the whole change; --into has nothing to add to it")
+        jobs, said = continue_from(open_adapter(into, alpha), jobs, base_side)
+        notes += said
+    elif alpha is not None:
+        raise UsageError("--alpha is for the adapter of --into")
     if budget is None:
         _check_rank(jobs)
     plan = ExtractPlan(
@@ -172,7 +198,8 @@ def plan_extract(
         overwrite,
         alignment,
         tuple(jobs),
-        (*alignment.notes, *_grouped_note(jobs, rules, base_side)),
+        tuple(notes),
+        into,
     )
     check_free_space(output, 2 * plan.adapter_bytes_at_most)
     return plan

@@ -39,6 +39,8 @@ class TensorRow:
     (see algebra.certificate). noise_floor: singular values below it cannot be told from rounding;
     noise_share: √(Σ ulp²/12) / ‖D‖, the share of rounding in the change, whose singular values are
     biased low where it is large (near_noise).
+    kept_rank: of the update continued from, which ``rank`` counts; rest_norm: ‖D − s·B·A‖_F of that
+    update alone, to which method, singular_values and excess_bound refer then.
     lora_rank: the rank of the LoRA that explains the change to within rounding, if one does;
     lora_tail: the share of ‖D‖ that a further change could have without being noticed (None where
     the question cannot be decided).
@@ -62,6 +64,8 @@ class TensorRow:
     changed_share: float = 0.0
     lora_rank: int | None = None
     lora_tail: float | None = None
+    kept_rank: int | None = None
+    rest_norm: float | None = None
 
     @property
     def energy(self) -> float:
@@ -89,6 +93,8 @@ class TensorRow:
             "delta_norm": self.delta_norm,
             "base_norm": self.base_norm,
             "rank": self.rank,
+            "kept_rank": self.kept_rank,
+            "rest_norm": self.rest_norm,
             "relative_error": self.relative_error,
             "energy_kept": self.energy_kept,
             "clamped": self.clamped,
@@ -170,7 +176,9 @@ class ExtractReport:
         asked = [
             row
             for row in factorised(self.rows)
-            if row.method and (row.singular_values or row.status is Status.BELOW_RULE)
+            if row.kept_rank is None
+            and row.method
+            and (row.singular_values or row.status is Status.BELOW_RULE)
         ]
         return lora_summary(asked, "any rank up to those extracted")
 

@@ -17,15 +17,28 @@ from loratool.storage.dtypes import BY_NAME
 from loratool.storage.tensors import LazyTensor, TensorInfo
 
 
-def resume_key(jobs: Sequence[ExtractJob]) -> str:
-    """What must be equal for finished tensors to be taken over: inputs, options, version."""
+def resume_key(jobs: Sequence[ExtractJob], into: Path | None = None) -> str:
+    """What must be equal for finished tensors to be taken over: inputs, options, version.
+
+    into: the adapter that is continued from, a file or a folder.
+    """
     files = sorted({info.path for job in jobs for info in (job.pair.base, job.pair.tuned)})
     state = [loratool_version()]
+    if into is not None:
+        files += sorted(into.iterdir()) if into.is_dir() else [into]
     for path in files:
         stat = path.stat()
         state.append(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
     for job in jobs:
-        options = (job.rule, job.rule.limits, job.dtype.name, job.device, job.seed, job.exact)
+        options = (
+            job.rule,
+            job.rule.limits,
+            job.dtype.name,
+            job.device,
+            job.seed,
+            job.exact,
+            job.sketch,
+        )
         state.append(f"{job.pair.name}:{job.treatment}:{':'.join(map(str, options))}")
     return hashlib.sha256("\n".join(state).encode()).hexdigest()
 

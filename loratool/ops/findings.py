@@ -38,7 +38,7 @@ def lora_summary(matrices: Sequence[MatrixFindings], looked_at: str) -> str | No
     if not asked:
         return "whether a LoRA made the change cannot be told: rounding hides it"
     tail = max(row.lora_tail or 0.0 for row in asked)
-    unnoticed = f"a further change of {tail:.1%} of a matrix's would go unnoticed"
+    unnoticed = f"a further change of {100 * tail:.2g} % of a matrix's would go unnoticed"
     ranks = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}" if found else ""
     if not found:
         answer = f"the change is no LoRA's of {looked_at}: more than rounding is left ({unnoticed})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from loratool.adapter import Adapter, LowRankUpdate
@@ -58,8 +59,9 @@ def fit(adapter: Adapter, profile: Profile, key: str) -> Fitted:
     ranks = sorted({update.rank for update in adapter.low_rank.values()})
     rank = _allowed_rank(ranks[-1], profile)
     updates = dict(adapter.updates)
+    alpha = next(iter(adapter.low_rank.values())).scale * rank
     for name, update in adapter.low_rank.items():
-        updates[name] = _padded(update, rank, f"{key}:{name}")
+        updates[name] = _padded(update, rank, alpha, f"{key}:{name}")
     notes = [profile.limits.serve.format(rank=rank)] if profile.limits.serve else []
     if ranks != [rank]:
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -70,6 +72,7 @@ def fit(adapter: Adapter, profile: Profile, key: str) -> Fitted:
 def _check(adapter: Adapter, profile: Profile) -> None:
     limits = profile.limits
     in_the_way = []
+    scale = next((update.scale for update in adapter.low_rank.values()), 1.0)
     for name in adapter.replacements:
         if not (limits.biases if name.endswith(".bias") else limits.whole_modules):
             in_the_way.append(f"{name}: stored whole")
@@ -82,6 +85,8 @@ def _check(adapter: Adapter, profile: Profile) -> None:
             in_the_way.append(f"{name}: an update of an embedding")
         elif update.kernel and not limits.convolutions:
             in_the_way.append(f"{name}: an update of a convolution")
+        elif limits.one_rank and not math.isclose(update.scale, scale, rel_tol=1e-12):
+            in_the_way.append(f"{name}: scale {update.scale:g} where others have {scale:g}")
         elif last in limits.refused_modules:
             in_the_way.append(f"{name}: an update of {last}")
     if in_the_way:
@@ -106,14 +111,10 @@ def _allowed_rank(largest: int, profile: Profile) -> int:
     return fitting[0]
 
 
-def _padded(update: LowRankUpdate, rank: int, key: str) -> LowRankUpdate:
-    """Rank and alpha raised together, so that the scale stays what it is."""
+def _padded(update: LowRankUpdate, rank: int, alpha: float, key: str) -> LowRankUpdate:
+    """Of a higher rank, and of the alpha that leaves the scale what it is."""
+    update = replace(update, alpha=alpha, scale=alpha / rank)
     extra = rank - update.rank
     if not extra:
         return update
-    return replace(
-        update,
-        b=PaddedColumns(update.b, extra),
-        a=PaddedRows(update.a, extra, key),
-        alpha=update.alpha * rank / update.rank,
-    )
+    return replace(update, b=PaddedColumns(update.b, extra), a=PaddedRows(update.a, extra, key))

@@ -294,3 +294,30 @@ def test_tradeoff_tells_what_extraction_then_gives(tmp_path: Path) -> None:
     assert row.parameters == report.adapter_parameters
     assert row.error == pytest.approx((missed / energy) ** 0.5, rel=1e-4)
     assert all(row.budget_error <= row.error + 1e-12 for row in tradeoff.rows)
+
+
+def test_dtype_of_the_sketch(tmp_path: Path) -> None:
+    """It may steer the method elsewhere, but what is said of the result stays true."""
+    generator = torch.Generator().manual_seed(2)
+    name = "model.layers.0.mlp.up_proj.weight"
+    state = {name: torch.randn(700, 600, generator=generator)}
+    left = torch.linalg.qr(torch.randn(700, 200, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(600, 200, generator=generator)).Q
+    delta = (left * 0.9 ** torch.arange(200)) @ right.T
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder({name: state[name] + delta}, tmp_path / "tuned", LLAMA)
+    true = torch.linalg.svdvals((state[name] + delta).double() - state[name].double())
+    best = (true[16:].norm() / true.norm()).item()
+    for dtype in ("float32", "bfloat16"):
+        report = lt.extract(base, tuned, tmp_path / dtype, rank=16, sketch_dtype=dtype)
+        (row,) = report.rows
+        assert row.method == "block Krylov"
+        assert best * (1 - 1e-6) <= (row.relative_error or 0) <= best * 1.001
+        assert (row.relative_error or 0) / best - 1 <= (row.excess_bound or 0) + 1e-6
+    one, two = (
+        (tmp_path / dtype / "adapter_model.safetensors").read_bytes()
+        for dtype in ("float32", "bfloat16")
+    )
+    assert one != two
+    with pytest.raises(UsageError, match="unknown dtype of the sketch"):
+        lt.extract(base, tuned, tmp_path / "no", rank=16, sketch_dtype="int8")

@@ -1,0 +1,73 @@
+"""Continuing from an adapter: its factors are kept, and only what they leave is factorised.
+
+With the adapter's update s·B₀·A₀ and the change D, the rank rule looks at the rest
+E = D − s·B₀·A₀, and the result is D ≈ s·[B₀ B]·[A₀; A]: the old factors as they were, the new
+ones at the same scale, so that a module has one. (The best factors of D alone would need fewer
+components; keeping the old ones is the point.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loratool.adapter import Adapter, LowRankUpdate, Replacement
+from loratool.errors import DisagreementError, UnsupportedInput, UsageError
+from loratool.layouts.placing import place
+from loratool.ops.extract_jobs import ExtractJob, Start, Treatment
+from loratool.ops.sources import Model
+
+
+def continue_from(
+    adapter: Adapter, jobs: Sequence[ExtractJob], base: Model
+) -> tuple[list[ExtractJob], tuple[str, ...]]:
+    """The jobs, each with the update that it starts from, and what there is to say.
+
+    What the adapter stores whole is left to the tuned checkpoint. Raises what ``place`` raises
+    for an adapter of another base, UnsupportedInput for updates that are not low-rank, and
+    UsageError where one would be lost because its tensor is left out.
+    """
+    placement = place([(adapter, 1.0)], base.checkpoint.tensors, base.config)
+    notes = list(placement.notes)
+    starts: dict[str, Start] = {}
+    whole = 0
+    for target, updates in placement.updates.items():
+        for placed in updates:
+            if isinstance(placed.update, Replacement):
+                whole += 1
+            elif not isinstance(placed.update, LowRankUpdate) or len(updates) > 1:
+                raise UnsupportedInput(
+                    f"--into: {placed.source}: is not one low-rank update of one matrix"
+                )
+            elif placed.update.scale == 0 or not math.isfinite(placed.update.scale):
+                raise DisagreementError(f"--into: {placed.source}: has scale {placed.update.scale}")
+            else:
+                starts[target] = Start(
+                    placed.source, placed.update, placed.transposed or placed.update.is_embedding
+                )
+    if not starts:
+        raise UsageError("--into: the adapter has no low-rank update to continue from")
+    if whole:
+        notes.append(f"{whole} parameters that --into stores whole are taken from tuned")
+    scales = Counter(start.update.scale for start in starts.values())
+    usual = scales.most_common(1)[0][0]
+    lost, continued = [], []
+    for job in jobs:
+        start = starts.pop(job.pair.base.name, None)
+        if start is None or job.treatment is Treatment.WHOLE:
+            continued.append(replace(job, scale=usual))
+        elif job.treatment is Treatment.LOW_RANK:
+            continued.append(replace(job, scale=start.update.scale, start=start))
+        else:
+            lost.append(start.source)
+    lost += [start.source for start in starts.values()]
+    if lost:
+        raise UsageError(
+            f"--into: {len(lost)} updates of the adapter would be lost, for their tensors are "
+            "left out",
+            details=lost[:12],
+            hint="loosen --include, --exclude and --targets",
+        )
+    return continued, tuple(notes)
