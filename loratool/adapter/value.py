@@ -23,6 +23,7 @@ class ModuleKind(StrEnum):
     EMBEDDING = "embedding"
     POSITION = "position table"
     CONV = "convolution"
+    EXPERT = "expert"
     NORM = "norm"
     BIAS = "bias"
     OTHER = "other"
@@ -36,7 +37,7 @@ class Adapter:
     index behind the parameter's name (``…experts.gate_up_proj.3``). base_copies: base weights
     that the file carries along unchanged (PEFT stores embeddings beside their updates); they are
     facts about the base, not changes. fan_in_fan_out: what the file says about weights stored as
-    (in, out).
+    (in, out). as_parameters: weights that PEFT adapts as parameters rather than by their modules.
     """
 
     updates: Mapping[str, Update]
@@ -45,6 +46,7 @@ class Adapter:
     fan_in_fan_out: bool = False
     task_type: str | None = None
     base_copies: Mapping[str, LazyTensor] = field(default_factory=dict)
+    as_parameters: frozenset[str] = frozenset()
 
     @property
     def low_rank(self) -> dict[str, LowRankUpdate]:

@@ -20,7 +20,7 @@ from loratool.adapter import (
 )
 from loratool.errors import DisagreementError, MalformedFile, Unplaced, UnsupportedInput, UsageError
 from loratool.formats.peft_config import CONFIG_FILE, Scaling, read_config, scaling_of
-from loratool.formats.peft_experts import Wrapped, decode_parameter
+from loratool.formats.peft_experts import Wrapped, decode_parameter, is_bare
 from loratool.formats.peft_keys import (
     BASE_COPY,
     FACTOR,
@@ -68,6 +68,7 @@ class _Reader:
         self.base_copies: dict[str, LazyTensor] = {}
         self.factors: dict[str, dict[str, str]] = {}
         self.lycoris: dict[str, dict[str, LazyTensor]] = {}
+        self.as_parameters: set[str] = set()
         self.unplaced: list[str] = []
 
     def read(self) -> Adapter:
@@ -91,6 +92,7 @@ class _Reader:
             fan_in_fan_out=bool(self.config.get("fan_in_fan_out")),
             task_type=_text(self.config.get("task_type")),
             base_copies=self.base_copies,
+            as_parameters=frozenset(self.as_parameters),
         )
 
     def _sort(self, key: str) -> None:
@@ -226,6 +228,8 @@ class _Reader:
         return Wrapped(self.label, tuple(targets))
 
     def _parameter(self, name: str, a: LazyTensor, b: LazyTensor, scaling: Scaling) -> None:
+        if not is_bare(name):
+            self.as_parameters.add(name)
         rank = scaling.rank_of(name)
         scale, alpha = scaling.of(name, None)
         self.updates |= decode_parameter(

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, LowRankUpdate, module_of
@@ -30,9 +30,13 @@ def encode(
     for name, other in adapter.others.items():
         raise Unplaced(f"{name}: {other.describe()}: cannot be written as PEFT's yet")
     modules = None if base_modules is None else set(base_modules)
-    bare = {name: update for name, update in adapter.low_rank.items() if is_bare(name)}
+    bare = {
+        name: update
+        for name, update in adapter.low_rank.items()
+        if is_bare(name) or name in adapter.as_parameters
+    }
     low_rank = {module_of(n): update for n, update in adapter.low_rank.items() if n not in bare}
-    saved = {module_of(name) for name in adapter.replacements if name.endswith(".weight")}
+    saved = _saved_modules(adapter)
     tensors: dict[str, LazyTensor] = {}
     for module, update in low_rank.items():
         kind = "lora_embedding_{}" if update.is_embedding else "lora_{}.weight"
@@ -42,16 +46,17 @@ def encode(
     for parameter in parameters:
         tensors[f"{PREFIX}{parameter.owner}.lora_A.weight"] = parameter.a
         tensors[f"{PREFIX}{parameter.owner}.lora_B.weight"] = parameter.b
+    adapted = {*low_rank, *(module_of(parameter.name) for parameter in parameters)}
     has_bias = False
     for name, replacement in adapter.replacements.items():
         module, _, part = name.rpartition(".")
-        if part not in ("weight", "bias") or not module:
-            raise Unplaced(f"{name}: PEFT cannot store a parameter that is no weight or bias")
-        if module in low_rank and part == "weight":
-            raise Unplaced(f"{name}: is both updated and replaced")
-        bias_alone = part == "bias" and module not in saved
+        if not module:
+            raise Unplaced(f"{name}: PEFT cannot store a parameter of the model itself")
+        if module in low_rank and part != "bias":
+            raise Unplaced(f"{name}: its module is both updated and replaced")
+        bias_alone = part == "bias" and not _lies_in(saved, name)
         has_bias |= bias_alone
-        owner = f"{module}.base_layer" if module in low_rank else module
+        owner = f"{module}.base_layer" if module in adapted else module
         tensors[f"{PREFIX}{owner if bias_alone else module}.{part}"] = replacement.value
     heads = TASK_HEADS.get(adapter.task_type or "", ())
     roots = {module.split(".")[0] for module in saved} & set(heads)
@@ -59,6 +64,20 @@ def encode(
     config = _config_of(adapter, low_rank, parameters, modules, saved, roots, has_bias)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return dict(sorted(tensors.items())), {CONFIG_FILE: text.encode()}
+
+
+def _saved_modules(adapter: Adapter) -> set[str]:
+    """The outermost modules that are stored whole: owners of replaced weights, and of replaced
+    parameters that are no weight or bias."""
+    owners = {module_of(name) for name in adapter.replacements if not name.endswith(".bias")}
+    return {owner for owner in owners if not _lies_in(owners, owner)}
+
+
+def _lies_in(modules: Collection[str], name: str) -> bool:
+    while name := module_of(name):
+        if name in modules:
+            return True
+    return False
 
 
 def _config_of(

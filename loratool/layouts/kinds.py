@@ -35,6 +35,8 @@ _POSITIONS = {
 }
 _TABLE = re.compile(r"embed_(?!out$).+|.*embed(der|dings?)?")
 """Last names of tables whose use is not known; stored whole they are right as any module."""
+_EXPERT = re.compile(r"(?:.*\.)?experts\.(?:[^.]+\.)?[^.]+")
+"""A parameter of a module of experts, or one matrix of it as layouts.experts names it."""
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 
@@ -94,6 +96,8 @@ def _kind(name: str, shape: tuple[int, ...], conv1d: bool, has_bias: bool) -> Mo
     last = _last(name)
     if part == "bias":
         return ModuleKind.BIAS
+    if part != "weight" and len(shape) == 2 and _EXPERT.fullmatch(name):
+        return ModuleKind.EXPERT
     if part != "weight":
         return ModuleKind.OTHER
     if len(shape) == 1:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from loratool.adapter import ModuleKind
+from loratool.adapter import ModuleKind, module_of
 from loratool.errors import NothingMatches, ShapeMismatch, Unplaced
 from loratool.layouts.config import ModelConfig
-from loratool.layouts.experts import Experts, find_experts
+from loratool.layouts.experts import Experts, by_expert, find_experts, has_stacked
+from loratool.layouts.fused import refit
 from loratool.layouts.kinds import classify
 from loratool.layouts.names import head_model_prefix, match_names, near_misses
 from loratool.layouts.renames import module_names
 from loratool.layouts.ties import Tie, find_ties, same_values
 from loratool.storage.tensors import TensorInfo
+from loratool.storage.views import Stored, rows_of
 
 _BUFFERS = (".masked_bias", ".rotary_emb.inv_freq", ".position_ids")
 _MASKS = (".attn.bias", ".attention.bias")
@@ -33,16 +35,35 @@ _HEADS = (
     "pre_classifier.",
 )
 """What a head model keeps outside the part that bears its prefix."""
+_VOCABULARY_HEADS = frozenset({"lm_head", "embed_out", "proj_out", "decoder", "vocab_projector"})
+"""Last names of output heads over the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One parameter in both checkpoints. ``name`` is the full model's name for it."""
+    """One parameter in both checkpoints, or one matrix of it. ``name`` is the full model's name.
+
+    base, tuned: of equal shapes. grown: the whole tuned table where it has more rows (tokens)
+    than the base's; ``tuned`` is then its first rows. input_first: whether an expert's matrix is
+    stored as (in, out).
+    """
 
     name: str
     kind: ModuleKind
-    base: TensorInfo
-    tuned: TensorInfo
+    base: Stored
+    tuned: Stored
+    grown: Stored | None = None
+    input_first: bool = False
+
+    @property
+    def whole(self) -> Stored:
+        """The tuned values, tokens that were added included."""
+        return self.grown or self.tuned
+
+    @property
+    def added_rows(self) -> int:
+        """Rows that the tuned side has beyond the base's."""
+        return self.whole.rows - self.tuned.rows if self.grown else 0
 
 
 @dataclass(frozen=True)
@@ -67,14 +88,44 @@ def align(
     base_config: ModelConfig,
     tuned_config: ModelConfig,
 ) -> Alignment:
-    """Pair the tensors of base and tuned.
+    """Pair the tensors of base and tuned, whatever names and layout each side stores them in.
 
     Raises NothingMatches for tensors on one side only, ShapeMismatch for pairs that differ in
     shape.
     """
+    config = base_config if base_config.known else tuned_config
+    ours, notes = _as_loaded(base, config)
+    theirs, _ = _as_loaded(tuned, tuned_config if tuned_config.known else config)
+    refitted = refit(theirs, ours)
+    if refitted.note:
+        notes.append(f"{refitted.note}, as the base has it")
+    alignment = _align(ours, refitted.tensors, config)
+    experts = find_experts(
+        (pair.name for pair in alignment.pairs), config, stacked=has_stacked(base)
+    )
+    pairs = tuple(
+        replace(pair, input_first=experts.is_input_first(pair.name)) for pair in alignment.pairs
+    )
+    return replace(alignment, pairs=pairs, experts=experts, notes=(*notes, *alignment.notes))
+
+
+def _as_loaded(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig
+) -> tuple[dict[str, Stored], list[str]]:
+    """The tensors by the names that transformers 5 gives them, experts one by one."""
+    modules = module_names(tensors, config)
+    renamed = next((pair for pair in modules.items() if pair[0] != pair[1]), None)
+    notes = []
+    if renamed is not None:
+        notes.append(f"modules are named as transformers 5 does ({renamed[1]} for {renamed[0]})")
+    return by_expert({modules[name]: info for name, info in tensors.items()}, config), notes
+
+
+def _align(
+    base: Mapping[str, Stored], tuned: Mapping[str, Stored], config: ModelConfig
+) -> Alignment:
     matched = match_names(tuned, base)
     notes = [f"{matched.note} of the tuned checkpoint in the base"] if matched.note else []
-    config = base_config if base_config.known else tuned_config
     kinds_by_base = classify({name: info.shape for name, info in base.items()}, config)
     left_base = set(base) - set(matched.found.values())
     extras = _tied_extras(base, tuned, set(matched.missing), left_base, kinds_by_base, config)
@@ -100,21 +151,28 @@ def align(
         notes.append(f"{extra} is stored on one side only and compared with the tied {partner}")
         pairs.append(pair)
         untied |= {pair.name, ours_to_full[partner]}
+    pairs = [_with_added_rows(pair) for pair in pairs]
     _check_shapes(pairs)
+    grown = next((pair for pair in pairs if pair.grown), None)
+    if grown is not None:
+        notes.append(
+            f"the vocabulary grew from {grown.tuned.rows} to {grown.whole.rows} tokens: before "
+            f"loading the adapter, model.resize_token_embeddings({grown.whole.rows})"
+        )
     ties = find_ties(
         [pair.name for pair in pairs], {pair.name: pair.kind for pair in pairs}, config
     )
     # where one side is untied, each matrix is described on its own
     ties = tuple(tie for tie in ties if not untied & set(tie.names))
-    experts = find_experts(pair.name for pair in pairs)
+    experts = Experts(frozenset(), frozenset())
     return Alignment(tuple(pairs), ties, experts, tuple(sorted(ignored)), tuple(notes))
 
 
-def _is_buffer(name: str, info: TensorInfo) -> bool:
+def _is_buffer(name: str, info: Stored) -> bool:
     return name.endswith(_BUFFERS) or (name.endswith(_MASKS) and len(info.shape) == 4)
 
 
-def _one_sided(lost: list[str], lost_base: list[str], base: Mapping[str, TensorInfo]) -> Exception:
+def _one_sided(lost: list[str], lost_base: list[str], base: Mapping[str, Stored]) -> Exception:
     details = [
         f"only in tuned: {name}"
         + (f"   closest in base: {alike[0]}" if (alike := near_misses(name, base)) else "")
@@ -133,8 +191,8 @@ def _one_sided(lost: list[str], lost_base: list[str], base: Mapping[str, TensorI
 
 
 def _tied_extras(
-    base: Mapping[str, TensorInfo],
-    tuned: Mapping[str, TensorInfo],
+    base: Mapping[str, Stored],
+    tuned: Mapping[str, Stored],
     tuned_only: set[str],
     base_only: set[str],
     kinds: Mapping[str, ModuleKind],
@@ -154,8 +212,8 @@ def _tied_extras(
 def _extra_pair(
     extra: str,
     partner: str,
-    base: Mapping[str, TensorInfo],
-    tuned: Mapping[str, TensorInfo],
+    base: Mapping[str, Stored],
+    tuned: Mapping[str, Stored],
     found: Mapping[str, str],
     kinds: Mapping[str, ModuleKind],
 ) -> Pair:
@@ -171,8 +229,8 @@ def _extra_pair(
 def _still_tied(
     extra: str,
     partner: str,
-    base: Mapping[str, TensorInfo],
-    tuned: Mapping[str, TensorInfo],
+    base: Mapping[str, Stored],
+    tuned: Mapping[str, Stored],
     found: Mapping[str, str],
 ) -> bool:
     """Whether the side that stores both names stores the same values: transformers then ties."""
@@ -197,11 +255,20 @@ def _full_names(found: Mapping[str, str], config: ModelConfig) -> tuple[dict[str
             theirs: name if name.startswith(_HEADS) else prefix + name
             for theirs, name in full.items()
         }
-    modules = module_names(full.values(), config)
-    renamed = next((pair for pair in modules.items() if pair[0] != pair[1]), None)
-    if renamed is not None:
-        notes.append(f"modules are named as transformers 5 does ({renamed[1]} for {renamed[0]})")
-    return {theirs: modules[name] for theirs, name in full.items()}, notes
+    return full, notes
+
+
+def _with_added_rows(pair: Pair) -> Pair:
+    """A table over the vocabulary with tokens added: its old rows are the pair."""
+    last = module_of(pair.name).rpartition(".")[2]
+    rows = pair.base.rows
+    if (
+        (pair.kind is ModuleKind.EMBEDDING or last in _VOCABULARY_HEADS)
+        and pair.base.shape[1:] == pair.tuned.shape[1:]
+        and pair.tuned.rows > rows
+    ):
+        return replace(pair, tuned=rows_of(pair.tuned, 0, rows), grown=pair.tuned)
+    return pair
 
 
 def _check_shapes(pairs: list[Pair]) -> None:
@@ -213,7 +280,8 @@ def _check_shapes(pairs: list[Pair]) -> None:
                 f"{pair.name}: base {list(pair.base.shape)}, tuned {list(pair.tuned.shape)}"
                 for pair in wrong[:12]
             ],
-            hint="a resized vocabulary or another architecture? base and tuned must agree",
+            hint="tokens added to the tuned side are taken over, tokens removed from it are not; "
+            "another architecture? base and tuned must agree",
         )
 
 

@@ -21,12 +21,24 @@ _VIT = (
     (r"(\.layers\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
     (r"(\.layers\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
 )
+_BLOCK_SPARSE = ((r"\.block_sparse_moe\.", ".mlp."),)
+_GRANITE = (
+    (r"(\.block_sparse_moe)\.input_linear\.weight$", r"\1.experts.gate_up_proj"),
+    (r"(\.block_sparse_moe)\.output_linear\.weight$", r"\1.experts.down_proj"),
+    (r"(\.block_sparse_moe)\.router\.layer\.weight$", r"\1.router.weight"),
+)
 _RENAMES = {
     "gpt_neox": ((r"^\.embed_out\.", ".lm_head."),),
     "vit": _VIT,
     "deit": _VIT,
     "vit_msn": _VIT,
-    "mixtral": ((r"\.block_sparse_moe\.", ".mlp."),),
+    "mixtral": _BLOCK_SPARSE,
+    "minimax": _BLOCK_SPARSE,
+    "minimax_m2": _BLOCK_SPARSE,
+    "phimoe": (*_BLOCK_SPARSE, (r"(\.mlp)\.gate\.weight$", r"\1.router.weight")),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "granitemoehybrid": _GRANITE,
 }
 """model_type → (pattern, replacement), applied in turn to the name with a dot before it."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from loratool.adapter import ModuleKind, module_of
 from loratool.layouts.config import ModelConfig
-from loratool.storage.tensors import TensorInfo, equal_values
+from loratool.storage.tensors import LazyTensor, equal_values
 
 _DECODER_HEADS = {
     "cls.predictions.transform.dense.weight": "cls.predictions.decoder.weight",
@@ -127,6 +127,6 @@ def _head(names: set[str], config: ModelConfig) -> str | None:
     return "lm_head.weight" if architecture.endswith(_WITH_LM_HEAD) else None
 
 
-def same_values(one: TensorInfo, two: TensorInfo) -> bool:
+def same_values(one: LazyTensor, two: LazyTensor) -> bool:
     """Whether two stored tensors are equal: transformers ties those stored under both names."""
     return one.dtype == two.dtype and equal_values(one, two)

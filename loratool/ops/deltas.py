@@ -13,7 +13,7 @@ from loratool.algebra.lowrank import LowRank
 from loratool.algebra.noise import NoiseFloor, NoiseSums
 from loratool.errors import NonFiniteValues
 from loratool.layouts.pairs import Pair
-from loratool.storage.tensors import TensorInfo
+from loratool.storage.views import Stored
 
 _BLOCK_ELEMENTS = 2**18
 
@@ -94,6 +94,6 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _rows(info: TensorInfo, start: int, stop: int, columns: int) -> Tensor:
+def _rows(info: Stored, start: int, stop: int, columns: int) -> Tensor:
     values = info.read() if len(info.shape) < 2 else info.read_rows(start, stop)
     return values.reshape(stop - start, columns)

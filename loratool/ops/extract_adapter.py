@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from loratool.adapter import Adapter, ModuleKind, Replacement, Update, module_of
 from loratool.formats import peft
+from loratool.formats.peft_experts import parameter_of
 from loratool.layouts.pairs import Alignment, Pair
 from loratool.layouts.ties import Tie
+from loratool.ops.extract_experts import complete_experts
 from loratool.ops.extract_jobs import ExtractResult
 from loratool.ops.extract_report import Status
 
@@ -27,11 +29,11 @@ def build_adapter(
         if result.update is not None:
             updates[result.row.name] = result.update
         elif result.row.status is Status.WHOLE:
-            updates[result.row.name] = Replacement(pairs[result.row.name].tuned)
+            updates[result.row.name] = Replacement(pairs[result.row.name].whole)
     _complete_ties(alignment.ties, updates, pairs)
-    for name in list(updates):
-        _complete_module(name, updates, pairs)
+    _complete_modules(updates, pairs)
     _complete_ties(alignment.ties, updates, pairs)
+    complete_experts(updates, pairs)
     task = _complete_task_head(task_type, updates, pairs)
     return Adapter(
         updates,
@@ -41,6 +43,7 @@ def build_adapter(
             pairs[name].kind is ModuleKind.CONV1D for name in updates if name in pairs
         ),
         task_type=task,
+        as_parameters=frozenset(filter(alignment.experts.is_retargeted, updates)),
     )
 
 
@@ -56,17 +59,31 @@ def _complete_ties(
     for tie in ties:
         if any(name in updates for name in tie.names):
             for name in tie.names:
-                updates.setdefault(name, Replacement(pairs.get(name, pairs[tie.main]).tuned))
+                updates.setdefault(name, Replacement(pairs.get(name, pairs[tie.main]).whole))
 
 
-def _complete_module(name: str, updates: dict[str, Update], pairs: Mapping[str, Pair]) -> None:
-    """A module stored whole is stored with its unchanged half too: PEFT copies whole modules."""
-    partner = f"{module_of(name)}.bias"
-    if name.endswith(".weight") and isinstance(updates[name], Replacement) and partner in pairs:
-        updates.setdefault(partner, Replacement(pairs[partner].tuned))
+def _complete_modules(updates: dict[str, Update], pairs: Mapping[str, Pair]) -> None:
+    """A module stored whole is stored with its unchanged parts too: PEFT copies whole modules."""
+    saved = {
+        module_of(name)
+        for name, update in updates.items()
+        if isinstance(update, Replacement) and not _is_bias_alone(name, pairs)
+    }
+    for name, pair in pairs.items():
+        if any(owner in saved for owner in _owners(name)):
+            updates.setdefault(name, Replacement(pair.whole))
+
+
+def _is_bias_alone(name: str, pairs: Mapping[str, Pair]) -> bool:
+    """Whether PEFT stores this parameter as a bias, and not with its module."""
     weight = pairs.get(f"{module_of(name)}.weight")
-    if name.endswith(".bias") and weight is not None and weight.kind is ModuleKind.NORM:
-        updates.setdefault(weight.name, Replacement(weight.tuned))
+    return name.endswith(".bias") and (weight is None or weight.kind is not ModuleKind.NORM)
+
+
+def _owners(name: str) -> Iterator[str]:
+    """The modules that a parameter lies in, the nearest first."""
+    while name := module_of(name):
+        yield name
 
 
 def _complete_task_head(
@@ -78,19 +95,15 @@ def _complete_task_head(
     if head and not any(pair.name in updates for pair in head):
         return None
     for pair in head:
-        updates.setdefault(pair.name, Replacement(pair.tuned))
+        updates.setdefault(pair.name, Replacement(pair.whole))
     return task
 
 
 def base_modules(alignment: Alignment) -> set[str]:
     """Every module of the base that owns a parameter, or holds one that does."""
-    owners = {module_of(pair.name) for pair in alignment.pairs}
+    owners = {module_of(parameter_of(pair.name)) for pair in alignment.pairs}
     owners |= {module_of(name) for tie in alignment.ties for name in tie.names}
-    return {
-        ".".join(parts[:length])
-        for parts in (owner.split(".") for owner in owners)
-        for length in range(1, len(parts) + 1)
-    } - {""}
+    return owners.union(*map(_owners, owners)) - {""}
 
 
 def stored_size(adapter: Adapter) -> tuple[int, int]:

@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loratool.adapter import Adapter, LowRankUpdate, Replacement
+from loratool.adapter import Adapter, LowRankUpdate, ModuleKind, Replacement
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
+from loratool.layouts.pairs import Pair
 from loratool.layouts.placing import place
 from loratool.ops.extract_jobs import ExtractJob, Start, Treatment
 from loratool.ops.sources import Model
+from loratool.storage.tensors import TensorInfo
 
 
 def continue_from(
@@ -55,7 +57,7 @@ def continue_from(
     usual = scales.most_common(1)[0][0]
     lost, continued = [], []
     for job in jobs:
-        start = starts.pop(job.pair.base.name, None)
+        start = starts.pop(_stored_name(job.pair), None)
         if start is None or job.treatment is Treatment.WHOLE:
             continued.append(replace(job, scale=usual))
         elif job.treatment is Treatment.LOW_RANK:
@@ -71,3 +73,10 @@ def continue_from(
             hint="loosen --include, --exclude and --targets",
         )
     return continued, tuple(notes)
+
+
+def _stored_name(pair: Pair) -> str:
+    """The base's name of the tensor that is the whole of ``pair``, or ''."""
+    if isinstance(pair.base, TensorInfo) and pair.kind is not ModuleKind.EXPERT:
+        return pair.base.name
+    return ""

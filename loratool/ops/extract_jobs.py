@@ -94,7 +94,7 @@ class ExtractJob:
     def output_bytes_at_most(self) -> int:
         """Size of what it stores, if the tensor changed."""
         if self.treatment is Treatment.WHOLE:
-            return self.pair.tuned.nbytes
+            return self.pair.whole.nbytes
         if self.treatment is not Treatment.LOW_RANK:
             return 0
         rows, columns = matrix_shape(self.pair.base.shape)
@@ -125,11 +125,14 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
         name=job.pair.name,
         kind=str(job.pair.kind),
         shape=job.pair.base.shape,
+        added_rows=job.pair.added_rows,
         status=Status.UNCHANGED,
     )
     delta = read_delta(job.pair, job.device)
-    if delta is None:
+    if delta is None and not job.pair.added_rows:
         return ExtractResult(row)
+    if delta is None:
+        return ExtractResult(_stored_or_not(row, job.treatment))
     row = replace(
         row,
         delta_norm=delta.norm,
@@ -138,11 +141,9 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
         noise_share=delta.noise.share_of(delta.energy),
         changed_share=delta.changed_share,
     )
-    if job.treatment is Treatment.WHOLE:
-        return ExtractResult(replace(row, status=Status.WHOLE, relative_error=0.0))
     start = job.start.load(job.device) if job.start else None
     if job.treatment is not Treatment.LOW_RANK and start is None:
-        return ExtractResult(replace(row, status=_NOT_STORED[job.treatment]))
+        return ExtractResult(_stored_or_not(row, job.treatment))
     rest = delta if start is None else delta.minus(start)
     row, new = _factorised(job, row, rest)
     if start is not None:
@@ -185,6 +186,12 @@ def _factorised(job: ExtractJob, row: TensorRow, rest: Delta) -> tuple[TensorRow
     return row, factors.low_rank() if factors.rank else None
 
 
+def _stored_or_not(row: TensorRow, treatment: Treatment) -> TensorRow:
+    if treatment is Treatment.WHOLE:
+        return replace(row, status=Status.WHOLE, relative_error=0.0)
+    return replace(row, status=_NOT_STORED[treatment])
+
+
 def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
     """The singular values that the job's rule resolves; None for what has no factors."""
     if job.treatment is not Treatment.LOW_RANK:
@@ -225,7 +232,7 @@ def _park(job: ExtractJob, value: LowRank) -> LowRankUpdate:
     """
     assert job.scratch is not None
     is_embedding = job.pair.kind is ModuleKind.EMBEDDING
-    if is_embedding or job.pair.kind is ModuleKind.CONV1D:
+    if is_embedding or job.pair.kind is ModuleKind.CONV1D or job.pair.input_first:
         value = value.T
     b, a = value.b, value.a
     if job.pair.kind is ModuleKind.CONV:

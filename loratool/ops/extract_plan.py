@@ -9,29 +9,23 @@ from typing import Any
 
 import torch
 
-from loratool.adapter import ModuleKind
 from loratool.algebra.budget import parse_size
 from loratool.algebra.ranks import RankLimits, RankRule
 from loratool.engine.devices import resolve_device
 from loratool.errors import UsageError
 from loratool.layouts.config import is_hub_id
-from loratool.layouts.convolutions import is_grouped
-from loratool.layouts.pairs import Alignment, Pair, align, check_floats
+from loratool.layouts.pairs import Alignment, align, check_floats
 from loratool.layouts.patterns import select
 from loratool.layouts.targets import targeted
 from loratool.ops.deltas import matrix_shape
-from loratool.ops.extract_adapter import in_task_head
 from loratool.ops.extract_into import continue_from
 from loratool.ops.extract_jobs import ExtractJob, Treatment
 from loratool.ops.extract_rules import BUDGET, Rules, read_rules
+from loratool.ops.extract_treatments import is_grouped_convolution, treatments
 from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.profiles import Profile, find_profile
 from loratool.storage.dtypes import BY_NAME, DType, dtype_named
 from loratool.storage.outputs import check_free_space, check_output
-
-LOW_RANK_KINDS = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EMBEDDING)
-_STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION)
-
 
 SKETCH_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -155,12 +149,12 @@ def plan_extract(
         chosen &= targeted(targets, {pair.name: pair.kind for pair in pairs})
     select(names, list(rules.special), ())  # a pattern that matches nothing is an error
     stored = _adapter_dtype(dtype, tuned_side)
-    treatments = {pair.name: _treatment(pair, alignment, base_side, rules) for pair in pairs}
+    treated = treatments(alignment, base_side, rules)
     jobs = [
         ExtractJob(
             index,
             pair,
-            treatments[pair.name] if pair.name in chosen else Treatment.EXCLUDED,
+            treated[pair.name] if pair.name in chosen else Treatment.EXCLUDED,
             rules.of(pair) or rules.general,
             stored,
             target,
@@ -215,31 +209,13 @@ def _adapter_dtype(text: str | None, tuned: Model) -> DType:
     return BY_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else BY_NAME["F32"]
 
 
-def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> Treatment:
-    if not pair.base.dtype.is_float:
-        return Treatment.NO_PLACE
-    if in_task_head(pair.name, base.config.task_type):
-        return Treatment.WHOLE  # PEFT saves a task's head whole, whatever the config lists
-    if any(pair.name in tie.names for tie in alignment.ties):
-        return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
-    if alignment.experts.is_expert(pair.name):
-        return Treatment.NO_PLACE
-    if pair.kind in (*LOW_RANK_KINDS, ModuleKind.CONV):
-        whole = alignment.experts.is_saved_whole(pair.name) or _is_grouped(pair, base)
-        return Treatment.WHOLE if whole or rules.of(pair) is None else Treatment.LOW_RANK
-    return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
-
-
-def _is_grouped(pair: Pair, base: Model) -> bool:
-    kind, shape = pair.kind, pair.base.shape
-    return kind is ModuleKind.CONV and is_grouped(pair.name, shape, base.config)
-
-
 def _grouped_note(jobs: Sequence[ExtractJob], rules: Rules, base: Model) -> tuple[str, ...]:
     grouped = [
         job.pair.name
         for job in jobs
-        if job.treatment is Treatment.WHOLE and rules.of(job.pair) and _is_grouped(job.pair, base)
+        if job.treatment is Treatment.WHOLE
+        and rules.of(job.pair)
+        and is_grouped_convolution(job.pair, base)
     ]
     if not grouped:
         return ()

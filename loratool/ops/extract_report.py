@@ -43,7 +43,8 @@ class TensorRow:
     update alone, to which method, singular_values and excess_bound refer then.
     lora_rank: the rank of the LoRA that explains the change to within rounding, if one does;
     lora_tail: the share of ‖D‖ that a further change could have without being noticed (None where
-    the question cannot be decided).
+    the question cannot be decided). added_rows: tokens that the tuned table has beyond the base's;
+    norms and errors are of the rows that both have.
     """
 
     name: str
@@ -66,6 +67,7 @@ class TensorRow:
     lora_tail: float | None = None
     kept_rank: int | None = None
     rest_norm: float | None = None
+    added_rows: int = 0
 
     @property
     def energy(self) -> float:
@@ -89,6 +91,7 @@ class TensorRow:
             "name": self.name,
             "kind": self.kind,
             "shape": list(self.shape),
+            "added_rows": self.added_rows,
             "status": str(self.status),
             "delta_norm": self.delta_norm,
             "base_norm": self.base_norm,

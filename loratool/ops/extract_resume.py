@@ -15,6 +15,7 @@ from loratool.ops.extract_report import Status, TensorRow
 from loratool.provenance import loratool_version
 from loratool.storage.dtypes import BY_NAME
 from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.storage.views import files_of
 
 
 def resume_key(jobs: Sequence[ExtractJob], into: Path | None = None) -> str:
@@ -22,7 +23,14 @@ def resume_key(jobs: Sequence[ExtractJob], into: Path | None = None) -> str:
 
     into: the adapter that is continued from, a file or a folder.
     """
-    files = sorted({info.path for job in jobs for info in (job.pair.base, job.pair.tuned)})
+    files = sorted(
+        {
+            path
+            for job in jobs
+            for side in (job.pair.base, job.pair.whole)
+            for path in files_of(side)
+        }
+    )
     state = [loratool_version()]
     if into is not None:
         files += sorted(into.iterdir()) if into.is_dir() else [into]

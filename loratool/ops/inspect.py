@@ -23,7 +23,7 @@ from loratool.layouts.kinds import classify
 from loratool.layouts.pairs import Pair, align, check_floats
 from loratool.layouts.ties import find_ties
 from loratool.ops.deltas import read_delta
-from loratool.ops.extract_plan import LOW_RANK_KINDS
+from loratool.ops.extract_treatments import LOW_RANK_KINDS
 from loratool.ops.findings import lora_summary, noise_warning
 from loratool.ops.sources import open_adapter, open_model
 from loratool.provenance import document

@@ -161,10 +161,22 @@ def test_scales_survive_whatever_alpha_says(rank: int) -> None:
 def test_what_peft_cannot_store_is_named() -> None:
     value = MemoryTensor(torch.ones(2))
     both = {"m.weight": update(1)}
-    with pytest.raises(Unplaced, match=r"m\.gate: PEFT cannot store"):
+    with pytest.raises(Unplaced, match=r"m\.gate: its module is both updated and replaced"):
         peft.encode(Adapter(both | {"m.gate": Replacement(value)}, "PEFT"), {"m"})
     with pytest.raises(Unplaced, match="weight: PEFT cannot store"):
         peft.encode(Adapter({"weight": Replacement(value)}, "PEFT"), {"m"})
+
+
+def test_a_bare_parameter_is_saved_with_its_module() -> None:
+    """PEFT wraps the outermost module once; modules inside it are not listed again."""
+    value = Replacement(MemoryTensor(torch.ones(2)))
+    names = ("m.cls_token", "m.patch.weight", "m.patch.bias", "n.bias", "n.p.weight")
+    updates = dict.fromkeys(names, value) | {"q.weight": update(1)}
+    tensors, side_files = peft.encode(Adapter(updates, "PEFT"), {"m", "m.patch", "n", "n.p", "q"})
+    config = json.loads(side_files["adapter_config.json"])
+    assert config["modules_to_save"] == ["m", "p"]
+    assert config["bias"] == "all"
+    assert {f"base_model.model.{name}" for name in names} <= set(tensors)
 
 
 def test_a_config_is_plain_json_that_older_versions_read() -> None:

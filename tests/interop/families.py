@@ -30,6 +30,17 @@ _EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
 }
+_DEEPSEEK: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
 _T5: dict[str, Any] = {
     "vocab_size": 64,
     "d_model": 32,
@@ -221,7 +232,6 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(
         _model("ViTForImageClassification", "ViTConfig", **_SIZES | _VISION | {"num_labels": 3}),
         lambda: {"pixel_values": _pixels()},
-        raw=("vit.embeddings.cls_token", "vit.embeddings.position_embeddings"),
     ),
     "clip": Family(
         _clip,
@@ -230,7 +240,7 @@ FAMILIES: dict[str, Family] = {
             "pixel_values": _pixels(),
         },
         "logits_per_text",
-        raw=("logit_scale", "vision_model.embeddings.class_embedding"),
+        raw=("logit_scale",),
     ),
     "whisper": Family(
         _model(
@@ -254,9 +264,14 @@ FAMILIES: dict[str, Family] = {
         ),
         _sound,
     ),
-    "mixtral": _causal("MixtralForCausalLM", raw=("*.experts.*",), **_GROUPED | _EXPERTS),
-    "qwen2-moe": _causal("Qwen2MoeForCausalLM", raw=("*.experts.*",), **_GROUPED | _EXPERTS),
-    "qwen3-moe": _causal(
-        "Qwen3MoeForCausalLM", raw=("*.experts.*",), **_GROUPED | _EXPERTS, mlp_only_layers=[0]
-    ),
+}
+
+EXPERT_FAMILIES: dict[str, Family] = {
+    "mixtral": _causal("MixtralForCausalLM", **_GROUPED | _EXPERTS),
+    "qwen2-moe": _causal("Qwen2MoeForCausalLM", **_GROUPED | _EXPERTS),
+    "qwen3-moe": _causal("Qwen3MoeForCausalLM", **_GROUPED | _EXPERTS, mlp_only_layers=[0]),
+    "phimoe": _causal("PhimoeForCausalLM", **_GROUPED | _EXPERTS),
+    "granite-moe": _causal("GraniteMoeForCausalLM", **_GROUPED | _EXPERTS),
+    "deepseek-v3": _causal("DeepseekV3ForCausalLM", **_EXPERTS | _DEEPSEEK),
+    "gpt-oss": _causal("GptOssForCausalLM", raw=("*.sinks",), **_GROUPED | _EXPERTS, head_dim=8),
 }

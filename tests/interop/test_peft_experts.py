@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from loratool.formats import peft
 from loratool.ops.sources import open_adapter
-from tests.interop.families import FAMILIES
+from tests.interop.families import EXPERT_FAMILIES
 
 # PEFT looks for rank_pattern's keys among modules only; for parameters it says so and applies them
 pytestmark = pytest.mark.filterwarnings(
@@ -38,7 +38,7 @@ def trained(folder: Path, targets: list[str]) -> dict[str, torch.Tensor]:
         rank_pattern={"experts.down_proj": 2},
         alpha_pattern={"experts.down_proj": 7},
     )
-    model = get_peft_model(FAMILIES["mixtral"].make(), config)
+    model = get_peft_model(EXPERT_FAMILIES["mixtral"].make(), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter)

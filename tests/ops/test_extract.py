@@ -194,10 +194,11 @@ def test_refusals(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(NothingMatches, match="nothing to extract"):
         lt.extract(base, save_folder(state, tmp_path / "same", LLAMA), out)
-    other = {**moved(state), "lm_head.weight": torch.zeros(51, 24)}
+    other = {**moved(state), "lm_head.weight": torch.zeros(49, 24)}
     with pytest.raises(ShapeMismatch) as shapes:
-        lt.extract(base, save_folder(other, tmp_path / "grown", LLAMA), out)
-    assert shapes.value.details == ("lm_head.weight: base [50, 24], tuned [51, 24]",)
+        lt.extract(base, save_folder(other, tmp_path / "shrunk", LLAMA), out)
+    assert shapes.value.details == ("lm_head.weight: base [50, 24], tuned [49, 24]",)
+    assert "tokens removed" in (shapes.value.hint or "")
     short = {name: value for name, value in moved(state).items() if "layers.1" not in name}
     with pytest.raises(NothingMatches, match="5 tensors are in one checkpoint only"):
         lt.extract(base, save_folder(short, tmp_path / "short", LLAMA), out)

@@ -1,0 +1,68 @@
+"""What an extraction makes of each tensor if it changed, by what PEFT can store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from loratool.adapter import ModuleKind, module_of
+from loratool.layouts.convolutions import is_grouped
+from loratool.layouts.pairs import Alignment, Pair
+from loratool.ops.extract_adapter import in_task_head
+from loratool.ops.extract_jobs import Treatment
+from loratool.ops.extract_rules import Rules
+from loratool.ops.sources import Model
+
+LOW_RANK_KINDS = (
+    ModuleKind.LINEAR,
+    ModuleKind.CONV1D,
+    ModuleKind.EMBEDDING,
+    ModuleKind.EXPERT,
+)
+_STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION)
+
+
+def treatments(alignment: Alignment, base: Model, rules: Rules) -> dict[str, Treatment]:
+    """The treatment of every pair, by name."""
+    found = {pair.name: _treatment(pair, alignment, base, rules) for pair in alignment.pairs}
+    for owner, members in _owners_of_bare_parameters(alignment.pairs):
+        apart = [
+            pair
+            for pair in members
+            if found[pair.name] is Treatment.LOW_RANK and pair.kind is not ModuleKind.CONV
+        ]
+        if owner and not apart:
+            found |= {pair.name: Treatment.WHOLE for pair in members}
+    return found
+
+
+def is_grouped_convolution(pair: Pair, base: Model) -> bool:
+    """Whether a pair is a convolution that PEFT would not merge."""
+    kind, shape = pair.kind, pair.base.shape
+    return kind is ModuleKind.CONV and is_grouped(pair.name, shape, base.config)
+
+
+def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> Treatment:
+    if not pair.base.dtype.is_float:
+        return Treatment.NO_PLACE
+    if in_task_head(pair.name, base.config.task_type):
+        return Treatment.WHOLE  # PEFT saves a task's head whole, whatever the config lists
+    if any(pair.name in tie.names for tie in alignment.ties):
+        return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
+    if pair.added_rows:
+        return Treatment.WHOLE  # PEFT has no update for a part of a table beside new rows
+    if pair.kind in (*LOW_RANK_KINDS, ModuleKind.CONV):
+        whole = alignment.experts.is_router(pair.name) or is_grouped_convolution(pair, base)
+        return Treatment.WHOLE if whole or rules.of(pair) is None else Treatment.LOW_RANK
+    return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
+
+
+def _owners_of_bare_parameters(pairs: Sequence[Pair]) -> Iterator[tuple[str, list[Pair]]]:
+    """Modules with parameters that are no weight or bias, and all pairs inside each: PEFT stores
+    such a parameter with its whole module."""
+    owners = {
+        module_of(pair.name)
+        for pair in pairs
+        if pair.kind is ModuleKind.OTHER and pair.base.dtype.is_float
+    }
+    for owner in owners:
+        yield owner, [pair for pair in pairs if pair.name.startswith(f"{owner}.")]

@@ -1,0 +1,70 @@
+"""Mixtures of experts with every parameter changed: PEFT gives the tuned model back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loratool as lt
+from tests.interop.families import EXPERT_FAMILIES
+from tests.interop.test_families import answer, load, save_pair, under_peft
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys",  # said of parameters, and applied to them
+    "ignore:.*is_gradient_checkpointing",
+)
+
+
+@pytest.mark.parametrize("name", EXPERT_FAMILIES)
+def test_full_rank_gives_the_tuned_model(name: str, tmp_path: Path) -> None:
+    family = EXPERT_FAMILIES[name]
+    base, tuned = save_pair(family, tmp_path)
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank="full")
+    assert any(row.kind == "expert" for row in report.rows)
+    peft = answer(family, under_peft(family, base, tmp_path / "adapter"))
+    wanted = answer(family, load(family, tuned))
+    torch.testing.assert_close(peft, wanted, rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(answer(family, load(family, base)), wanted, rtol=0.02, atol=0.02)
+
+
+def test_experts_of_unequal_rank_are_padded(tmp_path: Path) -> None:
+    """One expert unchanged, one excluded, the others of the ranks that a rule gives them."""
+    family = EXPERT_FAMILIES["mixtral"]
+    base, tuned = save_pair(family, tmp_path)
+    before, after = (load_file(side / "model.safetensors") for side in (base, tuned))
+    expert = "model.layers.0.block_sparse_moe.experts.2."
+    after |= {name: value for name, value in before.items() if name.startswith(expert)}
+    save_file(after, tuned / "model.safetensors", {"format": "pt"})
+    report = lt.extract(
+        base,
+        tuned,
+        tmp_path / "adapter",
+        rank="full",
+        rank_for={"experts.down_proj.1": 5},
+        exclude=["model.layers.1.mlp.experts.gate_up_proj.3"],
+    )
+    rows = {row.name: row for row in report.rows}
+    assert rows["model.layers.0.mlp.experts.gate_up_proj.2"].status == "unchanged"
+    assert rows["model.layers.1.mlp.experts.down_proj.1"].rank == 5
+    after["model.layers.1.block_sparse_moe.experts.3.w1.weight"] = before[
+        "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+    ]
+    after["model.layers.1.block_sparse_moe.experts.3.w3.weight"] = before[
+        "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    ]
+    for layer in (0, 1):
+        update = lt.open_adapter(tmp_path / "adapter").low_rank[
+            f"model.layers.{layer}.mlp.experts.down_proj.1"
+        ]
+        name = f"model.layers.{layer}.block_sparse_moe.experts.1.w2.weight"
+        after[name] = before[name] + update.load().dense().float()
+    save_file(after, tuned / "model.safetensors", {"format": "pt"})
+    torch.testing.assert_close(
+        answer(family, under_peft(family, base, tmp_path / "adapter")),
+        answer(family, load(family, tuned)),
+        rtol=1e-4,
+        atol=2e-5,
+    )
