@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -12,6 +12,15 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+
+    @staticmethod
+    def sum(parts: Iterable[Mapping[str, float]]) -> Stopwatch:
+        """One that shows the sums of several others' seconds."""
+        total = Stopwatch()
+        for part in parts:
+            for name, seconds in part.items():
+                total.seconds[name] = total.seconds.get(name, 0.0) + seconds
+        return total
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -50,16 +50,30 @@ class NoiseSums:
         self._columns = torch.zeros(columns, dtype=torch.float64, device=device)
         self._largest_row = 0.0
         self._energy = 0.0
+        self._bits: Tensor | None = None
+        self._variance = self._columns.new_empty(0, columns)
 
     def add(self, stored: Tensor) -> None:
         """Take in the next rows, as kept in their file. Dtypes of other kinds add nothing."""
         if stored.dtype not in _MANTISSA_BITS or not stored.numel():
             return
-        variance = ulp(stored).square_()
-        rows = variance.sum(dim=1)
-        self._columns += variance.sum(dim=0)
+        variance = self._ulp_squared(stored)
+        rows = variance @ variance.new_ones(variance.shape[1])
+        self._columns += variance.new_ones(variance.shape[0]) @ variance
         self._largest_row = max(self._largest_row, float(rows.max()))
-        self._energy += float(rows.sum(dtype=torch.float64))
+        self._energy += float(rows.sum())
+
+    def _ulp_squared(self, stored: Tensor) -> Tensor:
+        """``ulp(stored)²`` in float64, in buffers that the next block uses again."""
+        width, mask = _EXPONENT_MASK[stored.dtype]
+        rows = stored.shape[0]
+        if self._bits is None or rows > self._bits.shape[0]:
+            self._bits = torch.empty(stored.shape, dtype=width, device=stored.device)
+            self._variance = torch.empty_like(self._bits, dtype=torch.float64)
+        power = torch.bitwise_and(stored.contiguous().view(width), mask, out=self._bits[:rows])
+        power.clamp_(min=1 << _MANTISSA_BITS[stored.dtype])  # the smallest normal number's bits
+        variance = self._variance[:rows].copy_(power.view(stored.dtype))
+        return variance.mul_(2.0 ** -_MANTISSA_BITS[stored.dtype]).square_()
 
     def floor(self) -> NoiseFloor:
         """The floor of all rows so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,9 +194,9 @@ def extract_command(
         _show_plan(out, plan, engine)
         return
     result = run_extract(plan, engine, out.progress())
-    out.report_file(report, result.to_json())
+    out.report_file(report, result.timed_json())
     if out.as_json:
-        out.document(result.to_json())
+        out.document(result.timed_json())
     else:
         _show(out, result, output)
 
@@ -267,10 +268,20 @@ def _show(out: Output, report: ExtractReport, output: Path) -> None:
     if out.verbose:
         out.table(
             "every tensor",
-            ["tensor", "status", "shape", "rank", "error", "energy kept", "share of change"],
+            [
+                "tensor",
+                "status",
+                "shape",
+                "rank",
+                "error",
+                "excess ≤",
+                "energy kept",
+                "share of change",
+            ],
             [_tensor_cells(row, report) for row in report.rows],
             text=2,
         )
+        out.line("seconds, added up over the workers: " + _stages(report.seconds))
     out.table(
         f"{output}: rank {report.rank}, {report.dtype}, computed on {report.device}",
         ["module", "tensors", "rank", "error", "energy kept", "share of change"],
@@ -303,6 +314,7 @@ def _tensor_cells(row: TensorRow, report: ExtractReport) -> list[str]:
         "×".join(map(str, row.shape)),
         _rank_cell(row),
         percent(row.relative_error),
+        percent(row.excess_bound),
         percent(row.energy_kept),
         percent(row.energy / report.energy),
     ]
@@ -313,6 +325,10 @@ def _rank_cell(row: TensorRow) -> str:
         return ""
     kept = "" if row.kept_rank is None else f" ({row.kept_rank} kept)"
     return f"{row.rank}{kept}{' (clamped)' if row.clamped else ''}"
+
+
+def _stages(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items())
 
 
 def _family_rows(rows: list[TensorRow], report: ExtractReport) -> list[list[str]]:

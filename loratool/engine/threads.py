@@ -67,24 +67,33 @@ class Engine:
         progress: Progress,
         what: str,
         waiting: int = 0,
+        ahead: Callable[[Job], None] | None = None,
     ) -> list[Result]:
         """``work`` of every job, results in the jobs' order. The first error stops the rest.
 
         waiting: threads beyond the workers, for jobs that spend part of their time waiting for
-        the disk. Expensive jobs start first, so that the last core to finish is not alone for long.
+        the disk. ahead: when a job starts, this is told the one that starts after all that are
+        running; it should ask for that job's data without waiting, so that reading overlaps
+        computing. Expensive jobs start first, so that the last core to finish is not alone for
+        long.
         """
         costs = [cost(job) for job in jobs]
         progress.start(what, sum(costs))
 
-        def timed(index: int) -> Result:
+        order = sorted(range(len(jobs)), key=lambda index: -costs[index])
+
+        def timed(place: int) -> Result:
+            later = place + self.workers + waiting
+            if ahead is not None and later < len(order):
+                ahead(jobs[order[later]])
+            index = order[place]
             result = work(jobs[index])
             progress.advance(costs[index])
             return result
 
-        order = sorted(range(len(jobs)), key=lambda index: -costs[index])
         try:
             with _exact_float32(), _pool(self.workers + waiting) as pool:
-                futures = {index: pool.submit(timed, index) for index in order}
+                futures = {index: pool.submit(timed, place) for place, index in enumerate(order)}
                 try:
                     wait(futures.values(), return_when=FIRST_EXCEPTION)
                 except BaseException:

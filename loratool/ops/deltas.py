@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.blocks import large_matrix, sum_of_squares
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.noise import NoiseFloor, NoiseSums
 from loratool.errors import NonFiniteValues
 from loratool.layouts.pairs import Pair
-from loratool.storage.views import Stored
+from loratool.storage.row_reader import RowReader
+from loratool.storage.tensors import LazyTensor
 
 _BLOCK_ELEMENTS = 2**18
 
@@ -58,21 +61,29 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
     if not pair.base.dtype.is_float:
         return None if torch.equal(pair.base.read(), pair.tuned.read()) else _NOT_NUMBERS
     rows, columns = matrix_shape(pair.base.shape)
-    matrix = torch.empty(rows, columns, dtype=torch.float32, device=device)
+    matrix = large_matrix(rows, columns, torch.float32, device)
+    step = min(rows, max(1, _BLOCK_ELEMENTS // max(1, columns)))
+    read_base, read_tuned = (_reader(side, step) for side in (pair.base, pair.tuned))
+    single, wide = (
+        torch.empty(step, columns, dtype=dtype, device=device)
+        for dtype in (torch.float32, torch.float64)
+    )
     noise = NoiseSums(columns, device)
     energy = base_energy = 0.0
-    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    changed = 0
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        before = _rows(pair.base, start, stop, columns).to(device)
-        after = _rows(pair.tuned, start, stop, columns).to(device)
-        block = matrix[start:stop]
+        before = read_base(start, stop).reshape(stop - start, columns).to(device)
+        after = read_tuned(start, stop).reshape(stop - start, columns).to(device)
+        block, buffer = matrix[start:stop], wide[: stop - start]
+        before32 = single[: stop - start]
         if torch.float64 in (before.dtype, after.dtype):
             block.copy_(after.double() - before.double())
         else:
-            block.copy_(after).sub_(before)
-        energy += sum_of_squares(block)
-        base_energy += sum_of_squares(before)
+            block.copy_(after).sub_(before32.copy_(before))
+        base_energy += _squares(buffer.copy_(before))
+        energy += _squares(buffer.copy_(block))
+        changed += _count_nonzero(block)
         noise.add(after)
     if not math.isfinite(energy):
         where = torch.nonzero(~torch.isfinite(matrix))[0].tolist()
@@ -83,8 +94,8 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
         )
     if energy == 0:
         return None
-    changed = int(torch.count_nonzero(matrix)) / matrix.numel()
-    return Delta(matrix, energy, float(base_energy**0.5), noise.floor(), changed)
+    share = changed / matrix.numel()
+    return Delta(matrix, energy, float(base_energy**0.5), noise.floor(), share)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -94,6 +105,19 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _rows(info: Stored, start: int, stop: int, columns: int) -> Tensor:
-    values = info.read() if len(info.shape) < 2 else info.read_rows(start, stop)
-    return values.reshape(stop - start, columns)
+def _reader(tensor: LazyTensor, most_rows: int) -> Callable[[int, int], Tensor]:
+    if len(tensor.shape) < 2:
+        return lambda _start, _stop: tensor.read()
+    return RowReader(tensor, most_rows)
+
+
+def _squares(block: Tensor) -> float:
+    """Σx² of a contiguous float64 block."""
+    flat = block.view(-1)
+    return float(torch.dot(flat, flat))
+
+
+def _count_nonzero(block: Tensor) -> int:
+    if block.device.type != "cpu":
+        return int(torch.count_nonzero(block))
+    return int(np.count_nonzero(block.numpy() != 0))  # numpy counts flags several times faster

@@ -19,6 +19,7 @@ from loratool.ops.extract_jobs import (
     ExtractResult,
     Treatment,
     extract_tensor,
+    read_ahead,
     resolve_spectrum,
 )
 from loratool.ops.extract_plan import ExtractPlan
@@ -28,6 +29,7 @@ from loratool.ops.findings import noise_warning
 from loratool.ops.sources import Model
 from loratool.profiles import fit
 from loratool.provenance import fingerprint
+from loratool.stopwatch import Stopwatch
 from loratool.storage.outputs import staged
 
 
@@ -52,6 +54,7 @@ def run_extract(
             cost=lambda job: job.cost,
             progress=progress,
             what="extracting",
+            ahead=read_ahead,
         )
         done |= {job.index: result for job, result in zip(left, new, strict=True)}
         results = [done[job.index] for job in jobs]
@@ -78,16 +81,22 @@ def run_extract(
             stored=stored_size(fitted.adapter),
         )
         staging.clear_out()
-        write_adapter(staging.out, fitted.adapter, report.to_json(), base_modules(plan.alignment))
-        staging.publish(overwrite=plan.overwrite)
-        return report
+        stopwatch = Stopwatch.sum(result.seconds for result in new)
+        with stopwatch.stage("write"):
+            write_adapter(
+                staging.out, fitted.adapter, report.to_json(), base_modules(plan.alignment)
+            )
+            staging.publish(overwrite=plan.overwrite)
+        return replace(report, seconds=stopwatch.seconds)
 
 
 def extract_and_keep(job: ExtractJob) -> ExtractResult:
     """One tensor, recorded for a run that may have to go on from here."""
-    result = extract_tensor(job)
-    keep(job, result)
-    return result
+    stopwatch = Stopwatch()
+    result = extract_tensor(job, stopwatch)
+    with stopwatch.stage("write"):
+        keep(job, result)
+    return replace(result, seconds=stopwatch.seconds)
 
 
 def resolve_spectra(
@@ -100,6 +109,7 @@ def resolve_spectra(
         cost=lambda job: job.cost,
         progress=progress or NoProgress(),
         what="reading spectra",
+        ahead=read_ahead,
     )
     return {
         job.pair.name: spectrum

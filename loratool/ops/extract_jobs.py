@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from loratool.layouts.pairs import Pair
 from loratool.ops.adapter_folder import load_update, stored_value
 from loratool.ops.deltas import Delta, matrix_shape, read_delta
 from loratool.ops.extract_report import Status, TensorRow
+from loratool.stopwatch import Stopwatch
 from loratool.storage.dtypes import DType
+from loratool.storage.row_reader import read_ahead as ask_for
 from loratool.storage.writing import park
 
 
@@ -106,10 +109,11 @@ class ExtractJob:
 
 @dataclass(frozen=True)
 class ExtractResult:
-    """A tensor's row, and its update where it has one."""
+    """A tensor's row, its update where it has one, and how long its stages took."""
 
     row: TensorRow
     update: LowRankUpdate | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 _NOT_STORED = {
@@ -119,8 +123,12 @@ _NOT_STORED = {
 }
 
 
-def extract_tensor(job: ExtractJob) -> ExtractResult:
-    """Compare one tensor and, where that is the plan, factorise and park its change."""
+def extract_tensor(job: ExtractJob, stopwatch: Stopwatch | None = None) -> ExtractResult:
+    """Compare one tensor and, where that is the plan, factorise and park its change.
+
+    ``stopwatch`` is told the stages read, sketch, orthogonalise, certify and write.
+    """
+    stopwatch = stopwatch or Stopwatch()
     row = TensorRow(
         name=job.pair.name,
         kind=str(job.pair.kind),
@@ -128,7 +136,8 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
         added_rows=job.pair.added_rows,
         status=Status.UNCHANGED,
     )
-    delta = read_delta(job.pair, job.device)
+    with stopwatch.stage("read"):
+        delta = read_delta(job.pair, job.device)
     if delta is None and not job.pair.added_rows:
         return ExtractResult(row)
     if delta is None:
@@ -145,7 +154,7 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
     if job.treatment is not Treatment.LOW_RANK and start is None:
         return ExtractResult(_stored_or_not(row, job.treatment))
     rest = delta if start is None else delta.minus(start)
-    row, new = _factorised(job, row, rest)
+    row, new = _factorised(job, row, rest, stopwatch)
     if start is not None:
         row = replace(row, kept_rank=start.rank, rest_norm=rest.norm)
         value = start if new is None else stacked(start, new)
@@ -154,17 +163,28 @@ def extract_tensor(job: ExtractJob) -> ExtractResult:
     else:
         return ExtractResult(replace(row, status=Status.BELOW_RULE))
     value = stored_value(job.pair.name, value, job.dtype)
+    with stopwatch.stage("certify"):
+        missed = residual_norm(delta.matrix, value)
     row = replace(
         row,
         status=Status.LOW_RANK,
         rank=value.rank,
-        relative_error=residual_norm(delta.matrix, value) / delta.norm,
+        relative_error=missed / delta.norm,
         clamped=new is not None and job.rule.clamps(new.rank),
     )
-    return ExtractResult(row, _park(job, value))
+    with stopwatch.stage("write"):
+        return ExtractResult(row, _park(job, value))
 
 
-def _factorised(job: ExtractJob, row: TensorRow, rest: Delta) -> tuple[TensorRow, LowRank | None]:
+def read_ahead(job: ExtractJob) -> None:
+    """Ask for the bytes of a job that comes soon."""
+    for side in (job.pair.base, job.pair.tuned):
+        ask_for(side)
+
+
+def _factorised(
+    job: ExtractJob, row: TensorRow, rest: Delta, stopwatch: Stopwatch
+) -> tuple[TensorRow, LowRank | None]:
     """The factors that the rule keeps of ``rest``, None for none, and the row with the findings."""
     if job.treatment is not Treatment.LOW_RANK or rest.energy == 0:
         return row, None
@@ -179,6 +199,7 @@ def _factorised(job: ExtractJob, row: TensorRow, rest: Delta) -> tuple[TensorRow
         noise_floor=rest.noise.threshold,
         energy=rest.energy,
         sketch_dtype=job.sketch,
+        stopwatch=stopwatch,
     )
     row = _with_findings(row, factors, rest)
     if job.start is not None:  # the question is about the whole change

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -121,7 +121,11 @@ def factorised(rows: Sequence[TensorRow]) -> list[TensorRow]:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """An extraction's outcome. Names are relative: the file travels with the adapter."""
+    """An extraction's outcome. Names are relative: the file travels with the adapter.
+
+    seconds: how long the stages took, added up over the workers. Not in the file, which is the same
+    whenever and by however many workers it is made.
+    """
 
     rows: tuple[TensorRow, ...]
     rank: str
@@ -134,6 +138,7 @@ class ExtractReport:
     notes: tuple[str, ...]
     adapter_parameters: int
     adapter_bytes: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -185,7 +190,12 @@ class ExtractReport:
         ]
         return lora_summary(asked, "any rank up to those extracted")
 
+    def timed_json(self) -> dict[str, Any]:
+        """The document with ``seconds``, for whoever watches this run."""
+        return self.to_json() | {"seconds": dict(self.seconds)}
+
     def to_json(self) -> dict[str, Any]:
+        """The document that travels with the adapter."""
         return document(
             "extract",
             SCHEMA_VERSION,

@@ -86,3 +86,27 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="no CUDA device"):
             resolve_device("cuda")
+
+
+@pytest.mark.parametrize(("workers", "waiting"), [(1, 0), (2, 0), (2, 1)])
+def test_the_job_after_those_that_run_is_announced_first(workers: int, waiting: int) -> None:
+    order: list[tuple[str, int]] = []
+    lock = threading.Lock()
+
+    def note(what: str, job: int) -> None:
+        with lock:
+            order.append((what, job))
+
+    jobs = list(range(9, 0, -1))
+    Engine(workers).map(
+        lambda job: note("work", job),
+        jobs,
+        cost=lambda job: job,
+        progress=NoProgress(),
+        what="x",
+        waiting=waiting,
+        ahead=lambda job: note("ahead", job),
+    )
+    announced = [job for what, job in order if what == "ahead"]
+    assert sorted(announced, reverse=True) == jobs[workers + waiting :]
+    assert all(order.index(("ahead", job)) < order.index(("work", job)) for job in announced)

@@ -322,3 +322,14 @@ def test_dtype_of_the_sketch(tmp_path: Path) -> None:
     assert one != two
     with pytest.raises(UsageError, match="unknown dtype of the sketch"):
         lt.extract(base, tuned, tmp_path / "no", rank=16, sketch_dtype="int8")
+
+
+def test_stage_times_are_told_but_do_not_travel(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(llama_like()), tmp_path / "tuned", LLAMA)
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=4)
+    assert set(report.seconds) == {"read", "sketch", "orthogonalise", "certify", "write"}
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+    assert report.timed_json()["seconds"] == report.seconds
+    stored = json.loads((tmp_path / "adapter" / "loratool_report.json").read_text())
+    assert "seconds" not in stored
