@@ -62,7 +62,7 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
         return None if torch.equal(pair.base.read(), pair.tuned.read()) else _NOT_NUMBERS
     rows, columns = matrix_shape(pair.base.shape)
     matrix = large_matrix(rows, columns, torch.float32, device)
-    step = min(rows, max(1, _BLOCK_ELEMENTS // max(1, columns)))
+    step = max(1, min(rows, _BLOCK_ELEMENTS // max(1, columns)))
     read_base, read_tuned = (_reader(side, step) for side in (pair.base, pair.tuned))
     single, wide = (
         torch.empty(step, columns, dtype=dtype, device=device)
