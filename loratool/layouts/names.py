@@ -130,6 +130,12 @@ def near_misses(name: str, targets: Collection[str]) -> list[str]:
     return difflib.get_close_matches(name, alike or list(targets)[:2000], n=3, cutoff=0.4)
 
 
+def near_components(word: str, names: Iterable[str]) -> list[str]:
+    """Up to three single components of dotted names that look like ``word``."""
+    components = {part for name in names for part in name.split(".")}
+    return difflib.get_close_matches(word, sorted(components), n=3, cutoff=0.6)
+
+
 def head_model_prefix(names: Collection[str], config: ModelConfig) -> str:
     """The prefix that the head model of the config has and these names lack, or ''.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from loratool.adapter import ModuleKind, module_of
 from loratool.errors import NothingMatches, UsageError
-from loratool.layouts.names import near_misses
+from loratool.layouts.names import near_components
 from loratool.layouts.patterns import matches
 
 _ATTENTION = {
@@ -92,9 +92,15 @@ def _meant_by(word: str, kinds: Mapping[str, ModuleKind]) -> set[str]:
         }
     if word == "all-conv":
         return {name for name in matrices if kinds[name] is ModuleKind.CONV}
-    return {
-        name for name in kinds if any(matches(alias, name) for alias in _ALIASES.get(word, (word,)))
-    }
+    named = _named(_ALIASES.get(word, (word,)), kinds)
+    if not named:  # another family's name for the role: query for q_proj
+        role = next((names for names in _ALIASES.values() if word in names), ())
+        named = _named(role, kinds)
+    return named
+
+
+def _named(aliases: Iterable[str], kinds: Mapping[str, ModuleKind]) -> set[str]:
+    return {name for name in kinds if any(matches(alias, name) for alias in aliases)}
 
 
 def _parts(name: str) -> set[str]:
@@ -116,6 +122,6 @@ def _compiled(text: str) -> re.Pattern[str]:
 def _nothing(text: str, kinds: Mapping[str, ModuleKind]) -> NothingMatches:
     return NothingMatches(
         f"--targets {text!r} matches nothing",
-        details=[f"closest: {name}" for name in near_misses(text, kinds)],
+        details=[f"closest: {name}" for name in near_components(text, kinds)],
         hint="try attention, mlp, all-linear, all-conv, a list like q,v, or a regular expression",
     )
