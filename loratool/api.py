@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 from loratool.adapter import Adapter
 from loratool.engine import Engine, Progress
 from loratool.ops import compare as _compare
+from loratool.ops import estimate as _estimate
 from loratool.ops import extract as _extract
 from loratool.ops import extract_plan as _extract_plan
+from loratool.ops import init as _init
 from loratool.ops import inspect as _inspect
 from loratool.ops import merge as _merge
 from loratool.ops.compare_report import CompareReport
+from loratool.ops.estimate import EstimateReport
 from loratool.ops.extract_report import ExtractReport
+from loratool.ops.init import InitReport
 from loratool.ops.merge_report import MergeReport
 from loratool.ops.sources import is_adapter
 from loratool.ops.sources import open_adapter as _open_adapter
@@ -196,6 +200,58 @@ def compare(
         engine=_engine(jobs),
         progress=progress,
     )
+
+
+def init(
+    base: PathArg,
+    output: PathArg,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: str = "all-linear",
+    method: str = "kaiming",
+    residual: PathArg | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> InitReport:
+    """Write an adapter that PEFT can train from.
+
+    Methods that start from the base's weights also write ``residual``, the base without the
+    adapter's start. Raises a LoratoolError subclass; nothing is written then.
+    """
+    plan = _init.plan_init(
+        Path(base),
+        Path(output),
+        rank=rank,
+        alpha=alpha,
+        targets=targets,
+        method=method,
+        residual=None if residual is None else Path(residual),
+        dtype=dtype,
+        device=device,
+        include=include,
+        exclude=exclude,
+        seed=seed,
+        base_model=base_model,
+        overwrite=overwrite,
+    )
+    return _init.run_init(plan, _engine(jobs), progress)
+
+
+def estimate(model: PathArg, *, rank: int = 8, targets: str = "all-linear") -> EstimateReport:
+    """What a LoRA of ``model`` costs to train, store, merge and extract.
+
+    ``model`` is a checkpoint, a config.json or its folder, or a model of the LoRA paper by name,
+    such as ``"gpt3-175b"``. Raises a LoratoolError subclass.
+    """
+    return _estimate.estimate(str(model), rank=rank, targets=targets)
 
 
 def push(

@@ -22,6 +22,7 @@ ALLOWED = {
     "formats": {"errors", "storage", "algebra", "adapter", "provenance"},
     "combine": {"errors", "algebra"},
     "profiles": {"errors", "storage", "algebra", "adapter", "provenance"},
+    "inits": {"errors", "algebra"},
     "hub": {"errors", "storage", "algebra", "adapter", "provenance", "engine"},
 }
 BELOW_OPS = {*ALLOWED}

@@ -17,10 +17,14 @@ GROUPS: dict[str, dict[str, str]] = {
         "extract": "An adapter from a base and a tuned checkpoint.",
         "merge": "An adapter into a checkpoint.",
     },
-    "Adapters": {"combine": "Several adapters into one."},
+    "Adapters": {
+        "combine": "Several adapters into one.",
+        "init": "An adapter to train from, for PEFT.",
+    },
     "Look": {
         "inspect": "What a checkpoint, an adapter or a fine-tune consists of.",
         "compare": "How alike adapters are, and what combining them would do.",
+        "estimate": "What a LoRA of a model costs to train, store, merge and extract.",
     },
     "Hub": {"push": "Publish an adapter with a model card."},
 }

@@ -26,9 +26,17 @@ def write_adapter(
     adapter: Adapter,
     report: Mapping[str, Any],
     base_modules: Iterable[str] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
-    """adapter_model.safetensors, adapter_config.json and the report, in an existing folder."""
+    """adapter_model.safetensors, adapter_config.json and the report, in an existing folder.
+
+    config: fields of adapter_config.json that differ from what the adapter says.
+    """
     tensors, side_files = peft.encode(adapter, base_modules)
+    if config:
+        fields = json.loads(side_files[peft.CONFIG_FILE]) | dict(config)
+        text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        side_files = {**side_files, peft.CONFIG_FILE: text.encode()}
     write_tensors(folder / peft.WEIGHTS_FILE, tensors, {"format": "pt"})
     for name, content in side_files.items():
         (folder / name).write_bytes(content)

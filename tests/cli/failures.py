@@ -215,7 +215,7 @@ def _(folder: Path) -> list[object]:
     return arguments
 
 
-@failure("a DoRA", 3, "UnsupportedInput", "adapter: DoRA (use_dora) is not supported")
+@failure("a DoRA without magnitudes", 3, "MalformedFile", "has no lora_magnitude_vector")
 def _(folder: Path) -> list[object]:
     base(folder)
     write_peft(folder / "adapter", lora_factors(C_ATTN, 24, 8, 2), use_dora=True)

@@ -1,0 +1,1 @@
+"""One way of starting an adapter per file; ``registry`` collects them."""
