@@ -277,7 +277,7 @@ def _(folder: Path) -> list[object]:
 @failure("shapes that disagree, extracting", 4, "ShapeMismatch", "tensors differ in shape")
 def _(folder: Path) -> list[object]:
     base(folder)
-    write_checkpoint(folder / "tuned", gpt2_weights(vocabulary=20), GPT2_CONFIG)
+    write_checkpoint(folder / "tuned", gpt2_weights(vocabulary=10), GPT2_CONFIG)
     return extract(folder)
 
 
