@@ -459,19 +459,24 @@ def _(folder: Path) -> list[object]:
     return ["merge", folder / "base", folder / "adapter", "-o", folder / "file" / "out"]
 
 
+def more_than_fits(folder: Path) -> int:
+    """Bytes that the disk will not have free, even if others clean up meanwhile."""
+    return shutil.disk_usage(folder).free + 2**36
+
+
 @failure("too little room for a merge", 5, "NoSpace", "out: needs ")
 def _(folder: Path) -> list[object]:
     """A base larger than the disk: its data is a hole in a sparse file."""
     adapter(folder)
-    sparse_checkpoint(folder / "base", shutil.disk_usage(folder).free)
+    sparse_checkpoint(folder / "base", more_than_fits(folder))
     return merge(folder)
 
 
 @failure("too little room for an adapter", 5, "NoSpace", "out: needs ")
 def _(folder: Path) -> list[object]:
-    free = shutil.disk_usage(folder).free
+    size = more_than_fits(folder)
     for side in ("base", "tuned"):
-        sparse_checkpoint(folder / side, free)
+        sparse_checkpoint(folder / side, size)
     return extract(folder, "--rank", "full")
 
 

@@ -79,6 +79,8 @@ def test_results_and_plans_are_documents(tmp_path: Path) -> None:
     assert the_document(invoke(*extraction, "--dry-run"))["schema"] == "loratool/extract-plan/1"
     extracted = the_document(invoke(*extraction))
     assert extracted["schema"].startswith("loratool/extract/")
+    seconds = extracted.pop("seconds")
+    assert set(seconds) == {"read", "sketch", "orthogonalise", "certify", "write"}
     assert json.loads((tmp_path / "out" / "loratool_report.json").read_text()) == extracted
     merging = merge_setup(tmp_path, "--json")
     merging[merging.index("-o") + 1] = tmp_path / "merged"
