@@ -80,6 +80,7 @@ def compare_command(
     _show_legend(out, result)
     _show_starts(out, result)
     _show_alone(out, result)
+    _show_advice(out, result, adapters)
     out.notes(result.notes)
 
 
@@ -273,6 +274,14 @@ def _show_starts(out: Output, report: CompareReport) -> None:
             f"{start.cosine:.3f}, distance {start.distance:.2f}; {start.positive} of {start.rows} "
             f"rows point the same way, probability by chance {max(start.chance, 1e-300):.1g})"
         )
+
+
+def _show_advice(out: Output, report: CompareReport, adapters: Sequence[Path]) -> None:
+    advice = report.advice
+    if advice is not None:
+        words = ["loratool combine", *map(str, adapters), "--method", advice.method, advice.options]
+        out.line(f"suggested: {' '.join(word for word in words if word)} -o OUT")
+        out.line(f"  {advice.why}")
 
 
 def _show_alone(out: Output, report: CompareReport) -> None:

@@ -141,7 +141,7 @@ def _loaded(job: CombineJob) -> tuple[LowRank, ...]:
 
 def _store_low_rank(job: CombineJob, exact: LowRank) -> _Outcome:
     if job.rule is None:
-        kept, norm, how = exact, exact.norm(), "stacked factors"
+        kept, norm, how = exact, exact.norm(), "as it comes"
     else:
         cut = truncate(exact, by_rule(job.rule))
         kept, norm, how = cut.value, cut.spectrum.norm, "core SVD"

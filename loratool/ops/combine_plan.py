@@ -206,7 +206,7 @@ def _rank_of(asked: Combination, method: Method) -> str | None:
         return rank
     if asked.rank is not None or asked.limits != RankLimits():
         raise UsageError(
-            f"method {method.name} keeps every component and takes no rank",
+            f"method {method.name} decides its rank itself and takes no --rank",
             hint="--components sets its rank"
             if any(parameter.name == "components" for parameter in method.parameters)
             else "use --method svd to cut the sum",

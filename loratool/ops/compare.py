@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loratool.adapter import Adapter, LowRankUpdate
+from loratool.adapter import (
+    Adapter,
+    DenseUpdate,
+    DoraUpdate,
+    HadamardUpdate,
+    KroneckerUpdate,
+    LowRankUpdate,
+    Replacement,
+    TokenRows,
+)
 from loratool.algebra.comparison import compare_jointly, compare_pair, linear_survival
 from loratool.algebra.entrywise import read_entries, sign_agreement, ties_survival
 from loratool.algebra.initial import RowStatistics, judge_start, row_statistics
@@ -20,6 +30,7 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import DisagreementError, NonFiniteValues, NothingMatches, UsageError
 from loratool.layouts.names import match_names, near_misses
 from loratool.layouts.patterns import select
+from loratool.ops.compare_advice import advise
 from loratool.ops.compare_report import (
     AdapterSummary,
     CompareReport,
@@ -29,6 +40,15 @@ from loratool.ops.compare_report import (
     PhiGrid,
 )
 from loratool.ops.sources import open_adapters
+
+_NOT_COMPARED = {
+    DoraUpdate: "DoRA",
+    HadamardUpdate: "LoHa",
+    KroneckerUpdate: "LoKr",
+    DenseUpdate: "differences",
+    TokenRows: "trained tokens",
+    Replacement: "parameters stored whole",
+}
 
 SAMPLE = 2**20
 """Entries of a matrix that signs are counted on, unless asked otherwise."""
@@ -115,12 +135,14 @@ def _matched(
             if position in entry:
                 raise DisagreementError(f"{label}: two updates are both {name}")
             entry[position] = update
-        rest = len(adapter.updates) - len(adapter.low_rank)
-        if rest:
-            notes.append(
-                f"{label}: {rest} parameters are stored whole and not compared: what they change "
-                "is known only together with the base"
-            )
+        left_out = Counter(
+            _NOT_COMPARED[type(update)]
+            for update in adapter.updates.values()
+            if not isinstance(update, LowRankUpdate)
+        )
+        if left_out:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+            notes.append(f"{label}: not compared, only low-rank updates are: {kinds}")
     return modules, notes
 
 
@@ -243,4 +265,5 @@ def _report(
                 (i, j), rows, float(inner[i, j]) / size if size else None, judge_start(starts)
             )
         )
-    return CompareReport(summaries, rows, tuple(totals), tuple(linear_survival(inner)), notes)
+    report = CompareReport(summaries, rows, tuple(totals), tuple(linear_survival(inner)), notes)
+    return replace(report, advice=advise(report))

@@ -291,6 +291,18 @@ def _mean(weighted: Iterable[tuple[float | None, float]]) -> float | None:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """A method, its options as typed, and the measurement it follows from."""
+
+    method: str
+    options: str
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
 class CompareReport:
     """Adapters measured against each other, module by module and as wholes.
 
@@ -302,6 +314,7 @@ class CompareReport:
     pairs: tuple[PairTotals, ...]
     linear: tuple[float | None, ...]
     notes: tuple[str, ...]
+    advice: Advice | None = None
 
     @property
     def shared(self) -> tuple[ModuleRow, ...]:
@@ -323,6 +336,7 @@ class CompareReport:
             "pairs": [pair.to_json() for pair in self.pairs],
             "survives_sum": list(self.linear),
             "survives_ties": [self.ties(position) for position in range(len(self.adapters))],
+            "advice": self.advice.to_json() if self.advice else None,
             "notes": list(self.notes),
             "modules": [row.to_json() for row in self.rows],
         }

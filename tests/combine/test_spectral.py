@@ -39,9 +39,9 @@ def formula(
 
 
 @pytest.mark.parametrize(("name", "given"), CASES, ids=str)
-@pytest.mark.parametrize("shape", [(40, 24), (24, 60), (1, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 60), (5, 8), (1, 7)], ids=str)
 def test_a_method_is_its_formula(name: str, given: dict[str, Any], shape: tuple[int, int]) -> None:
-    if shape == (1, 7) and "floor" in given:
+    if min(shape) < 10 and "floor" in given:
         given = {**given, "floor": 0.5}
     values = three(*shape)
     tolerance = 2e-4 if name == "ctm" else 1e-6  # its decomposition stops at 1e-6
