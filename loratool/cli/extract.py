@@ -287,10 +287,10 @@ def _show(out: Output, report: ExtractReport, output: Path) -> None:
         ["module", "tensors", "rank", "error", "energy kept", "share of change"],
         _family_rows(low_rank, report),
     )
-    for status in (Status.WHOLE, *LEFT_OUT):
+    for status in (Status.WHOLE, Status.NEW_ROWS, *LEFT_OUT):
         rows = [row for row in report.rows if row.status is status]
         if rows:
-            share = sum(row.energy for row in rows) / report.energy
+            share = _share(sum(row.energy for row in rows), report)
             out.line(f"{status}: {_kinds(rows)} ({percent(share)} of the change's energy)")
     if unchanged := report.count(Status.UNCHANGED):
         out.line(f"unchanged: {unchanged} tensors")
@@ -307,6 +307,10 @@ def _show(out: Output, report: ExtractReport, output: Path) -> None:
     out.notes(report.notes)
 
 
+def _share(energy: float, report: ExtractReport) -> float:
+    return energy / report.energy if report.energy else 0.0
+
+
 def _tensor_cells(row: TensorRow, report: ExtractReport) -> list[str]:
     return [
         row.name,
@@ -316,7 +320,7 @@ def _tensor_cells(row: TensorRow, report: ExtractReport) -> list[str]:
         percent(row.relative_error),
         percent(row.excess_bound),
         percent(row.energy_kept),
-        percent(row.energy / report.energy),
+        percent(_share(row.energy, report)),
     ]
 
 
@@ -344,7 +348,7 @@ def _family_rows(rows: list[TensorRow], report: ExtractReport) -> list[list[str]
         ranks = sorted({row.rank or 0 for row in members})
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
         error = max(1 - kept, 0.0) ** 0.5
-        share = energy / report.energy
+        share = _share(energy, report)
         cells.append(
             [family, str(len(members)), span, percent(error), percent(kept), percent(share)]
         )

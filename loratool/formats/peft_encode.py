@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from loratool.adapter import Adapter, LowRankUpdate, module_of
+from loratool.adapter import Adapter, LowRankUpdate, TokenRows, module_of
 from loratool.errors import Unplaced
 from loratool.formats.peft_config import CONFIG_FILE, TASK_HEADS
 from loratool.formats.peft_experts import EncodedParameter, encode_parameters, is_bare
@@ -27,8 +27,10 @@ def encode(
     is not known: the config then lists full names. Raises Unplaced for a replaced parameter that
     no PEFT mechanism stores.
     """
+    tokens = {name: u for name, u in adapter.others.items() if isinstance(u, TokenRows)}
     for name, other in adapter.others.items():
-        raise Unplaced(f"{name}: {other.describe()}: cannot be written as PEFT's yet")
+        if name not in tokens:
+            raise Unplaced(f"{name}: {other.describe()}: cannot be written as PEFT's yet")
     modules = None if base_modules is None else set(base_modules)
     bare = {
         name: update
@@ -46,6 +48,8 @@ def encode(
     for parameter in parameters:
         tensors[f"{PREFIX}{parameter.owner}.lora_A.weight"] = parameter.a
         tensors[f"{PREFIX}{parameter.owner}.lora_B.weight"] = parameter.b
+    for name, rows in tokens.items():
+        tensors[f"{PREFIX}{module_of(name)}.token_adapter.trainable_tokens_delta"] = rows.value
     adapted = {*low_rank, *(module_of(parameter.name) for parameter in parameters)}
     has_bias = False
     for name, replacement in adapter.replacements.items():
@@ -62,6 +66,10 @@ def encode(
     roots = {module.split(".")[0] for module in saved} & set(heads)
     saved = {module for module in saved if module.split(".")[0] not in roots}
     config = _config_of(adapter, low_rank, parameters, modules, saved, roots, has_bias)
+    if tokens:
+        config["trainable_token_indices"] = {
+            module_of(name): list(rows.indices) for name, rows in tokens.items()
+        }
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return dict(sorted(tensors.items())), {CONFIG_FILE: text.encode()}
 

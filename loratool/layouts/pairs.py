@@ -35,7 +35,9 @@ _HEADS = (
     "pre_classifier.",
 )
 """What a head model keeps outside the part that bears its prefix."""
-_VOCABULARY_HEADS = frozenset({"lm_head", "embed_out", "proj_out", "decoder", "vocab_projector"})
+_VOCABULARY_HEADS = frozenset(
+    {"lm_head", "predictions", "embed_out", "proj_out", "decoder", "vocab_projector"}
+)
 """Last names of output heads over the vocabulary."""
 
 

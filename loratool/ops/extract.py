@@ -140,7 +140,7 @@ def _spend(
 def _placed(row: TensorRow, plan: ExtractPlan) -> TensorRow:
     if row.status is Status.NO_PLACE and plan.drop_rest:
         return replace(row, status=Status.DROPPED)
-    if row.status is Status.WHOLE and plan.drop_rest:
+    if row.status in (Status.WHOLE, Status.NEW_ROWS) and plan.drop_rest:
         return replace(row, status=Status.DROPPED, relative_error=None)
     return row
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from loratool.adapter import Adapter, ModuleKind, Replacement, Update, module_of
+from loratool.adapter import Adapter, ModuleKind, Replacement, TokenRows, Update, module_of
 from loratool.formats import peft
 from loratool.formats.peft_experts import parameter_of
 from loratool.layouts.pairs import Alignment, Pair
@@ -13,6 +13,7 @@ from loratool.layouts.ties import Tie
 from loratool.ops.extract_experts import complete_experts
 from loratool.ops.extract_jobs import ExtractResult
 from loratool.ops.extract_report import Status
+from loratool.storage.views import rows_of
 
 
 def build_adapter(
@@ -28,6 +29,8 @@ def build_adapter(
     for result in results:
         if result.update is not None:
             updates[result.row.name] = result.update
+        elif result.row.status is Status.NEW_ROWS:
+            updates[result.row.name] = _new_rows(pairs[result.row.name])
         elif result.row.status is Status.WHOLE:
             updates[result.row.name] = Replacement(pairs[result.row.name].whole)
     _complete_ties(alignment.ties, updates, pairs)
@@ -47,6 +50,12 @@ def build_adapter(
     )
 
 
+def _new_rows(pair: Pair) -> TokenRows:
+    """The tokens that the tuned table has beyond the base's."""
+    first, last = pair.tuned.rows, pair.whole.rows
+    return TokenRows(tuple(range(first, last)), rows_of(pair.whole, first, last))
+
+
 def in_task_head(name: str, task_type: str | None) -> bool:
     """Whether a parameter belongs to the head that PEFT saves whole for this task."""
     return name.split(".")[0] in peft.TASK_HEADS.get(task_type or "", ())
@@ -57,6 +66,8 @@ def _complete_ties(
 ) -> None:
     """What changed under one name is stored under all: PEFT's modules do not share."""
     for tie in ties:
+        if any(isinstance(updates.get(name), TokenRows) for name in tie.names):
+            continue  # PEFT shares the tokens of a tied pair by itself
         if any(name in updates for name in tie.names):
             for name in tie.names:
                 updates.setdefault(name, Replacement(pairs.get(name, pairs[tie.main]).whole))

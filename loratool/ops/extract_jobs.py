@@ -32,6 +32,7 @@ class Treatment(StrEnum):
 
     LOW_RANK = "low-rank"
     WHOLE = "whole"
+    NEW_ROWS = "new rows, or whole"
     EXCLUDED = "excluded"
     NO_BUDGET = "no budget"
     NO_PLACE = "no place"
@@ -96,7 +97,7 @@ class ExtractJob:
     @property
     def output_bytes_at_most(self) -> int:
         """Size of what it stores, if the tensor changed."""
-        if self.treatment is Treatment.WHOLE:
+        if self.treatment in (Treatment.WHOLE, Treatment.NEW_ROWS):
             return self.pair.whole.nbytes
         if self.treatment is not Treatment.LOW_RANK:
             return 0
@@ -141,6 +142,8 @@ def extract_tensor(job: ExtractJob, stopwatch: Stopwatch | None = None) -> Extra
     if delta is None and not job.pair.added_rows:
         return ExtractResult(row)
     if delta is None:
+        if job.treatment is Treatment.NEW_ROWS:
+            return ExtractResult(replace(row, status=Status.NEW_ROWS, relative_error=0.0))
         return ExtractResult(_stored_or_not(row, job.treatment))
     row = replace(
         row,
@@ -208,7 +211,7 @@ def _factorised(
 
 
 def _stored_or_not(row: TensorRow, treatment: Treatment) -> TensorRow:
-    if treatment is Treatment.WHOLE:
+    if treatment in (Treatment.WHOLE, Treatment.NEW_ROWS):
         return replace(row, status=Status.WHOLE, relative_error=0.0)
     return replace(row, status=_NOT_STORED[treatment])
 

@@ -20,6 +20,7 @@ class Status(StrEnum):
     UNCHANGED = "unchanged"
     LOW_RANK = "low-rank"
     WHOLE = "stored whole"
+    NEW_ROWS = "new rows stored"
     EXCLUDED = "excluded"
     BELOW_RULE = "below the rank rule"
     DROPPED = "dropped"

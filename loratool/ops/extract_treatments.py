@@ -46,10 +46,10 @@ def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> T
         return Treatment.NO_PLACE
     if in_task_head(pair.name, base.config.task_type):
         return Treatment.WHOLE  # PEFT saves a task's head whole, whatever the config lists
+    if pair.added_rows and pair.kind is not ModuleKind.BIAS:
+        return Treatment.NEW_ROWS  # PEFT has no update of old rows beside values for new ones
     if any(pair.name in tie.names for tie in alignment.ties):
         return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
-    if pair.added_rows:
-        return Treatment.WHOLE  # PEFT has no update for a part of a table beside new rows
     if pair.kind in (*LOW_RANK_KINDS, ModuleKind.CONV):
         whole = alignment.experts.is_router(pair.name) or is_grouped_convolution(pair, base)
         return Treatment.WHOLE if whole or rules.of(pair) is None else Treatment.LOW_RANK

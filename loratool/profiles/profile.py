@@ -79,6 +79,8 @@ def _check(adapter: Adapter, profile: Profile) -> None:
     for name, other in adapter.others.items():
         if not limits.other_kinds:
             in_the_way.append(f"{name}: {other.describe()}")
+    if not limits.whole_modules:
+        in_the_way += [f"{name}: {other.describe()}" for name, other in adapter.others.items()]
     for name, update in adapter.low_rank.items():
         last = name.split(".")[-2] if "." in name else name
         if update.is_embedding and not limits.embeddings:
