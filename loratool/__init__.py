@@ -23,9 +23,11 @@ if TYPE_CHECKING:
         init,
         inspect,
         merge,
+        merge_in_place,
         open_adapter,
         open_checkpoint,
         push,
+        recover,
     )
     from loratool.errors import LoratoolError
     from loratool.storage.checkpoint import Checkpoint
@@ -41,9 +43,11 @@ _WHERE = {
     "init": "loratool.api",
     "inspect": "loratool.api",
     "merge": "loratool.api",
+    "merge_in_place": "loratool.api",
     "open_adapter": "loratool.api",
     "open_checkpoint": "loratool.api",
     "push": "loratool.api",
+    "recover": "loratool.api",
 }
 
 __all__ = [
@@ -57,9 +61,11 @@ __all__ = [
     "init",
     "inspect",
     "merge",
+    "merge_in_place",
     "open_adapter",
     "open_checkpoint",
     "push",
+    "recover",
 ]
 
 

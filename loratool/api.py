@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from loratool.adapter import Adapter
 from loratool.engine import Engine, Progress
@@ -16,11 +16,14 @@ from loratool.ops import extract_plan as _extract_plan
 from loratool.ops import init as _init
 from loratool.ops import inspect as _inspect
 from loratool.ops import merge as _merge
+from loratool.ops import merge_in_place as _merge_in_place
+from loratool.ops import recover as _recover
 from loratool.ops.compare_report import CompareReport
 from loratool.ops.estimate import EstimateReport
 from loratool.ops.extract_report import ExtractReport
 from loratool.ops.init import InitReport
 from loratool.ops.merge_report import MergeReport
+from loratool.ops.recover import RecoverReport
 from loratool.ops.sources import is_adapter
 from loratool.ops.sources import open_adapter as _open_adapter
 from loratool.storage.checkpoint import Checkpoint
@@ -140,6 +143,55 @@ def merge(
         overwrite=overwrite,
     )
     return _merge.run_merge(plan, _engine(jobs), progress)
+
+
+def merge_in_place(
+    base: PathArg,
+    adapters: PathArg | Sequence[PathArg | tuple[PathArg, float]],
+    *,
+    scale: float = 1.0,
+    alpha: float | None = None,
+    device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base_check: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Like ``merge``, into the base's own files, under a journal.
+
+    Files that are links become the folder's own first. If anything fails, everything is put back;
+    after a kill, ``recover`` finishes or undoes it. Raises a LoratoolError subclass.
+    """
+    plan = _merge_in_place.plan_in_place(
+        Path(base),
+        _weighted(adapters),
+        scale=scale,
+        alpha=alpha,
+        device=device,
+        include=include,
+        exclude=exclude,
+        base_check=base_check,
+    )
+    return _merge_in_place.run_in_place(plan, _engine(jobs), progress)
+
+
+def recover(
+    path: PathArg,
+    direction: Literal["forward", "back"] | None = None,
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> RecoverReport:
+    """What an interrupted ``merge_in_place`` left at ``path``; with a direction, end it that way.
+
+    Raises a LoratoolError subclass.
+    """
+    if direction is None:
+        return _recover.look(Path(path))
+    if direction == "back":
+        return _recover.recover_back(Path(path), progress)
+    return _recover.recover_forward(Path(path), _engine(jobs), progress)
 
 
 def _weighted(

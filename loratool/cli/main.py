@@ -16,6 +16,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Surgery": {
         "extract": "An adapter from a base and a tuned checkpoint.",
         "merge": "An adapter into a checkpoint.",
+        "recover": "Finish or undo an interrupted merge --in-place.",
     },
     "Adapters": {
         "combine": "Several adapters into one.",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from loratool.cli import options
 from loratool.cli.output import Output, percent, size_text
+from loratool.errors import UsageError
+from loratool.provenance import document
 
 if TYPE_CHECKING:
     from loratool.engine import Engine
-    from loratool.ops.merge import MergePlan
+    from loratool.ops.merge_inputs import Merging
     from loratool.ops.merge_report import MergeReport
 
 
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 @click.argument(
     "adapters", type=options.WEIGHTED, nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]..."
 )
-@options.output_option
+@click.option("-o", "--output", type=options.PATH, help="Where the result goes.")
+@click.option(
+    "--in-place",
+    is_flag=True,
+    help="Change the base's own files, under a journal (see recover), instead of -o.",
+)
 @click.option(
     "--scale",
     type=options.FINITE,
@@ -62,7 +69,8 @@ def merge_command(
     out: Output,
     base: Path,
     adapters: tuple[tuple[Path, float], ...],
-    output: Path,
+    output: Path | None,
+    in_place: bool,
     scale: float,
     dtype: str | None,
     max_shard_size: str | None,
@@ -87,52 +95,128 @@ def merge_command(
     Example:
       loratool merge base/ adapter/ -o merged/
       loratool merge base/ style/:0.7 subject/:0.5 -o merged/ --dtype bfloat16
+      loratool merge my-model/ adapter/ --in-place
     """
     from loratool.engine import Engine
-    from loratool.ops.merge import plan_merge, run_merge
 
-    plan = plan_merge(
-        base,
-        adapters,
-        output,
-        scale=scale,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        base_check=base_check,
-        link=link,
-        alpha=alpha,
-        device=device,
-        include=include,
-        exclude=exclude,
-        overwrite=overwrite,
-    )
     engine = Engine(jobs) if jobs else Engine()
-    if dry_run:
-        _show_plan(out, plan, engine)
+    values = Values(scale, alpha, device, include, exclude, base_check)
+    if in_place:
+        _refuse_with_in_place(
+            {
+                "-o": output,
+                "--dtype": dtype,
+                "--max-shard-size": max_shard_size,
+                "--link": link,
+                "--overwrite": overwrite,
+            }
+        )
+        result = _merge_in_place(out, base, adapters, values, engine, dry_run)
+    elif output is None:
+        raise UsageError("no output is named", hint="name it after -o, or merge --in-place")
+    else:
+        form = Form(dtype, max_shard_size, link, overwrite)
+        result = _merge_into(out, base, adapters, output, values, form, engine, dry_run)
+    if result is None:
         return
-    result = run_merge(plan, engine, out.progress())
     out.report_file(report, result.to_json())
     if out.as_json:
         out.document(result.to_json())
     else:
-        _show(out, result, output)
+        _show(out, result, output or base)
 
 
-def _show_plan(out: Output, plan: MergePlan, engine: Engine) -> None:
-    from loratool.provenance import document
+class Values(NamedTuple):
+    """Options that decide the merged values."""
 
+    scale: float
+    alpha: float | None
+    device: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    base_check: bool
+
+
+class Form(NamedTuple):
+    """Options that decide the form of the output."""
+
+    dtype: str | None
+    max_shard_size: str | None
+    link: bool
+    overwrite: bool
+
+
+def _merge_into(
+    out: Output,
+    base: Path,
+    adapters: tuple[tuple[Path, float], ...],
+    output: Path,
+    values: Values,
+    form: Form,
+    engine: Engine,
+    dry_run: bool,
+) -> MergeReport | None:
+    from loratool.ops.merge import plan_merge, run_merge
+
+    plan = plan_merge(base, adapters, output, **values._asdict(), **form._asdict())
+    if not dry_run:
+        return run_merge(plan, engine, out.progress())
     body = plan.to_json(engine.workers)
-    if out.as_json:
-        out.document(document("merge-plan", 1, body))
-        return
-    merging = plan.merging
-    out.line(
-        f"would change {len(merging.placement.updates)} of {len(merging.base.checkpoint)} tensors "
-        f"({size_text(merging.changed_bytes)} of {size_text(plan.output_bytes)}) "
-        f"on {merging.device}"
-    )
+    if _shown_as_json(out, body):
+        return None
+    _show_changes(out, plan.merging, body, plan.output_bytes)
     if len(plan.layout.files) > 1:
         out.line(f"files: {len(plan.layout.files)}")
+    out.line(f"disk: {size_text(plan.written_bytes)}")
+    _show_rest(out, plan.merging, body, plan.side_files.skipped, plan.side_files.notes)
+    return None
+
+
+def _merge_in_place(
+    out: Output,
+    base: Path,
+    adapters: tuple[tuple[Path, float], ...],
+    values: Values,
+    engine: Engine,
+    dry_run: bool,
+) -> MergeReport | None:
+    from loratool.ops.merge_in_place import plan_in_place, run_in_place
+
+    plan = plan_in_place(base, adapters, **values._asdict())
+    if not dry_run:
+        return run_in_place(plan, engine, out.progress())
+    body = plan.to_json(engine.workers)
+    if _shown_as_json(out, body):
+        return None
+    _show_changes(out, plan.merging, body, plan.merging.base.checkpoint.size_bytes)
+    out.line(
+        f"disk, until it has finished: {size_text(body['disk_at_least'])} and the journal, "
+        f"together at most {size_text(body['disk_at_most'])}"
+    )
+    _show_rest(out, plan.merging, body, (), ())
+    return None
+
+
+def _refuse_with_in_place(given: dict[str, object]) -> None:
+    clashing = [name for name, value in given.items() if value]
+    if clashing:
+        raise UsageError(
+            f"--in-place does not go with {', '.join(clashing)}",
+            hint="in place, the files keep their names, dtypes and sizes",
+        )
+
+
+def _shown_as_json(out: Output, body: dict[str, Any]) -> bool:
+    if out.as_json:
+        out.document(document("merge-plan", 1, body))
+    return out.as_json
+
+
+def _show_changes(out: Output, merging: Merging, body: dict[str, Any], total_bytes: int) -> None:
+    out.line(
+        f"would change {len(merging.placement.updates)} of {len(merging.base.checkpoint)} tensors "
+        f"({size_text(merging.changed_bytes)} of {size_text(total_bytes)}) on {merging.device}"
+    )
     if out.verbose:
         out.table(
             "updates",
@@ -140,10 +224,18 @@ def _show_plan(out: Output, plan: MergePlan, engine: Engine) -> None:
             [[row["name"], row["update"]] for row in body["tensors"]],
             text=2,
         )
-    out.line(f"disk: {size_text(plan.written_bytes)}")
-    out.line(f"working memory: about {size_text(merging.peak_bytes(engine.workers))}")
-    _show_left_out(out, merging.left_out, plan.side_files.skipped)
-    out.notes([*merging.notes, *plan.side_files.notes])
+
+
+def _show_rest(
+    out: Output,
+    merging: Merging,
+    body: dict[str, Any],
+    skipped: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> None:
+    out.line(f"working memory: about {size_text(body['peak_bytes'])}")
+    _show_left_out(out, merging.left_out, skipped)
+    out.notes([*merging.notes, *notes])
 
 
 def _show_left_out(

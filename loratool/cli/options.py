@@ -77,8 +77,7 @@ def framed(function: Command) -> Command:
             _fail(out, error, exit_code(error))
         except KeyboardInterrupt as interrupt:
             out.complain("interrupted; nothing was published")
-            for note in getattr(interrupt, "__notes__", ()):
-                out.complain(note)
+            _say_notes(out, interrupt)
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
             sys.stderr.close()
@@ -118,7 +117,14 @@ def _fail(out: Output, error: LoratoolError, code: int) -> None:
         for line in traceback.format_exc().splitlines():
             out.complain(line)
     out.failure(error, code)
+    if not out.as_json:
+        _say_notes(out, sys.exception())
     sys.exit(code)
+
+
+def _say_notes(out: Output, error: BaseException | None) -> None:
+    for note in getattr(error, "__notes__", ()):
+        out.complain(note)
 
 
 output_option = click.option(

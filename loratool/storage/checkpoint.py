@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputMissing, MalformedFile, UnsupportedInput
+from loratool.storage.in_place import refuse_unfinished
 from loratool.storage.safetensors_file import read_header
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torch_zip import read_torch_zip
@@ -104,9 +105,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_weight_file(path: Path) -> WeightFile:
-    """One safetensors file or torch pickle, headers only."""
+    """One safetensors file or torch pickle, headers only.
+
+    Raises InputMissing, MalformedFile, UnsupportedInput, and Unfinished for a file that was being
+    changed in place.
+    """
     if not path.is_file():
         raise InputMissing(f"{path}: no such file")
+    refuse_unfinished(path)
     if path.suffix == ".safetensors":
         header = read_header(path)
         return WeightFile(path, header.tensors, header.metadata, header.raw)

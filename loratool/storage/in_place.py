@@ -40,6 +40,8 @@ _RESERVE = "reserve"
 _GUARD = "guard-"
 _MAGIC = b"LTJ1"
 _FRAME = struct.Struct("<4sIQI")
+_HELD: set[Path] = set()
+"""Folders whose journal this process holds: it may read the files."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class State:
 def refuse_unfinished(path: Path) -> None:
     """Refuse a file that an unfinished journal beside it speaks of. Raises Unfinished."""
     journal = path.parent / JOURNAL
-    if not journal.is_dir():
+    if not journal.is_dir() or path.parent.resolve() in _HELD:
         return
     try:
         files = json.loads((journal / _FACTS).read_text())["files"]
@@ -98,6 +100,7 @@ class Journal:
         self._lock = lock
         self._logging = threading.Lock()
         self._states: dict[str, tuple[bool, Block, int]] = {}
+        _HELD.add(folder)
         self.facts: Mapping[str, Any] = json.loads((self.path / _FACTS).read_text())
         self._read_log()
 
@@ -115,6 +118,7 @@ class Journal:
             setup = folder / f"{_SETUP}{os.getpid()}-{os.urandom(4).hex()}"
             setup.mkdir()
             lock = os.open(setup / _LOCK, os.O_CREAT | os.O_RDWR)
+            place = setup
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 _write_flushed(setup / _RESERVE, [b"\0" * reserve])
@@ -122,11 +126,12 @@ class Journal:
                 _write_flushed(setup / _FACTS, [text.encode()])
                 _flush_folder(setup)
                 _claim(setup, folder)
+                place = folder / JOURNAL
+                _flush_folder(folder)
             except BaseException:
                 os.close(lock)
-                shutil.rmtree(setup, ignore_errors=True)
+                shutil.rmtree(place, ignore_errors=True)
                 raise
-            _flush_folder(folder)
         return Journal(folder, lock)
 
     @staticmethod
@@ -149,6 +154,7 @@ class Journal:
 
     def release(self) -> None:
         """Let go of the journal without ending it."""
+        _HELD.discard(self.folder)
         os.close(self._lock)
 
     @property
@@ -223,7 +229,7 @@ class Journal:
         self.path.rename(over)
         _flush_folder(self.folder)
         shutil.rmtree(over, ignore_errors=True)
-        os.close(self._lock)
+        self.release()
 
     # Blocks ----------------------------------------------------------------------------------
 

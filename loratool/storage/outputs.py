@@ -22,6 +22,7 @@ from loratool.errors import NoSpace, OutputError, OutputExists
 from loratool.storage.checkpoint import WEIGHT_SUFFIXES
 from loratool.storage.disk import ONLY_ON_WRITING, disk_errors
 from loratool.storage.done_log import append_done
+from loratool.storage.in_place import JOURNAL
 
 _STAGING_MARK = ".loratool-partial-"
 _SETUP_MARK = ".loratool-setup-"
@@ -70,6 +71,11 @@ def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> No
 
 def _check_replaceable(output: Path) -> None:
     """--overwrite replaces what looks like a model or an adapter, never somebody's other files."""
+    if (output / JOURNAL).exists():
+        raise OutputError(
+            f"{output}: was being changed in place when the work was interrupted",
+            hint=f"loratool recover {output} says what was done, and finishes or undoes it",
+        )
     if output.is_symlink() or (output.suffix in WEIGHT_SUFFIXES and output.is_file()):
         return
     if not output.is_dir():

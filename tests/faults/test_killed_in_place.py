@@ -1,0 +1,164 @@
+"""Merges killed at any step: what was there is harmed by none, and ends well by resume or recover.
+
+The quick tests take every few steps, the slow ones all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+import loratool as lt
+from loratool.ops import merge_in_place, merge_work
+from loratool.storage import outputs
+from loratool.storage.in_place import JOURNAL
+from tests.faults.killing import COUNT_ONLY, bytes_of, run
+from tests.ops.builders import LLAMA, llama_like, save_folder, save_peft
+from tests.ops.test_merge import DOWN1, Q0, factors
+
+EVERY = [
+    pytest.param(29, id="some"),
+    pytest.param(1, id="all", marks=pytest.mark.slow),
+]
+MOMENTS = [pytest.param(8, id="few"), pytest.param(200, id="many", marks=pytest.mark.slow)]
+CHANGED = {
+    Q0: factors(24, 24),
+    DOWN1: factors(24, 40),
+    "model.layers.0.mlp.up_proj": factors(40, 24),
+    "model.layers.1.self_attn.k_proj": factors(12, 24),
+    "lm_head": factors(50, 24),
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A base of two shards, of which one is a hard link, and an adapter; small jobs, one thread."""
+    base = save_folder(llama_like(torch.bfloat16), tmp_path / "base", LLAMA, shards=2)
+    (base / "tokenizer.json").write_text("{}")
+    adapter = save_peft(tmp_path / "adapter", CHANGED)
+    monkeypatch.setattr(merge_work, "JOB_BYTES", 600)
+    monkeypatch.setattr(merge_in_place, "BLOCK_BYTES", 600)
+    monkeypatch.setattr(outputs, "_FLUSH_SECONDS", 0.0)
+    return base, adapter
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_a_merge_killed_at_any_step_is_resumed(
+    inputs: tuple[Path, Path], tmp_path: Path, every: int
+) -> None:
+    base, adapter = inputs
+    before, out = bytes_of(base), tmp_path / "out"
+    lt.merge(base, adapter, tmp_path / "whole")
+    expected = bytes_of(tmp_path / "whole")
+    command = ("merge", base, adapter, "-o", out, "--jobs", 1)
+    killed = 0
+    for die_at in range(1, 10_000, every):
+        code, _ = run(command, die_at)
+        if code is None:
+            killed += 1
+            assert not out.exists() or bytes_of(out) == expected
+            if not out.exists():
+                code, _ = run(command, COUNT_ONLY)
+                assert code == 0
+        assert bytes_of(out) == expected
+        assert bytes_of(base) == before
+        leftover = {path.name for path in tmp_path.iterdir()} - {"adapter", "base", "whole", "out"}
+        shutil.rmtree(out)
+        for name in leftover:  # killed after the output was published, or while setting up
+            assert name.startswith(".out.loratool-")
+            shutil.rmtree(tmp_path / name)
+        if code is not None and die_at > killed * every:
+            break
+    assert killed >= (30 if every == 1 else 2)
+
+
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_merge_in_place_killed_at_any_step_is_recovered(
+    inputs: tuple[Path, Path], tmp_path: Path, linked: bool, every: int
+) -> None:
+    base, adapter = inputs
+    before = bytes_of(base)
+    lt.merge(base, adapter, tmp_path / "whole")
+    expected = bytes_of(tmp_path / "whole")
+    killed = 0
+    for die_at in range(1, 10_000, every):
+        work = _working_copy(base, tmp_path, linked)
+        code, _ = run(("merge", work, adapter, "--in-place", "--jobs", 1), die_at, seed=die_at)
+        killed += code is None
+        _recover(work, code is None, die_at, before, expected)
+        assert bytes_of(base) == before
+        if code is not None:
+            break
+    assert killed >= (100 if every == 1 else 3)
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_a_merge_in_place_killed_at_random_moments(
+    inputs: tuple[Path, Path], tmp_path: Path, moments: int
+) -> None:
+    """Also in the middle of what is no step, with two jobs side by side."""
+    base, adapter = inputs
+    before = bytes_of(base)
+    lt.merge(base, adapter, tmp_path / "whole")
+    expected = bytes_of(tmp_path / "whole")
+    began = time.perf_counter()
+    work = _working_copy(base, tmp_path, False)
+    assert run(("merge", work, adapter, "--in-place", "--jobs", 2))[0] == 0
+    lasts = time.perf_counter() - began
+    generator = random.Random(moments)
+    killed = 0
+    for number in range(moments):
+        work = _working_copy(base, tmp_path, False)
+        moment = lasts * generator.random()
+        code, _ = run(("merge", work, adapter, "--in-place", "--jobs", 2), die_after=moment)
+        killed += code is None
+        _recover(work, code is None, number, before, expected)
+    assert killed > moments // 4
+
+
+def _working_copy(base: Path, tmp_path: Path, linked: bool) -> Path:
+    work = tmp_path / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(base, work)
+    if linked:
+        shard = base / "model-00001-of-00002.safetensors"
+        (work / shard.name).unlink()
+        os.link(shard, work / shard.name)
+    return work
+
+
+def _recover(
+    work: Path, died: bool, number: int, before: dict[str, bytes], expected: dict[str, bytes]
+) -> None:
+    """End it forward and back in turn, and die while at it the first time."""
+    if not (work / JOURNAL).exists():
+        assert not lt.recover(work).found
+        wanted = expected if _visible(work) != before else before
+        assert died or wanted is expected
+    else:
+        assert died
+        with pytest.raises(lt.LoratoolError, match="changed in place"):
+            lt.inspect(work)
+        assert lt.recover(work).found
+        direction: Literal["forward", "back"] = "forward" if number % 2 else "back"
+        run(("recover", work, f"--{direction}", "--jobs", 1), 1 + number % 17, seed=number)
+        lt.recover(work, direction)
+        wanted = expected if direction == "forward" else before
+    assert _visible(work) == wanted, number
+
+
+def _visible(folder: Path) -> dict[str, bytes]:
+    """All files but what a process left that died before its journal began or after its end."""
+    return {
+        name: data
+        for name, data in bytes_of(folder).items()
+        if not name.startswith((f"{JOURNAL}-setup-", f"{JOURNAL}-over-"))
+    }
