@@ -76,7 +76,7 @@ def test_quiet_says_nothing_but_errors(tmp_path: Path) -> None:
         ([], "Usage:"),
         (["mrege"], "No such command 'mrege'"),
         (["merge"], "Missing argument 'BASE'"),
-        (["merge", "a", "b"], "Missing option '-o'"),
+        (["merge", "a", "b"], "no output is named"),
         (["merge", "a", "b", "-o", "c", "--frobnicate"], "--frobnicate"),
         (["merge", "a", "b", "-o", "c", "--scale", "much"], "'much' is not a valid float"),
         (["merge", "a", "b", "-o", "c", "--scale", "nan"], "not a finite number"),
