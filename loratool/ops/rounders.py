@@ -122,7 +122,7 @@ class _Members:
         ours = [update for update in self.updates if update.member == member]
         if not ours:
             return RoundedBlock(flat.to(dtype), 0, 0, 0, 0)
-        rows, columns = ours[0].update.shape[:: -1 if ours[0].transposed else 1]
+        rows, columns = _matrix_shape(ours[0])
         terms = [_low_rank(update, 0, rows, self.device) for update in ours]
         summed = CertifiedSum(terms, find_pass=self.find_pass)
         matrix = flat.view(rows, columns)
@@ -131,6 +131,12 @@ class _Members:
             summed.add_to(matrix[row : row + step], row, dtype) for row in range(0, rows, step)
         ]
         return _joined(parts, (-1,))
+
+
+def _matrix_shape(placed: PlacedUpdate) -> tuple[int, int]:
+    outputs, inputs = placed.update.shape
+    outputs = outputs if placed.places is None else len(placed.places)
+    return (inputs, outputs) if placed.transposed else (outputs, inputs)
 
 
 def _joined(parts: Sequence[RoundedBlock], shape: Sequence[int]) -> RoundedBlock:
