@@ -9,8 +9,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from loratool.adapter import Adapter, LowRankUpdate, TokenRows, module_of
+from loratool.adapter import (
+    Adapter,
+    DenseUpdate,
+    DoraUpdate,
+    LowRankUpdate,
+    TokenRows,
+    module_of,
+)
 from loratool.errors import Unplaced
+from loratool.formats.peft_beside import beside_factors, with_dora
 from loratool.formats.peft_config import CONFIG_FILE, TASK_HEADS
 from loratool.formats.peft_experts import EncodedParameter, encode_parameters, is_bare
 from loratool.formats.peft_keys import PREFIX
@@ -29,15 +37,16 @@ def encode(
     """
     tokens = {name: u for name, u in adapter.others.items() if isinstance(u, TokenRows)}
     for name, other in adapter.others.items():
-        if name not in tokens:
+        if not isinstance(other, DoraUpdate | DenseUpdate | TokenRows):
             raise Unplaced(f"{name}: {other.describe()}: cannot be written as PEFT's yet")
     modules = None if base_modules is None else set(base_modules)
+    factors = with_dora(adapter)
     bare = {
         name: update
-        for name, update in adapter.low_rank.items()
+        for name, update in factors.items()
         if is_bare(name) or name in adapter.as_parameters
     }
-    low_rank = {module_of(n): update for n, update in adapter.low_rank.items() if n not in bare}
+    low_rank = {module_of(n): update for n, update in factors.items() if n not in bare}
     saved = _saved_modules(adapter)
     tensors: dict[str, LazyTensor] = {}
     for module, update in low_rank.items():
@@ -45,6 +54,12 @@ def encode(
         tensors[f"{PREFIX}{module}.{kind.format('A')}"] = update.a
         tensors[f"{PREFIX}{module}.{kind.format('B')}"] = update.b
     parameters = list(encode_parameters(bare))
+    beside, settings = beside_factors(adapter, low_rank)
+    if beside and parameters:
+        raise Unplaced(
+            f"{parameters[0].name}: PEFT has no DoRA and no lora_bias of bare parameters"
+        )
+    tensors |= beside
     for parameter in parameters:
         tensors[f"{PREFIX}{parameter.owner}.lora_A.weight"] = parameter.a
         tensors[f"{PREFIX}{parameter.owner}.lora_B.weight"] = parameter.b
@@ -65,7 +80,7 @@ def encode(
     heads = TASK_HEADS.get(adapter.task_type or "", ())
     roots = {module.split(".")[0] for module in saved} & set(heads)
     saved = {module for module in saved if module.split(".")[0] not in roots}
-    config = _config_of(adapter, low_rank, parameters, modules, saved, roots, has_bias)
+    config = _config_of(adapter, low_rank, parameters, modules, saved, roots, has_bias) | settings
     if tokens:
         config["trainable_token_indices"] = {
             module_of(name): list(rows.indices) for name, rows in tokens.items()

@@ -186,6 +186,25 @@ class Flattened(_View):
         return self.source.read().reshape(-1)[start:stop]
 
 
+@dataclass(frozen=True)
+class Reshaped(_View):
+    """The values of a tensor in their order, in another shape."""
+
+    source: LazyTensor
+    new_shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.new_shape
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.source.read().reshape(self.new_shape)[start:stop]
+
+
 def rows_of(source: LazyTensor, start: int, stop: int) -> Stored:
     """Rows ``start:stop``; of a plainly stored tensor a tensor of its own."""
     if isinstance(source, TensorInfo) and source.strides is None and source.shape:
@@ -212,7 +231,7 @@ def files_of(tensor: LazyTensor) -> set[Path]:
     if isinstance(tensor, TensorInfo):
         return {tensor.path}
     sources: Iterable[LazyTensor] = ()
-    if isinstance(tensor, _Rows | _Member | Columns | Flattened):
+    if isinstance(tensor, _Rows | _Member | Columns | Flattened | Reshaped):
         sources = (tensor.source,)
     elif isinstance(tensor, Joined | Interleaved):
         sources = tensor.parts
