@@ -58,6 +58,8 @@ def excess_bound(
     d: (m, n) float32. theta: (l,) float64. v: (n, l) with orthonormal columns to float32. back:
     DᵀD·v, float64. energy: ‖d‖²_F.
     """
+    if energy == 0:
+        return EXACT
     g = back - v.double() * theta.square()
     # any R with RᵀR = GᵀG serves; this one costs less than a QR of the tall G
     square, vectors = torch.linalg.eigh(g.T @ g)
