@@ -64,6 +64,31 @@ def test_larger_ones_stay_within_their_stated_loss(problem: tuple[list[Spectrum]
     assert gain(spectra, found.ranks) >= best(spectra, parameters) - found.loss - 1e-9
 
 
+@settings(deadline=None)
+@given(problems(), st.booleans(), st.booleans())
+def test_no_uniform_rank_that_fits_is_better(
+    problem: tuple[list[Spectrum], int], relative: bool, exactly: bool
+) -> None:
+    spectra, parameters = problem
+    before = budget.EXACT_WORK
+    budget.EXACT_WORK = before if exactly else 0
+    try:
+        found = allocate(spectra, parameters, relative=relative)
+    finally:
+        budget.EXACT_WORK = before
+
+    def kept(ranks: tuple[int, ...]) -> float:
+        return sum(
+            float(s.values[:r].square().sum()) / (s.total_energy if relative else 1.0)
+            for s, r in zip(spectra, ranks, strict=True)
+        )
+
+    for rank in range(10):
+        uniform = tuple(min(rank, len(s.values)) for s in spectra)
+        if sum(r * sum(s.shape) for r, s in zip(uniform, spectra, strict=True)) <= parameters:
+            assert kept(found.ranks) >= kept(uniform) * (1 - 1e-12)
+
+
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
 def test_never_worse_than_a_uniform_rank_of_the_same_size(share: float) -> None:
     generator = np.random.default_rng(3)

@@ -63,6 +63,26 @@ def test_auto_finds_the_rank(dtype: torch.dtype, relative: float) -> None:
     assert factors.rank == 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("relative", [0.003, 0.005, 0.02, 0.1])
+@pytest.mark.parametrize("rank", [3, 4, 16, 32])
+def test_auto_finds_any_rank(dtype: torch.dtype, relative: float, rank: int) -> None:
+    d, floor, _ = change(dtype, relative, rank=rank)
+    factors = factorize(d, parse_rank_rule("auto"), key="k", noise_floor=floor.threshold)
+    assert factors.rank == rank
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_ranks_one_and_two_are_found_with_a_few_more_at_most(dtype: torch.dtype) -> None:
+    """Their entries differ so much in size that the rounding follows a pattern of low rank."""
+    for rank, relative in ((1, 0.003), (1, 0.01), (2, 0.005)):
+        d, floor, _ = change(dtype, relative, rank=rank)
+        rule = parse_rank_rule("auto")
+        found = factorize(d, rule, key="k", noise_floor=floor.threshold).rank
+        assert rank <= found <= 6
+
+
 def answer(dtype: torch.dtype, relative: float, tail: float = 0.0) -> LoraAnswer | None:
     d, floor, changed = change(dtype, relative, tail)
     spectrum = factorize(d, parse_rank_rule("16"), key="k").spectrum
