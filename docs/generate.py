@@ -18,8 +18,8 @@ import click
 from loratool.algebra.ranks import REGISTRY
 from loratool.cli.errors import EXIT_CODES
 from loratool.cli.main import cli
-from loratool.combine.method import Method, Parameter
-from loratool.combine.registry import DEFAULT, METHODS
+from loratool.combining.method import Method, Parameter
+from loratool.combining.registry import DEFAULT, METHODS
 
 DOCS = Path(__file__).resolve().parent
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter
     from loratool.algebra.lowrank import LowRank
     from loratool.api import (
+        combine,
         compare,
         estimate,
         extract,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         open_checkpoint,
         push,
         recover,
+        resize,
     )
     from loratool.errors import LoratoolError
     from loratool.storage.checkpoint import Checkpoint
@@ -37,6 +39,7 @@ _WHERE = {
     "Checkpoint": "loratool.storage.checkpoint",
     "LoratoolError": "loratool.errors",
     "LowRank": "loratool.algebra.lowrank",
+    "combine": "loratool.api",
     "compare": "loratool.api",
     "estimate": "loratool.api",
     "extract": "loratool.api",
@@ -48,6 +51,7 @@ _WHERE = {
     "open_checkpoint": "loratool.api",
     "push": "loratool.api",
     "recover": "loratool.api",
+    "resize": "loratool.api",
 }
 
 __all__ = [
@@ -55,6 +59,7 @@ __all__ = [
     "Checkpoint",
     "LoratoolError",
     "LowRank",
+    "combine",
     "compare",
     "estimate",
     "extract",
@@ -66,6 +71,7 @@ __all__ = [
     "open_checkpoint",
     "push",
     "recover",
+    "resize",
 ]
 
 

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from loratool.adapter import Adapter
+from loratool.algebra.ranks import RankLimits
 from loratool.engine import Engine, Progress
+from loratool.ops import combine as _combine
+from loratool.ops import combine_plan as _combine_plan
+from loratool.ops import combine_weights as _combine_weights
 from loratool.ops import compare as _compare
 from loratool.ops import estimate as _estimate
 from loratool.ops import extract as _extract
@@ -18,6 +22,9 @@ from loratool.ops import inspect as _inspect
 from loratool.ops import merge as _merge
 from loratool.ops import merge_in_place as _merge_in_place
 from loratool.ops import recover as _recover
+from loratool.ops import resize as _resize
+from loratool.ops.combine_report import UpdatesReport
+from loratool.ops.combine_saved import parse_saved
 from loratool.ops.compare_report import CompareReport
 from loratool.ops.estimate import EstimateReport
 from loratool.ops.extract_report import ExtractReport
@@ -202,6 +209,94 @@ def _weighted(
     return [
         (Path(one[0]), one[1]) if isinstance(one, tuple) else (Path(one), 1.0) for one in adapters
     ]
+
+
+def combine(
+    adapters: Sequence[PathArg],
+    output: PathArg,
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "svd",
+    weight_rules: Sequence[str] = (),
+    rank: str | int | None = None,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    multiple_of: int = 1,
+    saved: str = "refuse",
+    dtype: str | None = None,
+    device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    alpha: float | None = None,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    **parameters: object,
+) -> UpdatesReport:
+    """Write one adapter made of several, by the method of that name, and report its error.
+
+    ``weights`` is one number per adapter (default: 1 each); ``weight_rules`` are strings as for
+    ``--weight``. ``parameters`` are the method's own (``density=0.3``; lambda is ``lambda_``).
+    Raises a LoratoolError subclass; nothing is written then.
+    """
+    asked = _combine_plan.Combination(
+        _combine_weights.sources_of([Path(path) for path in adapters], weights),
+        method,
+        {name.removesuffix("_"): value for name, value in parameters.items()},
+        rank=None if rank is None else str(rank),
+        limits=RankLimits(min_rank, max_rank, multiple_of),
+        saved=parse_saved(saved),
+        dtype=dtype,
+        seed=seed,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        alpha=alpha,
+    )
+    asked = asked.with_rules(weight_rules)
+    plan = _combine_plan.plan_combine(asked, Path(output), device=device, overwrite=overwrite)
+    return _combine.run_combine(plan, _engine(jobs), progress)
+
+
+def resize(
+    adapter: PathArg,
+    output: PathArg,
+    *,
+    rank: str | int,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    multiple_of: int = 1,
+    uniform: bool = False,
+    balance: bool = False,
+    profile: str = "peft",
+    dtype: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    alpha: float | None = None,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> UpdatesReport:
+    """Write the adapter at another rank: cut optimally, or padded with zeros; report its error.
+
+    ``rank`` is a number, a rule such as ``"energy:0.95"``, or ``"budget:20MB"`` for all updates.
+    Raises a LoratoolError subclass; nothing is written then.
+    """
+    plan = _resize.plan_resize(
+        Path(adapter),
+        Path(output),
+        rank=rank,
+        limits=RankLimits(min_rank, max_rank, multiple_of),
+        uniform=uniform,
+        balance=balance,
+        profile=profile,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        alpha=alpha,
+        overwrite=overwrite,
+    )
+    return _resize.run_resize(plan, _engine(jobs), progress)
 
 
 def inspect(

@@ -20,7 +20,7 @@ ALLOWED = {
     "receipt": {"errors", "storage", "algebra", "adapter", "provenance"},
     "layouts": {"errors", "storage", "algebra", "adapter", "provenance"},
     "formats": {"errors", "storage", "algebra", "adapter", "provenance"},
-    "combine": {"errors", "algebra"},
+    "combining": {"errors", "algebra"},
     "profiles": {"errors", "storage", "algebra", "adapter", "provenance"},
     "inits": {"errors", "algebra"},
     "hub": {"errors", "storage", "algebra", "adapter", "provenance", "engine"},

@@ -108,11 +108,9 @@ def _exact(matrix: RowBlocks, rule: RankRule, energy: float) -> RowFactors:
         if not wide:
             gram.addmm_(block.double().T, block.double())
             continue
-        for other, second in matrix:  # the rows of one block against those of all
+        for other, second in matrix:  # eigh reads the lower triangle only
             if other.start <= where.start:
-                part = block.double() @ second.double().T
-                gram[where, other] = part
-                gram[other, where] = part.T
+                gram[where, other] = block.double() @ second.double().T
     eigenvalues, vectors = torch.linalg.eigh(gram)
     values = eigenvalues.flip(0).clamp(min=0).sqrt()
     spectrum = Spectrum(values.cpu(), energy, matrix.shape)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loratool.algebra.factorize import left_signs
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.ranks import RankRule
+from loratool.algebra.ranks import RankLimits, RankRule
 from loratool.algebra.spectrum import Spectrum
 from loratool.errors import ShapeMismatch
 
@@ -49,12 +49,12 @@ def total(values: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.cat([value.b.double() * value.scale for value in values], dim=1), a)
 
 
-def truncate(value: LowRank, choose: Callable[[Spectrum], int | None]) -> Truncation:
+def truncate(value: LowRank, choose: Callable[[Spectrum], int]) -> Truncation:
     """The leading part of an update (Eckart–Young), as many components as ``choose`` says.
 
     ``choose`` sees the numerically nonzero singular values only, σ > (max(out, in) + r)·2⁻⁵² times
-    the sum of |scale|·‖b_k‖·‖a_k‖; None from it means all of those. The largest entry of each left
-    vector is positive. Costs O((out + in)·r² + r³).
+    the sum of |scale|·‖b_k‖·‖a_k‖, and may ask for more than there are. The largest entry of each
+    left vector is positive. Costs O((out + in)·r² + r³).
     """
     b, a = _balanced(value)
     size = float(b.square().sum().sqrt() * a.square().sum().sqrt())
@@ -65,22 +65,24 @@ def truncate(value: LowRank, choose: Callable[[Spectrum], int | None]) -> Trunca
     values = sigma[: int((sigma > floor).sum())]
     energy = float(values.square().cumsum(0)[-1]) if len(values) else 0.0
     spectrum = Spectrum(values.cpu(), energy, value.shape)
-    chosen = choose(spectrum) if len(values) else 0
-    rank = len(values) if chosen is None else min(chosen, len(values))
+    rank = min(choose(spectrum), len(values)) if len(values) else 0
     left, right = q_b @ u[:, :rank], vh[:rank] @ q_a.T
     signs = left_signs(left)
     root = values[:rank].sqrt()
     return Truncation(LowRank(left * (root * signs), (root * signs)[:, None] * right), spectrum)
 
 
-def by_rule(rule: RankRule) -> Callable[[Spectrum], int | None]:
-    """A rule for the spectrum of a low-rank value, whose further values are all zero."""
+def wanted_rank(rule: RankRule, spectrum: Spectrum) -> int:
+    """The rank that a rule asks for, given all numerically nonzero values of a low-rank matrix.
 
-    def choose(spectrum: Spectrum) -> int | None:
-        rank = rule(replace(spectrum, cut=True))
-        return rule.limits.most if rank is None else rank
-
-    return choose
+    Limits apply: a fixed number, or a multiple, can be more than there are values.
+    """
+    if rule.kind.name == "fixed":
+        return rule.first_guess(spectrum.shape)
+    rank = replace(rule, limits=RankLimits())(replace(spectrum, cut=True))
+    if rank is None:  # every value is kept, and the rest of the matrix is zero
+        rank = len(spectrum.values)
+    return rule.limits.apply(rank, spectrum.shape)
 
 
 def difference_norm(one: LowRank, two: LowRank) -> float:

@@ -11,8 +11,8 @@ import click
 from loratool.cli import options
 from loratool.cli.output import Output, size_text
 from loratool.cli.updates import show_updates
-from loratool.combine.method import Method, Parameter
-from loratool.combine.registry import DEFAULT, METHODS, parameters
+from loratool.combining.method import Method, Parameter
+from loratool.combining.registry import DEFAULT, METHODS, parameters
 
 if TYPE_CHECKING:
     from loratool.engine import Engine
@@ -138,7 +138,7 @@ def combine_command(
     from loratool.ops.combine_saved import Saved
     from loratool.ops.combine_weights import parse_rule, parse_source
 
-    sources = tuple(parse_source(text, alpha) for text in adapters)
+    sources = tuple(parse_source(text) for text in adapters)
     asked = Combination(
         sources,
         method,
@@ -151,6 +151,7 @@ def combine_command(
         seed,
         include,
         exclude,
+        alpha,
     )
     plan = plan_combine(asked, output, device=device, overwrite=overwrite)
     engine = Engine(jobs) if jobs else Engine()

@@ -21,6 +21,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Adapters": {
         "combine": "Several adapters into one.",
         "init": "An adapter to train from, for PEFT.",
+        "resize": "An adapter at another rank.",
     },
     "Look": {
         "inspect": "What a checkpoint, an adapter or a fine-tune consists of.",

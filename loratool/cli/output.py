@@ -177,7 +177,7 @@ def _console(stream: IO[str]) -> Console:
     from rich.console import Console
 
     width = None if stream.isatty() else int(os.environ.get("COLUMNS", _PIPE_WIDTH))
-    return Console(file=stream, width=width, soft_wrap=False)
+    return Console(file=stream, width=width, soft_wrap=False, emoji=False)
 
 
 def size_text(nbytes: int) -> str:

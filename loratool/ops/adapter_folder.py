@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from loratool.adapter import Adapter, LowRankUpdate
 from loratool.algebra.lowrank import LowRank
-from loratool.errors import NonFiniteValues, RangeOverflow, UsageError
+from loratool.errors import NonFiniteValues, RangeOverflow, UnsupportedInput, UsageError
 from loratool.formats import peft
 from loratool.provenance import REPORT_FILE
 from loratool.storage.dtypes import F32, USER_NAMES, DType
@@ -58,6 +59,15 @@ def dtype_of_factors(text: str | None, factors: Iterable[LazyTensor]) -> DType:
     return F32
 
 
+def refuse_other_updates(label: str, adapter: Adapter) -> None:
+    """Raises UnsupportedInput for updates that are neither low-rank nor absolute values."""
+    for name, update in adapter.others.items():
+        raise UnsupportedInput(
+            f"{label}: {name}: {update.describe()}: only low-rank updates can be combined or resized",
+            hint="leave it out with --exclude, or convert the adapter first",
+        )
+
+
 def load_update(label: str, update: LowRankUpdate, device: torch.device) -> LowRank:
     """An update as its module has it: b (out, r), a (r, in); kernels flattened.
 
@@ -74,6 +84,15 @@ def load_update(label: str, update: LowRankUpdate, device: torch.device) -> LowR
             )
         factors.append(values)
     return LowRank(factors[0], factors[1], update.scale)
+
+
+def in_scale(value: LowRank, scale: float) -> LowRank:
+    """The same update with another scale, not zero; float64 factors that share the change."""
+    if value.scale == scale:
+        return value
+    ratio = value.scale / scale
+    root = math.sqrt(abs(ratio))
+    return LowRank(value.b.double() * math.copysign(root, ratio), value.a.double() * root, scale)
 
 
 def stored_value(name: str, value: LowRank, dtype: DType) -> LowRank:

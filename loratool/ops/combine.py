@@ -13,6 +13,7 @@ from loratool.ops.combine_jobs import CombineResult, combine_weight
 from loratool.ops.combine_plan import CombinePlan
 from loratool.ops.combine_report import UpdatesReport
 from loratool.ops.extract_adapter import stored_size
+from loratool.ops.stacks import completed
 from loratool.storage.outputs import staged
 
 
@@ -45,9 +46,13 @@ def run_combine(
 
 
 def _adapter(plan: CombinePlan, results: list[CombineResult]) -> Adapter:
-    updates: dict[str, Update] = dict(plan.replaced)
-    updates |= {r.row.name: r.update for r in results if r.update is not None}
-    if not any(result.update is not None for result in results):
+    low_rank = {r.row.name: r.update for r in results if r.update is not None}
+    names = [job.name for job in plan.jobs]
+    updates: dict[str, Update] = {
+        **plan.replaced,
+        **completed(low_rank, names, str(plan.asked.seed)),
+    }
+    if not low_rank:
         raise NothingMatches(
             "the combination is zero everywhere; there is no adapter to write",
             hint="do the weights cancel each other?",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +14,12 @@ from loratool.algebra.factorize_rows import factorize_rows, residual_energy
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.row_blocks import HELD_BYTES, RowBlocks
-from loratool.algebra.truncation import by_rule, difference_norm, truncate
-from loratool.combine.method import Space, Updates, Value
-from loratool.combine.registry import find_method
-from loratool.ops.adapter_folder import load_update, park_update, stored_value
+from loratool.algebra.truncation import difference_norm, truncate, wanted_rank
+from loratool.combining.method import Space, Updates, Value
+from loratool.combining.registry import find_method
+from loratool.ops.adapter_folder import in_scale, load_update, park_update, stored_value
 from loratool.ops.combine_report import UpdateRow
+from loratool.ops.stacks import is_indexed
 from loratool.storage.dtypes import DType
 
 
@@ -143,10 +145,12 @@ def _store_low_rank(job: CombineJob, exact: LowRank) -> _Outcome:
     if job.rule is None:
         kept, norm, how = exact, exact.norm(), "as it comes"
     else:
-        cut = truncate(exact, by_rule(job.rule))
+        cut = truncate(exact, partial(wanted_rank, job.rule))
         kept, norm, how = cut.value, cut.spectrum.norm, "core SVD"
     if not norm or not kept.rank:
         return _Outcome(None, norm, norm, how)
+    if is_indexed(job.name):  # all matrices of one parameter are stored with one scale
+        kept = in_scale(kept, 1.0)
     stored = stored_value(job.name, kept, job.dtype)
     return _Outcome(stored, norm, difference_norm(exact, stored), how)
 

@@ -11,22 +11,21 @@ import torch
 
 from loratool.adapter import Adapter, LowRankUpdate, Replacement
 from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
-from loratool.combine.method import Method, Value
-from loratool.combine.registry import DEFAULT, find_method
+from loratool.combining.method import Method, Value
+from loratool.combining.registry import DEFAULT, find_method
 from loratool.engine.devices import resolve_device
 from loratool.errors import (
     DisagreementError,
     NothingMatches,
     ShapeMismatch,
-    UnsupportedInput,
     UsageError,
 )
 from loratool.layouts.patterns import select
-from loratool.ops.adapter_folder import dtype_of_factors
+from loratool.ops.adapter_folder import dtype_of_factors, refuse_other_updates
 from loratool.ops.combine_jobs import CombineJob
 from loratool.ops.combine_saved import Saved, combine_saved
-from loratool.ops.combine_weights import Source, WeightRule, weights_of
-from loratool.ops.sources import open_adapter
+from loratool.ops.combine_weights import Source, WeightRule, parse_rule, weights_of
+from loratool.ops.sources import open_adapters
 from loratool.storage.dtypes import DType
 from loratool.storage.outputs import check_free_space, check_output
 
@@ -36,7 +35,11 @@ LARGEST = "largest"
 
 @dataclass(frozen=True)
 class Combination:
-    """What is asked for. rank: a rule, or LARGEST; None for the method's own way."""
+    """What is asked for.
+
+    rank: a rule, or LARGEST; None for the method's own way. alpha: for formats that do not store
+    it.
+    """
 
     sources: tuple[Source, ...]
     method: str = DEFAULT
@@ -49,6 +52,11 @@ class Combination:
     seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    alpha: float | None = None
+
+    def with_rules(self, texts: Sequence[str]) -> Combination:
+        """With weight rules as ``--weight`` takes them. Raises UsageError."""
+        return replace(self, rules=tuple(parse_rule(text, self.sources) for text in texts))
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ def plan_combine(
     parameters = method.check(asked.parameters, len(asked.sources))
     rank = _rank_of(asked, method)
     target = resolve_device(device)
-    adapters = tuple(_open(source) for source in asked.sources)
+    adapters = tuple(open_adapters([source.path for source in asked.sources], asked.alpha))
     check_output(output, overwrite=overwrite, inputs=[source.path for source in asked.sources])
     chosen = select(
         {name: None for adapter in adapters for name in adapter.updates},
@@ -188,16 +196,6 @@ def plan_combine(
     return plan
 
 
-def _open(source: Source) -> Adapter:
-    """The adapter; its alpha is passed on only where its format does not store one."""
-    try:
-        return open_adapter(source.path)
-    except UsageError:
-        if source.alpha is None:
-            raise
-        return open_adapter(source.path, source.alpha)
-
-
 def _rank_of(asked: Combination, method: Method) -> str | None:
     if not method.keeps_rank:
         rank = asked.rank or LARGEST
@@ -237,13 +235,7 @@ def _groups(
     Raises UnsupportedInput for updates that are not low-rank, ShapeMismatch, NothingMatches.
     """
     for source, adapter in zip(sources, adapters, strict=True):
-        for name, update in adapter.updates.items():
-            if not isinstance(update, LowRankUpdate | Replacement):
-                raise UnsupportedInput(
-                    f"{source.label}: {name}: is no low-rank update "
-                    f"({type(update).__name__}), so it cannot be combined",
-                    hint="leave it out with --exclude",
-                )
+        refuse_other_updates(source.label, adapter)
     names = sorted({name for adapter in adapters for name in adapter.low_rank})
     if not names:
         raise NothingMatches("the adapters hold no low-rank update to combine")

@@ -29,6 +29,14 @@ class Saved(StrEnum):
     DROP = "drop"
 
 
+def parse_saved(text: str) -> Saved:
+    """Raises UsageError naming the choices."""
+    try:
+        return Saved(text)
+    except ValueError:
+        raise UsageError(f"saved {text!r}: choose refuse, mean, first or drop") from None
+
+
 @dataclass(frozen=True)
 class WeightedMean:
     """Σ wᵢVᵢ / Σ wᵢ in float64, rounded to the first one's dtype."""

@@ -16,32 +16,39 @@ _FORM = "[ADAPTER@]PATTERN=W, or PATTERN=W,W,… spread over the layers"
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter to combine: where it is, and its weight.
-
-    alpha: for a format that does not store it; others ignore it. label: how messages call it.
-    """
+    """One adapter to combine: where it is, and its weight. label: how messages call it."""
 
     path: Path
     weight: float = 1.0
-    alpha: float | None = None
 
     @property
     def label(self) -> str:
         return str(self.path)
 
 
-def parse_source(text: str, alpha: float | None = None) -> Source:
+def parse_source(text: str) -> Source:
     """``PATH`` or ``PATH:WEIGHT``; a path that exists as written is one. Raises UsageError."""
     head, _, tail = text.rpartition(":")
     if not head or Path(text).exists():
-        return Source(Path(text), alpha=alpha)
+        return Source(Path(text))
     try:
         weight = float(tail)
     except ValueError:
-        return Source(Path(text), alpha=alpha)
+        return Source(Path(text))
     if not math.isfinite(weight):
         raise UsageError(f"{text}: the weight {tail} is not a finite number")
-    return Source(Path(head), weight, alpha)
+    return Source(Path(head), weight)
+
+
+def sources_of(paths: Sequence[Path], weights: Sequence[float] | None) -> tuple[Source, ...]:
+    """Paths with a weight each, 1 where none are given. Raises UsageError."""
+    if weights is None:
+        weights = [1.0] * len(paths)
+    if len(weights) != len(paths):
+        raise UsageError(f"{len(weights)} weights for {len(paths)} adapters")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UsageError("weights must be finite numbers")
+    return tuple(Source(path, float(w)) for path, w in zip(paths, weights, strict=True))
 
 
 @dataclass(frozen=True)

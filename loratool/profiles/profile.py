@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from loratool.adapter import Adapter, LowRankUpdate
+from loratool.adapter import Adapter
 from loratool.errors import Unplaced, UsageError
 from loratool.profiles import llama_cpp, peft, sglang, vllm
 from loratool.profiles.limits import Limits
-from loratool.profiles.padding import PaddedColumns, PaddedRows
+from loratool.profiles.padding import padded
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def fit(adapter: Adapter, profile: Profile, key: str) -> Fitted:
     updates = dict(adapter.updates)
     alpha = next(iter(adapter.low_rank.values())).scale * rank
     for name, update in adapter.low_rank.items():
-        updates[name] = _padded(update, rank, alpha, f"{key}:{name}")
+        fitted = padded(update, rank, f"{key}:{name}")
+        updates[name] = replace(fitted, alpha=alpha, scale=alpha / rank)
     notes = [profile.limits.serve.format(rank=rank)] if profile.limits.serve else []
     if ranks != [rank]:
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -111,12 +112,3 @@ def _allowed_rank(largest: int, profile: Profile) -> int:
             hint=f"use --max-rank {profile.limits.ranks[-1]}",
         )
     return fitting[0]
-
-
-def _padded(update: LowRankUpdate, rank: int, alpha: float, key: str) -> LowRankUpdate:
-    """Of a higher rank, and of the alpha that leaves the scale what it is."""
-    update = replace(update, alpha=alpha, scale=alpha / rank)
-    extra = rank - update.rank
-    if not extra:
-        return update
-    return replace(update, b=PaddedColumns(update.b, extra), a=PaddedRows(update.a, extra, key))

@@ -1,0 +1,357 @@
+"""An adapter at another rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratool.adapter import Adapter, LowRankUpdate, Update
+from loratool.algebra.budget import allocate, parse_size
+from loratool.algebra.lowrank import LowRank
+from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
+from loratool.algebra.spectrum import Spectrum
+from loratool.algebra.truncation import difference_norm, truncate, wanted_rank
+from loratool.engine import Engine, NoProgress, Progress
+from loratool.engine.devices import resolve_device
+from loratool.errors import NothingMatches, UsageError
+from loratool.formats import peft
+from loratool.ops.adapter_folder import (
+    dtype_of_factors,
+    in_scale,
+    load_update,
+    park_update,
+    refuse_other_updates,
+    stored_value,
+    write_adapter,
+)
+from loratool.ops.combine_report import UpdateRow, UpdatesReport
+from loratool.ops.extract_adapter import stored_size
+from loratool.ops.sources import open_adapter
+from loratool.ops.stacks import completed, is_indexed
+from loratool.profiles import Profile, find_profile, fit
+from loratool.profiles.padding import padded
+from loratool.storage.dtypes import DType
+from loratool.storage.outputs import check_free_space, check_output, staged
+
+_BUDGET = "budget:"
+
+
+@dataclass(frozen=True)
+class ResizeJob:
+    """One update and the rule for its rank.
+
+    scale: that of the result. balance: make new factors even where the rank stays.
+    """
+
+    index: int
+    name: str
+    label: str
+    update: LowRankUpdate
+    rule: RankRule
+    scale: float
+    balance: bool
+    dtype: DType
+    device: torch.device
+    seed: int
+    scratch: Path | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) as the factors have it."""
+        rows, columns = self.update.shape
+        return (columns, rows) if self.update.is_embedding else (rows, columns)
+
+    @property
+    def rank_at_most(self) -> int:
+        if self.rule.kind.name == "fixed":
+            return self.rule.first_guess(self.shape)
+        return self.rule.limits.apply(self.update.rank, self.shape)
+
+    @property
+    def cost(self) -> int:
+        """Bytes to read."""
+        return self.update.rank * sum(self.shape) * self.update.a.dtype.bits // 8
+
+
+@dataclass(frozen=True)
+class ResizePlan:
+    """Everything decided before a tensor is read."""
+
+    path: Path
+    adapter: Adapter
+    output: Path
+    rank: str
+    budget: int | None
+    uniform: bool
+    balance: bool
+    profile: Profile
+    dtype: DType
+    device: torch.device
+    seed: int
+    overwrite: bool
+    jobs: tuple[ResizeJob, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(job.cost for job in self.jobs)
+
+    @property
+    def adapter_bytes_at_most(self) -> int:
+        """Size of the resized updates."""
+        if self.budget is not None:
+            return self.budget * self.dtype.bits // 8
+        top = max(job.rank_at_most for job in self.jobs)
+        ranks = [top if self.uniform else job.rank_at_most for job in self.jobs]
+        factors = sum(r * sum(job.shape) for r, job in zip(ranks, self.jobs, strict=True))
+        return factors * self.dtype.bits // 8
+
+    def facts(self) -> dict[str, Any]:
+        """What was asked for, for reports."""
+        return {
+            "adapter": self.path.resolve().name,
+            "adapter_format": self.adapter.format,
+            "base_model": self.adapter.base_model,
+            "rank": self.rank,
+            "uniform": self.uniform,
+            "balance": self.balance,
+            "profile": self.profile.name,
+            "dtype": self.dtype.name,
+            "device": str(self.device),
+            "seed": self.seed,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.facts(),
+            "read_bytes": self.read_bytes,
+            "adapter_bytes_at_most": self.adapter_bytes_at_most,
+            "updates": [
+                {
+                    "name": job.name,
+                    "shape": list(job.shape),
+                    "rank": job.update.rank,
+                    "rank_at_most": job.rank_at_most,
+                }
+                for job in self.jobs
+            ],
+        }
+
+
+def plan_resize(
+    adapter: Path,
+    output: Path,
+    *,
+    rank: str | int,
+    limits: RankLimits | None = None,
+    uniform: bool = False,
+    balance: bool = False,
+    profile: str = "peft",
+    dtype: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    alpha: float | None = None,
+    overwrite: bool = False,
+) -> ResizePlan:
+    """Read headers and decide about every update. Nothing is written.
+
+    rank: a number, a rule, or ``budget:SIZE`` for all updates together. uniform: one rank and one
+    scale for all. balance: new factors B·√Σ and √Σ·A even where no rank changes. Raises
+    InputError, DisagreementError, UsageError or OutputError.
+    """
+    limits = limits or RankLimits()
+    is_budget = str(rank).startswith(_BUDGET)
+    consumer = find_profile(profile)
+    uniform = uniform or consumer.limits.one_rank
+    if is_budget and (uniform or limits != RankLimits()):
+        raise UsageError("a budget goes with no limits on ranks, no --uniform and no such profile")
+    rule = parse_rank_rule("full" if is_budget else str(rank), limits)
+    target = resolve_device(device)
+    opened = open_adapter(adapter, alpha)
+    check_output(output, overwrite=overwrite, inputs=[adapter])
+    refuse_other_updates(str(adapter), opened)
+    if not opened.low_rank:
+        raise NothingMatches(f"{adapter}: holds no low-rank update to resize")
+    if is_budget and any(is_indexed(name) for name in opened.low_rank):
+        raise UsageError(f"{adapter}: experts take one rank together; a budget is not for them")
+    stored = dtype_of_factors(dtype, (f for u in opened.low_rank.values() for f in (u.b, u.a)))
+    scales = {update.scale for update in opened.low_rank.values()}
+    one_scale = scales.pop() if len(scales) == 1 else 1.0
+    jobs = tuple(
+        ResizeJob(
+            index,
+            name,
+            str(adapter),
+            update,
+            rule,
+            (one_scale if uniform else update.scale) or 1.0,
+            balance,
+            stored,
+            target,
+            seed,
+        )
+        for index, (name, update) in enumerate(sorted(opened.low_rank.items()))
+    )
+    plan = ResizePlan(
+        adapter,
+        opened,
+        output,
+        str(rank) if is_budget else str(rule),
+        _budget(str(rank), stored, opened) if is_budget else None,
+        uniform,
+        balance,
+        consumer,
+        stored,
+        target,
+        seed,
+        overwrite,
+        jobs,
+    )
+    check_free_space(output, 2 * plan.adapter_bytes_at_most)
+    return plan
+
+
+def _budget(rank: str, dtype: DType, adapter: Adapter) -> int:
+    values = sum(u.rank * sum(u.shape) for u in adapter.low_rank.values())
+    parameters = parse_size(rank.removeprefix(_BUDGET), dtype.bits // 8, values)
+    if not parameters:
+        raise UsageError(
+            f"rank {rank!r}: a budget is a number of parameters, a size or a share of the adapter",
+            hint="for example budget:500000, budget:20MB, budget:50%",
+        )
+    return parameters
+
+
+def run_resize(
+    plan: ResizePlan, engine: Engine | None = None, progress: Progress | None = None
+) -> UpdatesReport:
+    """Do the work of a plan and publish the adapter folder.
+
+    Raises NothingMatches when nothing is left.
+    """
+    engine, progress = engine or Engine(), progress or NoProgress()
+    notes: list[str] = []
+    jobs = list(plan.jobs)
+    if plan.budget is not None:
+        jobs, notes = _spend(plan, plan.budget, engine, progress)
+    with staged(plan.output) as staging:
+        results = engine.map(
+            resize_update,
+            [replace(job, scratch=staging.scratch) for job in jobs],
+            cost=lambda job: job.cost,
+            progress=progress,
+            what="resizing",
+        )
+        adapter, more = _adapter(plan, results)
+        fitted = fit(adapter, plan.profile, str(plan.seed))
+        ranks = {name: update.rank for name, update in fitted.adapter.low_rank.items()}
+        report = UpdatesReport(
+            "resize",
+            tuple(replace(r.row, rank=ranks.get(r.row.name, 0)) for r in results),
+            plan.facts(),
+            (*notes, *more, *fitted.notes),
+            *stored_size(fitted.adapter),
+        )
+        write_adapter(staging.out, fitted.adapter, report.to_json())
+        staging.publish(overwrite=plan.overwrite)
+        return report
+
+
+@dataclass(frozen=True)
+class ResizeResult:
+    """An update's row, and the update where anything is left of it."""
+
+    row: UpdateRow
+    update: LowRankUpdate | None
+
+
+def resize_update(job: ResizeJob) -> ResizeResult:
+    """Cut or pad one update, round to the stored dtype, measure what that misses, and park.
+
+    Where nothing is lost by it, the factors stay as they are.
+    """
+    value = load_update(job.label, job.update, job.device)
+    wanted = 0
+
+    def choose(spectrum: Spectrum) -> int:
+        nonlocal wanted
+        wanted = wanted_rank(job.rule, spectrum)
+        return wanted
+
+    cut = truncate(value, choose)
+    norm = cut.spectrum.norm
+    row = UpdateRow(job.name, job.shape, (value.rank,), (1.0,), 0, norm, 1.0, "core SVD")
+    if not wanted or not cut.value.rank:
+        return ResizeResult(replace(row, relative_error=1.0 if norm else 0.0), None)
+    is_lossless = cut.value.rank == len(cut.spectrum.values)
+    if is_lossless and wanted >= value.rank and not job.balance and job.scale == value.scale:
+        kept, how = value, "factors kept"
+    else:
+        kept, how = in_scale(cut.value, job.scale), "core SVD"
+    stored = stored_value(job.name, kept, job.dtype)
+    error = 0.0 if _same(stored, value) else difference_norm(value, stored) / norm
+    assert job.scratch is not None
+    update = park_update(job.scratch / f"{job.index}.raw", stored, job.update)
+    rank = max(wanted, stored.rank)
+    row = replace(row, rank=rank, relative_error=error, how=how)
+    return ResizeResult(row, padded(update, rank, f"{job.seed}:{job.name}"))
+
+
+def _same(one: LowRank, two: LowRank) -> bool:
+    return one.scale == two.scale and torch.equal(one.b, two.b) and torch.equal(one.a, two.a)
+
+
+def _spend(
+    plan: ResizePlan, parameters: int, engine: Engine, progress: Progress
+) -> tuple[list[ResizeJob], list[str]]:
+    """Jobs with the ranks that the budget gives them; a rank of 0 leaves an update out."""
+    spectra = engine.map(
+        _spectrum,
+        plan.jobs,
+        cost=lambda job: job.cost,
+        progress=progress,
+        what="reading spectra",
+    )
+    allocation = allocate(spectra, parameters)
+    jobs = [
+        replace(job, rule=parse_rank_rule(str(rank)))
+        for job, rank in zip(plan.jobs, allocation.ranks, strict=True)
+        if rank
+    ]
+    if not jobs:
+        raise NothingMatches(f"a budget of {parameters:,} parameters holds no component at all")
+    notes = [f"{allocation.used:,} of the budget's {parameters:,} parameters are used"]
+    left_out = len(plan.jobs) - len(jobs)
+    if left_out:
+        notes.append(f"the budget leaves nothing for {left_out} updates")
+    return jobs, notes
+
+
+def _spectrum(job: ResizeJob) -> Spectrum:
+    return truncate(load_update(job.label, job.update, job.device), lambda _: 0).spectrum
+
+
+def _adapter(plan: ResizePlan, results: Sequence[ResizeResult]) -> tuple[Adapter, list[str]]:
+    low_rank = {r.row.name: r.update for r in results if r.update is not None}
+    if not low_rank:
+        raise NothingMatches("nothing is left of the adapter", hint="choose another --rank")
+    key = str(plan.seed)
+    notes = []
+    lost = [r.row.name for r in results if r.update is None]
+    if lost:
+        notes.append(f"{len(lost)} updates are zero at this rank and absent ({lost[0]})")
+    if plan.adapter.base_copies:
+        notes.append(
+            f"{len(plan.adapter.base_copies)} unchanged base weights that the adapter carries were "
+            "left out"
+        )
+    if plan.uniform:
+        top = max(update.rank for update in low_rank.values())
+        low_rank = {name: padded(u, top, f"{key}:{name}") for name, u in low_rank.items()}
+    low_rank = completed(low_rank, [job.name for job in plan.jobs], key)
+    updates: dict[str, Update] = {**plan.adapter.replacements, **low_rank}
+    adapter = replace(plan.adapter, updates=updates, format=peft.NAME, base_copies={})
+    return adapter, notes

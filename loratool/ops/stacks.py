@@ -1,0 +1,53 @@
+"""Parameters that hold several matrices: their updates are stored together or not at all.
+
+PEFT keeps the factors of all experts in one pair, with one rank and one scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from loratool.adapter import LowRankUpdate
+from loratool.formats.peft_experts import parameter_of
+from loratool.profiles.padding import padded
+from loratool.storage.tensors import MemoryTensor
+
+
+def is_indexed(name: str) -> bool:
+    """Whether a name is of one of several matrices in a parameter."""
+    return parameter_of(name) != name
+
+
+def completed(
+    updates: Mapping[str, LowRankUpdate], wanted: Iterable[str], key: str
+) -> dict[str, LowRankUpdate]:
+    """The updates, those of one parameter's matrices padded to one rank and none of them missing.
+
+    wanted: the names of all matrices; one of a parameter that has updates, but none here, gets an
+    update of zero. ``key`` determines the padding.
+    """
+    stacks: dict[str, list[str]] = {}
+    for name in wanted:
+        if is_indexed(name):
+            stacks.setdefault(parameter_of(name), []).append(name)
+    result = dict(updates)
+    for names in stacks.values():
+        present = [updates[name] for name in names if name in updates]
+        if not present:
+            continue
+        rank = max(update.rank for update in present)
+        nothing = _nothing_like(present[0])
+        for name in names:
+            result[name] = padded(updates.get(name, nothing), rank, f"{key}:{name}")
+    return result
+
+
+def _nothing_like(update: LowRankUpdate) -> LowRankUpdate:
+    """An update of zero, of rank 1, with the shape, dtype and scale of another."""
+    width = update.a.shape[1]
+    b = torch.zeros(update.b.shape[0], 1, dtype=update.b.dtype.torch)
+    a = torch.full((1, width), 1 / math.sqrt(width), dtype=update.a.dtype.torch)
+    return LowRankUpdate(MemoryTensor(b), MemoryTensor(a), update.scale, update.scale)
