@@ -61,10 +61,13 @@ def dtype_of_factors(text: str | None, factors: Iterable[LazyTensor]) -> DType:
 
 def refuse_other_updates(label: str, adapter: Adapter) -> None:
     """Raises UnsupportedInput for updates that are neither low-rank nor absolute values."""
-    for name, update in adapter.others.items():
+    others = adapter.others
+    if others:
         raise UnsupportedInput(
-            f"{label}: {name}: {update.describe()}: only low-rank updates can be combined or resized",
-            hint="leave it out with --exclude, or convert the adapter first",
+            f"{label}: {len(others)} updates are not low-rank: they can be merged, not combined or "
+            "resized",
+            details=[f"{name}: {update.describe()}" for name, update in list(others.items())[:12]],
+            hint="combine --exclude leaves them out",
         )
 
 

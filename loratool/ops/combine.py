@@ -65,6 +65,7 @@ def _adapter(plan: CombinePlan, results: list[CombineResult]) -> Adapter:
         base_model=next((a.base_model for a in plan.adapters if a.base_model), None),
         fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in plan.adapters),
         task_type=first.task_type if len(tasks) == 1 else None,
+        as_parameters=frozenset[str]().union(*(a.as_parameters for a in plan.adapters)),
     )
 
 
