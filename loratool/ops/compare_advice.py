@@ -6,7 +6,7 @@ holds decides. They are rules of thumb: only the task's own score decides.
 
 from __future__ import annotations
 
-from loratool.combine.registry import METHODS
+from loratool.combining.registry import METHODS
 from loratool.ops.compare_report import Advice, CompareReport, PairTotals
 
 ALIKE = 0.9
