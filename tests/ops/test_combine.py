@@ -305,7 +305,7 @@ def test_a_result_beyond_the_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rank": 4, "method": "cat"}, UsageError, "keeps every component"),
+        ({"rank": 4, "method": "cat"}, UsageError, "takes no --rank"),
         ({"rank": 0}, UsageError, "needs a whole number"),
         ({"method": "teis"}, UsageError, "unknown method"),
         ({"density": 0.5}, UsageError, "takes no density"),
