@@ -61,6 +61,7 @@ def extract(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     drop_rest: bool = False,
+    split_fused: bool = False,
     exact: bool = False,
     sketch_dtype: str = "auto",
     seed: int = 0,
@@ -77,8 +78,9 @@ def extract(
     ``rank`` is a number or a rule such as ``"energy:0.95"`` or ``"full"``; ``conv_rank`` one for
     convolutions, which are stored whole without it. ``into`` is an adapter to continue from: its
     factors are kept, and what it leaves unexplained is extracted (``alpha``: for one that stores
-    none). ``dtype`` is that of
-    the factors (default: the tuned checkpoint's). Raises a LoratoolError subclass; nothing is
+    none). ``split_fused`` names the
+    parts of fused q|k|v and gate|up layers apart, as servers do. ``dtype`` is that of the factors
+    (default: the tuned checkpoint's). Raises a LoratoolError subclass; nothing is
     written then.
     """
     plan = _extract_plan.plan_extract(
@@ -97,6 +99,7 @@ def extract(
         include=include,
         exclude=exclude,
         drop_rest=drop_rest,
+        split_fused=split_fused,
         exact=exact,
         sketch_dtype=sketch_dtype,
         seed=seed,

@@ -71,6 +71,12 @@ class _ExtractCommand(click.Command):
     "embedding) instead of storing it whole, and state its share.",
 )
 @click.option(
+    "--split-fused",
+    is_flag=True,
+    help="Name the parts of fused q|k|v and gate|up layers apart (q_proj …), as servers do that "
+    "fuse them themselves. Not for PEFT, which has the base's modules only.",
+)
+@click.option(
     "--svd",
     type=click.Choice(["auto", "exact"]),
     default="auto",
@@ -131,6 +137,7 @@ def extract_command(
     targets: str | None,
     dtype: str | None,
     drop_rest: bool,
+    split_fused: bool,
     svd: str,
     sketch_dtype: str,
     seed: int,
@@ -177,6 +184,7 @@ def extract_command(
         include=include,
         exclude=exclude,
         drop_rest=drop_rest,
+        split_fused=split_fused,
         exact=svd == "exact",
         sketch_dtype=sketch_dtype,
         seed=seed,

@@ -16,6 +16,7 @@ from loratool.errors import UsageError
 from loratool.layouts.config import is_hub_id
 from loratool.layouts.pairs import Alignment, align, check_floats
 from loratool.layouts.patterns import select
+from loratool.layouts.splitting import split_pairs
 from loratool.layouts.targets import targeted
 from loratool.ops.deltas import matrix_shape
 from loratool.ops.extract_into import continue_from
@@ -105,6 +106,7 @@ def plan_extract(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     drop_rest: bool = False,
+    split_fused: bool = False,
     exact: bool = False,
     sketch_dtype: str = "auto",
     seed: int = 0,
@@ -141,6 +143,13 @@ def plan_extract(
     alignment = align(
         base_side.checkpoint, tuned_side.checkpoint, base_side.config, tuned_side.config
     )
+    if split_fused:
+        if profile == "peft":
+            raise UsageError(
+                "--split-fused names modules that the base does not have; PEFT loads none of them",
+                hint="it is for servers: --profile vllm, sglang or llama.cpp",
+            )
+        alignment = split_pairs(alignment, base_side.config)
     pairs = list(alignment.pairs)
     check_floats(pairs)
     names = [pair.name for pair in pairs]

@@ -211,6 +211,7 @@ def rows_of(source: LazyTensor, start: int, stop: int) -> Stored:
         row_bytes = source.nbytes // source.rows if source.rows else 0
         return replace(
             source,
+            name=f"{source.name}[{start}:{stop}]",
             shape=(stop - start, *source.shape[1:]),
             offset=source.offset + start * row_bytes,
             nbytes=(stop - start) * row_bytes,
