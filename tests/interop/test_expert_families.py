@@ -18,16 +18,21 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.parametrize("rank", ["3", "full"])
 @pytest.mark.parametrize("name", EXPERT_FAMILIES)
-def test_full_rank_gives_the_tuned_model(name: str, tmp_path: Path) -> None:
+def test_peft_merged_and_tuned_agree(name: str, rank: str, tmp_path: Path) -> None:
     family = EXPERT_FAMILIES[name]
     base, tuned = save_pair(family, tmp_path)
-    report = lt.extract(base, tuned, tmp_path / "adapter", rank="full")
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank=rank)
     assert any(row.kind == "expert" for row in report.rows)
+    lt.merge(base, tmp_path / "adapter", tmp_path / "merged")
     peft = answer(family, under_peft(family, base, tmp_path / "adapter"))
-    wanted = answer(family, load(family, tuned))
-    torch.testing.assert_close(peft, wanted, rtol=1e-4, atol=2e-5)
-    assert not torch.allclose(answer(family, load(family, base)), wanted, rtol=0.02, atol=0.02)
+    merged = answer(family, load(family, tmp_path / "merged"))
+    torch.testing.assert_close(peft, merged, rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(answer(family, load(family, base)), merged, rtol=0.02, atol=0.02)
+    if rank == "full":
+        wanted = answer(family, load(family, tuned))
+        torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_experts_of_unequal_rank_are_padded(tmp_path: Path) -> None:
