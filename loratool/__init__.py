@@ -30,6 +30,10 @@ if TYPE_CHECKING:
         push,
         recover,
         resize,
+        swap,
+        unmerge,
+        verify,
+        verify_adapter,
     )
     from loratool.errors import LoratoolError
     from loratool.storage.checkpoint import Checkpoint
@@ -52,6 +56,10 @@ _WHERE = {
     "push": "loratool.api",
     "recover": "loratool.api",
     "resize": "loratool.api",
+    "swap": "loratool.api",
+    "unmerge": "loratool.api",
+    "verify": "loratool.api",
+    "verify_adapter": "loratool.api",
 }
 
 __all__ = [
@@ -72,6 +80,10 @@ __all__ = [
     "push",
     "recover",
     "resize",
+    "swap",
+    "unmerge",
+    "verify",
+    "verify_adapter",
 ]
 
 

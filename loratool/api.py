@@ -23,6 +23,10 @@ from loratool.ops import merge as _merge
 from loratool.ops import merge_in_place as _merge_in_place
 from loratool.ops import recover as _recover
 from loratool.ops import resize as _resize
+from loratool.ops import swap as _swap
+from loratool.ops import unmerge as _unmerge
+from loratool.ops import verify as _verify
+from loratool.ops import verify_claim as _claim
 from loratool.ops.combine_report import UpdatesReport
 from loratool.ops.combine_saved import parse_saved
 from loratool.ops.compare_report import CompareReport
@@ -33,6 +37,10 @@ from loratool.ops.merge_report import MergeReport
 from loratool.ops.recover import RecoverReport
 from loratool.ops.sources import is_adapter
 from loratool.ops.sources import open_adapter as _open_adapter
+from loratool.ops.swap import SwapReport
+from loratool.ops.unmerge_report import UnmergeReport
+from loratool.ops.verify_claim import ClaimReport
+from loratool.ops.verify_report import VerifyReport
 from loratool.storage.checkpoint import Checkpoint
 from loratool.storage.checkpoint import open_checkpoint as _open_checkpoint
 
@@ -40,6 +48,8 @@ if TYPE_CHECKING:
     from loratool.ops.push import PushReport
 
 PathArg = str | PathLike[str]
+Adapters = PathArg | Sequence[PathArg | tuple[PathArg, float]]
+"""One path, or several, each alone or with a weight."""
 
 InspectReport = _inspect.CheckpointReport | _inspect.AdapterReport | _inspect.PairReport
 
@@ -114,7 +124,7 @@ def extract(
 
 def merge(
     base: PathArg,
-    adapters: PathArg | Sequence[PathArg | tuple[PathArg, float]],
+    adapters: Adapters,
     output: PathArg,
     *,
     scale: float = 1.0,
@@ -126,6 +136,7 @@ def merge(
     max_shard_size: str | None = None,
     base_check: bool = False,
     link: bool = False,
+    receipt: bool | PathArg = False,
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -134,8 +145,9 @@ def merge(
 
     ``adapters`` is one path, or several, each alone or with a weight. ``scale`` multiplies all
     weights and with them the adapters' own alpha/r. ``alpha`` is for formats that do not store
-    it. ``dtype`` is that of the output's floats (default: the base's). Raises a LoratoolError
-    subclass; nothing is written then.
+    it. ``dtype`` is that of the output's floats (default: the base's). ``receipt`` leaves what
+    unmerge needs to restore the base bit for bit, in the output or at a path of its own. Raises a
+    LoratoolError subclass; nothing is written then.
     """
     plan = _merge.plan_merge(
         Path(base),
@@ -150,6 +162,7 @@ def merge(
         max_shard_size=max_shard_size,
         base_check=base_check,
         link=link,
+        receipt=receipt if isinstance(receipt, bool) else Path(receipt),
         overwrite=overwrite,
     )
     return _merge.run_merge(plan, _engine(jobs), progress)
@@ -157,7 +170,7 @@ def merge(
 
 def merge_in_place(
     base: PathArg,
-    adapters: PathArg | Sequence[PathArg | tuple[PathArg, float]],
+    adapters: Adapters,
     *,
     scale: float = 1.0,
     alpha: float | None = None,
@@ -204,14 +217,121 @@ def recover(
     return _recover.recover_forward(Path(path), _engine(jobs), progress)
 
 
-def _weighted(
-    adapters: PathArg | Sequence[PathArg | tuple[PathArg, float]],
-) -> list[tuple[Path, float]]:
-    if isinstance(adapters, str | PathLike):
-        return [(Path(adapters), 1.0)]
-    return [
-        (Path(one[0]), one[1]) if isinstance(one, tuple) else (Path(one), 1.0) for one in adapters
-    ]
+def unmerge(
+    merged: PathArg,
+    adapters: Adapters,
+    output: PathArg,
+    *,
+    receipt: PathArg | None = None,
+    alpha: float | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> UnmergeReport:
+    """Write the base that ``adapters`` were merged into, each with its weight.
+
+    With the receipt in the merged folder, or ``receipt``, the base comes back bit for bit;
+    without one the nearest to it, and the report counts the weights that are not certain. Raises a
+    LoratoolError subclass; nothing is written then.
+    """
+    plan = _unmerge.plan_unmerge(
+        Path(merged),
+        _weighted(adapters),
+        Path(output),
+        receipt=Path(receipt) if receipt is not None else None,
+        alpha=alpha,
+        device=device,
+        overwrite=overwrite,
+    )
+    return _unmerge.run_unmerge(plan, _engine(jobs), progress)
+
+
+def swap(
+    merged: PathArg,
+    remove: Adapters,
+    add: Adapters,
+    output: PathArg,
+    *,
+    receipt: PathArg | None = None,
+    alpha: float | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> SwapReport:
+    """Write the merged checkpoint with ``add`` merged in place of ``remove``, and a new receipt.
+
+    One pass; byte for byte what unmerge and then merge with a receipt give. Needs the receipt of
+    ``merged``. Raises a LoratoolError subclass; nothing is written then.
+    """
+    plan = _swap.plan_swap(
+        Path(merged),
+        _weighted(remove),
+        _weighted(add),
+        Path(output),
+        receipt=Path(receipt) if receipt is not None else None,
+        alpha=alpha,
+        device=device,
+        overwrite=overwrite,
+    )
+    return _swap.run_swap(plan, _engine(jobs), progress)
+
+
+def verify(
+    merged: PathArg,
+    base: PathArg | None,
+    adapters: Adapters,
+    *,
+    fast: bool = False,
+    receipt: PathArg | None = None,
+    alpha: float | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare a merged checkpoint with what ``base`` and ``adapters`` make, and say what differs.
+
+    ``fast`` goes by a receipt's hashes (``base`` may be None then) or by a sample of rows. Raises
+    a LoratoolError subclass where they cannot be compared.
+    """
+    plan = _verify.plan_verify(
+        Path(merged),
+        Path(base) if base is not None else None,
+        _weighted(adapters),
+        fast=fast,
+        receipt=Path(receipt) if receipt is not None else None,
+        alpha=alpha,
+        device=device,
+        seed=seed,
+    )
+    return _verify.run_verify(plan, _engine(jobs), progress)
+
+
+def verify_adapter(
+    adapter: PathArg,
+    base: PathArg,
+    tuned: PathArg,
+    *,
+    alpha: float | None = None,
+    device: str = "auto",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> ClaimReport:
+    """Measure what an adapter misses of the change from ``base`` to ``tuned``, against its report.
+
+    Raises a LoratoolError subclass where they cannot be compared.
+    """
+    return _claim.verify_claim(
+        Path(adapter),
+        Path(base),
+        Path(tuned),
+        alpha=alpha,
+        device=device,
+        engine=_engine(jobs),
+        progress=progress,
+    )
 
 
 def combine(
@@ -430,6 +550,14 @@ def open_adapter(path: PathArg, *, alpha: float | None = None) -> Adapter:
 def open_checkpoint(path: PathArg) -> Checkpoint:
     """A checkpoint's tensors by name; each is read when asked for."""
     return _open_checkpoint(Path(path))
+
+
+def _weighted(adapters: Adapters) -> list[tuple[Path, float]]:
+    if isinstance(adapters, str | PathLike):
+        return [(Path(adapters), 1.0)]
+    return [
+        (Path(one[0]), one[1]) if isinstance(one, tuple) else (Path(one), 1.0) for one in adapters
+    ]
 
 
 def _engine(jobs: int | None) -> Engine:

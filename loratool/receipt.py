@@ -18,9 +18,9 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,10 +157,21 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
     for index, file in enumerate(receipt.files):
         tensors[f"header.{index}"] = as_bytes_tensor(file.header)
     tensors |= {f"file.{name}": data for name, data in receipt.side_files.items()}
+    seal = _seal(tensors)
     for name, tensor in receipt.tensors.items():
         if tensor.corrections is not None:
             tensors[f"corrections.{name}"] = tensor.corrections
-    write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION)})
+    write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "sha256": seal})
+
+
+def _seal(tensors: Mapping[str, LazyTensor]) -> str:
+    """SHA-256 of all but the corrections, which the hash of what they restore vouches for."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if not name.startswith("corrections."):
+            digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
+            digest.update(bit_patterns(tensors[name].read()).data)
+    return digest.hexdigest()
 
 
 def as_bytes_tensor(data: bytes) -> MemoryTensor:
@@ -193,7 +204,7 @@ def read_receipt(path: Path) -> Receipt:
             hint="use the loratool that made it, or a newer one",
         )
     try:
-        return _Reader(path, header.tensors).receipt()
+        return _Reader(header.tensors, header.metadata.get("sha256", "")).receipt()
     except MalformedFile as error:
         raise MalformedFile(
             error.message if error.message.startswith(str(path)) else f"{path}: {error.message}",
@@ -204,14 +215,21 @@ def read_receipt(path: Path) -> Receipt:
 class _Reader:
     """Parses a receipt's record; everything it says is checked against the rest of the file."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]):
-        self._path = path
+    def __init__(self, tensors: Mapping[str, TensorInfo], seal: str):
         self._tensors = tensors
         self._used = {"record"}
         for name, info in tensors.items():
             if info.dtype.name != "U8" or len(info.shape) != 1:
                 raise MalformedFile(f"{name} is not a row of bytes")
+        if sum(info.nbytes for info in self._sealed(tensors).values()) > _MOST_RECORD_BYTES:
+            raise MalformedFile("holds more than a record, headers and small files")
+        if _seal(self._sealed(tensors)) != seal:
+            raise MalformedFile("is not as it was written: its SHA-256 differs")
         self._record = self._parse(self._bytes("record"))
+
+    @staticmethod
+    def _sealed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        return {n: info for n, info in tensors.items() if not n.startswith("corrections.")}
 
     def receipt(self) -> Receipt:
         adapters = tuple(self._adapter(entry) for entry in self._list(self._record, "adapters"))
@@ -305,8 +323,6 @@ class _Reader:
         info = self._tensors.get(name)
         if info is None:
             raise MalformedFile(f"lacks its {name}")
-        if info.nbytes > _MOST_RECORD_BYTES:
-            raise MalformedFile(f"has a {name} of {info.nbytes:,} bytes")
         return info.read().numpy().tobytes()
 
     def _parse(self, text: bytes) -> object:
@@ -451,21 +467,7 @@ _DAMAGED = "the receipt is damaged; only the one that the merge wrote can restor
 def update_sha256(update: Update) -> str:
     """SHA-256 of all tensors of an update, with dtypes and shapes; it depends on no names."""
     lines = []
-    for tensor in _tensors_of(update):
+    for tensor in update.tensors:
         values = hashlib.sha256(bit_patterns(tensor.read()).data).hexdigest()
         lines.append(f"{tensor.dtype.name} {list(tensor.shape)} {values}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-
-
-def _tensors_of(value: object) -> Iterator[LazyTensor]:
-    if hasattr(value, "read_rows"):
-        yield cast(LazyTensor, value)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_of(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors_of(item)
-    elif is_dataclass(value):
-        for entry in fields(value):
-            yield from _tensors_of(getattr(value, entry.name))

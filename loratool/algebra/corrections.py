@@ -142,6 +142,13 @@ def decode_block(header: BlockHeader, payload: bytes, guess: np.ndarray) -> np.n
     return truth.reshape(guess.shape)
 
 
+def neighbour(bits: np.ndarray, step: int) -> np.ndarray:
+    """Bit patterns ``step`` places further in the order of the values; −0 comes just before 0."""
+    ordered = _ordered(bits) + step
+    limit = 1 << (8 * bits.dtype.itemsize - 1)
+    return _unordered(np.clip(ordered, -limit, limit - 1), bits.dtype)
+
+
 def _ordered(bits: np.ndarray) -> np.ndarray:
     """Bit patterns as integers in the order of the values they stand for; −0 just below 0."""
     width = bits.dtype.itemsize

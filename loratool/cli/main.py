@@ -17,6 +17,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "extract": "An adapter from a base and a tuned checkpoint.",
         "merge": "An adapter into a checkpoint.",
         "recover": "Finish or undo an interrupted merge --in-place.",
+        "unmerge": "An adapter out of a checkpoint again.",
+        "swap": "One adapter out of a checkpoint and another in.",
     },
     "Adapters": {
         "combine": "Several adapters into one.",
@@ -25,6 +27,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Look": {
         "inspect": "What a checkpoint, an adapter or a fine-tune consists of.",
+        "verify": "Is a merge, or an adapter, what it should be?",
         "compare": "How alike adapters are, and what combining them would do.",
         "estimate": "What a LoRA of a model costs to train, store, merge and extract.",
     },

@@ -18,7 +18,21 @@ if TYPE_CHECKING:
     from loratool.ops.merge_report import MergeReport
 
 
-@click.command("merge")
+class _MergeCommand(click.Command):
+    """Understands ``--receipt=FILE`` beside the plain flag ``--receipt``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        named = "--receipt="
+        return super().parse_args(
+            ctx,
+            [
+                f"--receipt-file={word.removeprefix(named)}" if word.startswith(named) else word
+                for word in args
+            ],
+        )
+
+
+@click.command("merge", cls=_MergeCommand)
 @click.argument("base", type=options.PATH)
 @click.argument(
     "adapters", type=options.WEIGHTED, nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]..."
@@ -56,6 +70,13 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Hard links to the base's files, instead of copies, for those that stay as they are.",
 )
+@click.option(
+    "--receipt",
+    is_flag=True,
+    help="Leave loratool_receipt.safetensors, with which unmerge restores the base bit for bit; "
+    "--receipt=FILE puts it elsewhere.",
+)
+@click.option("--receipt-file", type=options.PATH, hidden=True)
 @options.alpha_option
 @options.include_option
 @options.exclude_option
@@ -76,6 +97,8 @@ def merge_command(
     max_shard_size: str | None,
     base_check: bool,
     link: bool,
+    receipt: bool,
+    receipt_file: Path | None,
     alpha: float | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -108,6 +131,7 @@ def merge_command(
                 "--dtype": dtype,
                 "--max-shard-size": max_shard_size,
                 "--link": link,
+                "--receipt": receipt_file or receipt,
                 "--overwrite": overwrite,
             }
         )
@@ -115,7 +139,7 @@ def merge_command(
     elif output is None:
         raise UsageError("no output is named", hint="name it after -o, or merge --in-place")
     else:
-        form = Form(dtype, max_shard_size, link, overwrite)
+        form = Form(dtype, max_shard_size, link, receipt_file or receipt, overwrite)
         result = _merge_into(out, base, adapters, output, values, form, engine, dry_run)
     if result is None:
         return
@@ -124,6 +148,8 @@ def merge_command(
         out.document(result.to_json())
     else:
         _show(out, result, output or base)
+        if not in_place:
+            _show_receipt(out, result)
 
 
 class Values(NamedTuple):
@@ -143,6 +169,7 @@ class Form(NamedTuple):
     dtype: str | None
     max_shard_size: str | None
     link: bool
+    receipt: bool | Path
     overwrite: bool
 
 
@@ -168,6 +195,10 @@ def _merge_into(
     if len(plan.layout.files) > 1:
         out.line(f"files: {len(plan.layout.files)}")
     out.line(f"disk: {size_text(plan.written_bytes)}")
+    if plan.receipt is not None:
+        merging = plan.merging
+        size = _receipt_size(merging.changed_weights, len(merging.base.checkpoint))
+        out.line(f"receipt: {plan.receipt}, {size}")
     _show_rest(out, plan.merging, body, plan.side_files.skipped, plan.side_files.notes)
     return None
 
@@ -236,6 +267,25 @@ def _show_rest(
     out.line(f"working memory: about {size_text(body['peak_bytes'])}")
     _show_left_out(out, merging.left_out, skipped)
     out.notes([*merging.notes, *notes])
+
+
+def _receipt_size(weights: int, tensors: int) -> str:
+    from loratool.ops.merge_receipt import likely_bytes
+
+    low, high = (size_text(nbytes) for nbytes in likely_bytes(weights, tensors))
+    return f"about {low} to {high}, by how much changes"
+
+
+def _show_receipt(out: Output, report: MergeReport) -> None:
+    left = report.facts["receipt"]
+    if left is None:
+        size = _receipt_size(report.total("elements"), report.facts["tensors_total"])
+        out.line(f"to undo it bit for bit, merge with --receipt ({size})")
+        return
+    out.line(
+        f"receipt: {left['name']}, {size_text(left['bytes'])}, "
+        f"{left['bits_per_weight']:.2f} bit per changed weight"
+    )
 
 
 def _show_left_out(

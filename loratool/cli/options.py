@@ -164,3 +164,9 @@ alpha_option = click.option(
 report_option = click.option(
     "--report", type=PATH, metavar="FILE", help="Also write the report to FILE as JSON."
 )
+receipt_option = click.option(
+    "--receipt",
+    type=PATH,
+    metavar="FILE",
+    help="The receipt, where it is not in the merged folder.",
+)

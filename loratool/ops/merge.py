@@ -13,6 +13,7 @@ from loratool.errors import UsageError
 from loratool.ops.merge_inputs import Merging, check_base_copies, plan_merging
 from loratool.ops.merge_jobs import WAITING
 from loratool.ops.merge_layout import Layout, OutFile, lay_out
+from loratool.ops.merge_receipt import likely_bytes, plan_receipt, receipt_left
 from loratool.ops.merge_report import MergeReport, MergeRow
 from loratool.ops.merge_resume import resume_key, split_done
 from loratool.ops.merge_sides import SideFiles, find_side_files
@@ -45,6 +46,7 @@ class MergePlan:
     layout: Layout
     side_files: SideFiles
     link: bool
+    receipt: Path | None
     overwrite: bool
 
     @property
@@ -94,13 +96,15 @@ def plan_merge(
     max_shard_size: str | None = None,
     base_check: bool = False,
     link: bool = False,
+    receipt: bool | Path = False,
     overwrite: bool = False,
 ) -> MergePlan:
     """Read headers and place every update of the adapters. Nothing is written.
 
     adapters: each with its weight; ``scale`` multiplies all of them. dtype: of every float tensor
     of the output. max_shard_size: new shards of at most that size ("5GB"). link: hard links
-    instead of copies for files that stay as they are. Raises InputError, DisagreementError (an
+    instead of copies for files that stay as they are. receipt: leave one, in the output or at this
+    path. Raises InputError, DisagreementError (an
     update that matches nothing, shapes that differ), UsageError or OutputError.
     """
     model = open_model(base)
@@ -120,13 +124,15 @@ def plan_merge(
     asked = dtype_named(dtype) if dtype is not None else None
     layout = lay_out(model.checkpoint, dtype=asked, max_shard_bytes=_bytes_of(max_shard_size))
     side_files = find_side_files(model, asked, untied=False)
-    plan = MergePlan(merging, output, layout, side_files, link, overwrite)
+    path = plan_receipt(receipt, model, output, overwrite=overwrite)
+    plan = MergePlan(merging, output, layout, side_files, link, path, overwrite)
     if plan.writes_single_file and len(layout.files) > 1:
         raise UsageError(
             f"{output}: is one file, --max-shard-size makes {len(layout.files)}",
             hint="name a folder after -o",
         )
-    check_free_space(output, plan.written_bytes)
+    needed = likely_bytes(merging.changed_weights, len(model.checkpoint))[1] if path else 0
+    check_free_space(output, plan.written_bytes + needed)
     return plan
 
 
@@ -147,7 +153,18 @@ def run_merge(
         only_file = plan.layout.files[0].name if plan.writes_single_file else None
         if only_file is None:
             _write_beside(plan, staging.out)
-        report = MergeReport.of(facts(plan), rows)
+        known = facts(plan)
+        with receipt_left(
+            plan.receipt,
+            plan.merging,
+            staging,
+            [file.name for file in plan.layout.files],
+            plan.layout.index[0] if plan.layout.index else None,
+            overwrite=plan.overwrite,
+            engine=engine,
+            progress=progress,
+        ) as left:
+            report = MergeReport.of({**known, "receipt": left}, rows)
         staging.publish(overwrite=plan.overwrite, only_file=only_file)
         return report
 

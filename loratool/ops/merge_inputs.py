@@ -49,6 +49,12 @@ class Merging:
         tensors = self.base.checkpoint.tensors
         return sum(tensors[name].nbytes for name in self.placement.updates)
 
+    @property
+    def changed_weights(self) -> int:
+        """How many weights the tensors that change have."""
+        tensors = self.base.checkpoint.tensors
+        return sum(tensors[name].numel for name in self.placement.updates)
+
     def peak_bytes(self, workers: int) -> int:
         """Working memory: blocks in float32 beside the factors, per worker."""
         factors = [

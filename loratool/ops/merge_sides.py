@@ -75,6 +75,15 @@ def find_side_files(model: Model, dtype: DType | None, *, untied: bool) -> SideF
     return SideFiles(folder, tuple(found), config, tuple(skipped), tuple(notes))
 
 
+def side_files_of(model: Model) -> list[Path]:
+    """The small files of a checkpoint: what may come along."""
+    return [
+        path
+        for path in _beside(model)
+        if path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json")
+    ]
+
+
 def _beside(model: Model) -> Iterator[Path]:
     checkpoint = model.checkpoint
     if checkpoint.is_single_file:

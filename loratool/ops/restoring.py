@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.algebra.corrections import encode_block
+from loratool.algebra.corrections import encode_block, neighbour
 from loratool.algebra.rounding import Rounder, round_once
 from loratool.layouts.placing import PlacedUpdate
 from loratool.ops.rounders import rounder_of
@@ -20,6 +21,7 @@ from loratool.receipt import (
     UpdateRecord,
     bit_patterns,
     blocks_of,
+    from_bit_patterns,
     update_sha256,
 )
 from loratool.storage.disk import disk_errors
@@ -57,16 +59,21 @@ class Guess:
     merged: LazyTensor | None
     updates: tuple[PlacedUpdate, ...]
     device: torch.device
-    compiled: bool = False
 
     def rounder(self) -> Rounder | None:
         """What takes the updates off, for the whole tensor; None where nothing does."""
         if self.method != "subtract":
             return None
+        return self._rounder([replace(u, weight=-u.weight) for u in self.updates])
+
+    def adder(self) -> Rounder:
+        """What puts the updates on again."""
+        return self._rounder(self.updates)
+
+    def _rounder(self, updates: Sequence[PlacedUpdate]) -> Rounder:
         assert self.merged is not None
-        negated = [replace(update, weight=-update.weight) for update in self.updates]
         rows = self.shape[0] if self.shape else 1
-        return rounder_of(negated, self.merged, 0, rows, device=self.device, compiled=self.compiled)
+        return rounder_of(updates, self.merged, 0, rows, device=self.device)
 
     def of_rows(
         self, rounder: Rounder | None, after: Tensor | None, start: int, stop: int
@@ -80,6 +87,30 @@ class Guess:
             return round_once(after, dtype)
         flat = after.reshape(stop - start, -1).to(self.device)
         return rounder.add_to(flat, start, dtype).values.cpu().reshape(after.shape)
+
+
+def uncertain(
+    guess: Tensor, after: Tensor, adder: Rounder, first_row: int, device: torch.device
+) -> int:
+    """How many of the guessed base weights need not be the true ones.
+
+    A merge is a monotone function of the base weight. So the guess is certain where it merges to
+    the value that is there and neither of its two neighbours does. after: the merged rows.
+    """
+    target = bit_patterns(after)
+    shape = (guess.shape[0] if guess.ndim else 1, -1)
+
+    def merges(bits: np.ndarray) -> np.ndarray:
+        rows = from_bit_patterns(bits, guess.dtype, tuple(guess.shape)).reshape(shape)
+        finite = torch.isfinite(rows)
+        values = adder.add_to(torch.where(finite, rows, 0).to(device), first_row, after.dtype)
+        same: np.ndarray = np.equal(bit_patterns(values.values), target)
+        same &= finite.reshape(-1).numpy()
+        return same
+
+    bits = bit_patterns(guess)
+    certain = merges(bits) & ~merges(neighbour(bits, -1)) & ~merges(neighbour(bits, 1))
+    return int(certain.size - np.count_nonzero(certain))
 
 
 class Recorder:
@@ -181,11 +212,22 @@ def describe_updates(updates: Sequence[PlacedUpdate]) -> tuple[UpdateRecord, ...
         UpdateRecord(
             placed.adapter,
             placed.source,
-            float(placed.update.scale).hex() if hasattr(placed.update, "scale") else "",
+            _scale(placed.update),
             update_sha256(placed.update),
         )
         for placed in updates
     )
+
+
+def _scale(update: object) -> str:
+    """An update's own scale, or that of the update inside it (DoRA)."""
+    scale = getattr(update, "scale", None)
+    if isinstance(scale, int | float):
+        return float(scale).hex()
+    inner = (
+        (getattr(update, entry.name) for entry in fields(update)) if is_dataclass(update) else ()
+    )
+    return next((text for part in inner if is_dataclass(part) and (text := _scale(part))), "")
 
 
 def value_sha256(info: LazyTensor) -> str:
