@@ -39,6 +39,8 @@ from tests.builders import random_tensor
             "bert.encoder.layer.1.output.dense.weight",
         ),
         ("", "embed_out.weight", "embed_out.weight"),
+        ("bert", "bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"),
+        ("bert", "bert.embeddings.LayerNorm.beta", "bert.embeddings.LayerNorm.bias"),
     ],
 )
 def test_names(model_type: str, stored: str, module: str) -> None:
