@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from loratool.adapter import Adapter
 from loratool.algebra.ranks import RankLimits
 from loratool.engine import Engine, Progress
+from loratool.layouts.placing import TieChoice
 from loratool.ops import combine as _combine
 from loratool.ops import combine_plan as _combine_plan
 from loratool.ops import combine_weights as _combine_weights
@@ -135,6 +136,8 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | None = None,
     base_check: bool = False,
+    ties: Literal["refuse", "both", "apart"] = "refuse",
+    add_bias: bool = False,
     link: bool = False,
     receipt: bool | PathArg = False,
     overwrite: bool = False,
@@ -145,8 +148,9 @@ def merge(
 
     ``adapters`` is one path, or several, each alone or with a weight. ``scale`` multiplies all
     weights and with them the adapters' own alpha/r. ``alpha`` is for formats that do not store
-    it. ``dtype`` is that of the output's floats (default: the base's). ``receipt`` leaves what
-    unmerge needs to restore the base bit for bit, in the output or at a path of its own. Raises a
+    it. ``dtype`` is that of the output's floats (default: the base's). ``ties`` is what becomes of
+    a tied embedding and head of which an adapter changes one. ``receipt`` leaves what unmerge
+    needs to restore the base bit for bit, in the output or at a path of its own. Raises a
     LoratoolError subclass; nothing is written then.
     """
     plan = _merge.plan_merge(
@@ -161,6 +165,8 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         base_check=base_check,
+        ties=TieChoice(ties),
+        add_bias=add_bias,
         link=link,
         receipt=receipt if isinstance(receipt, bool) else Path(receipt),
         overwrite=overwrite,

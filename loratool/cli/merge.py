@@ -14,6 +14,7 @@ from loratool.provenance import document
 
 if TYPE_CHECKING:
     from loratool.engine import Engine
+    from loratool.layouts.placing import TieChoice
     from loratool.ops.merge_inputs import Merging
     from loratool.ops.merge_report import MergeReport
 
@@ -66,6 +67,23 @@ class _MergeCommand(click.Command):
     help="Refuse a base that is not the one the adapter records; else that is a note.",
 )
 @click.option(
+    "--tied",
+    "ties",
+    flag_value="both",
+    help="Where embedding and head are one matrix: an update of one changes both.",
+)
+@click.option(
+    "--untie",
+    "ties",
+    flag_value="apart",
+    help="Store embedding and head apart from now on; config.json says so.",
+)
+@click.option(
+    "--add-bias",
+    is_flag=True,
+    help="Add the biases that an adapter trained for modules without one (lora_bias).",
+)
+@click.option(
     "--link",
     is_flag=True,
     help="Hard links to the base's files, instead of copies, for those that stay as they are.",
@@ -96,6 +114,8 @@ def merge_command(
     dtype: str | None,
     max_shard_size: str | None,
     base_check: bool,
+    ties: str | None,
+    add_bias: bool,
     link: bool,
     receipt: bool,
     receipt_file: Path | None,
@@ -121,6 +141,7 @@ def merge_command(
       loratool merge my-model/ adapter/ --in-place
     """
     from loratool.engine import Engine
+    from loratool.layouts.placing import TieChoice
 
     engine = Engine(jobs) if jobs else Engine()
     values = Values(scale, alpha, device, include, exclude, base_check)
@@ -130,6 +151,9 @@ def merge_command(
                 "-o": output,
                 "--dtype": dtype,
                 "--max-shard-size": max_shard_size,
+                "--untie": ties == "apart",
+                "--tied": ties == "both",
+                "--add-bias": add_bias,
                 "--link": link,
                 "--receipt": receipt_file or receipt,
                 "--overwrite": overwrite,
@@ -139,7 +163,10 @@ def merge_command(
     elif output is None:
         raise UsageError("no output is named", hint="name it after -o, or merge --in-place")
     else:
-        form = Form(dtype, max_shard_size, link, receipt_file or receipt, overwrite)
+        choice = TieChoice(ties or TieChoice.REFUSE)
+        form = Form(
+            dtype, max_shard_size, choice, add_bias, link, receipt_file or receipt, overwrite
+        )
         result = _merge_into(out, base, adapters, output, values, form, engine, dry_run)
     if result is None:
         return
@@ -168,6 +195,8 @@ class Form(NamedTuple):
 
     dtype: str | None
     max_shard_size: str | None
+    ties: TieChoice
+    add_bias: bool
     link: bool
     receipt: bool | Path
     overwrite: bool
@@ -245,7 +274,7 @@ def _shown_as_json(out: Output, body: dict[str, Any]) -> bool:
 
 def _show_changes(out: Output, merging: Merging, body: dict[str, Any], total_bytes: int) -> None:
     out.line(
-        f"would change {len(merging.placement.updates)} of {len(merging.base.checkpoint)} tensors "
+        f"would change {len(merging.updates)} of {len(merging.base.checkpoint)} tensors "
         f"({size_text(merging.changed_bytes)} of {size_text(total_bytes)}) on {merging.device}"
     )
     if out.verbose:

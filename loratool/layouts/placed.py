@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from loratool.adapter import Update
 from loratool.storage.tensors import LazyTensor
@@ -48,15 +49,28 @@ def describe(updates: Sequence[PlacedUpdate]) -> str:
     return " + ".join(update.describe() for update in updates)
 
 
+class TieChoice(StrEnum):
+    """What becomes of a tied embedding and head of which an adapter changes one.
+
+    REFUSE: an error. BOTH: the other changes as well. APART: they are stored apart from then on.
+    """
+
+    REFUSE = "refuse"
+    BOTH = "both"
+    APART = "apart"
+
+
 @dataclass(frozen=True)
 class Placement:
     """All updates by checkpoint tensor, in the order of their adapters.
 
     notes: guesses made. added: updates of biases that the base does not have, by the name that
-    they would be stored under; they start from zero.
+    they would be stored under; they start from zero. untied: a name to be stored beside the one
+    that it was tied to and starts from.
     """
 
     updates: dict[str, tuple[PlacedUpdate, ...]]
     base_copies: dict[str, tuple[LazyTensor, ...]]
     notes: tuple[str, ...]
     added: dict[str, tuple[PlacedUpdate, ...]] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)

@@ -20,13 +20,13 @@ from loratool.layouts.fusing import Offer, offered_names
 from loratool.layouts.kinds import classify
 from loratool.layouts.names import match_names, near_misses
 from loratool.layouts.orienting import on_piece, oriented
-from loratool.layouts.placed import PlacedUpdate, Placement, describe
+from loratool.layouts.placed import PlacedUpdate, Placement, TieChoice, describe
 from loratool.layouts.renames import module_names
-from loratool.layouts.tied_updates import settle_tie
+from loratool.layouts.tied_updates import settle_tie, share_token_rows, without_head
 from loratool.layouts.ties import find_ties
 from loratool.storage.tensors import LazyTensor, TensorInfo
 
-__all__ = ["PlacedUpdate", "Placement", "describe", "place"]
+__all__ = ["PlacedUpdate", "Placement", "TieChoice", "describe", "place"]
 
 
 def place(
@@ -35,11 +35,13 @@ def place(
     config: ModelConfig,
     *,
     add_bias: bool = False,
+    ties: TieChoice = TieChoice.REFUSE,
 ) -> Placement:
     """Find the tensor of every update of the adapters, each of which has a weight.
 
     Updates of different adapters on one tensor are summed. add_bias: whether a trained bias may
-    be for a module that has none in the base. Raises NothingMatches naming updates
+    be for a module that has none in the base. ties: what becomes of a tie that an adapter changes
+    on one side. Raises NothingMatches naming updates
     without a tensor and what looks like them, ShapeMismatch, and DisagreementError for an adapter
     that changes one side of a tied pair or two that cannot be summed; UsageError for a weight on
     replaced values.
@@ -47,9 +49,11 @@ def place(
     updates: dict[str, tuple[PlacedUpdate, ...]] = {}
     copies: dict[str, tuple[LazyTensor, ...]] = {}
     added: dict[str, tuple[PlacedUpdate, ...]] = {}
+    untied: dict[str, str] = {}
     notes: list[str] = []
     for index, (adapter, weight) in enumerate(adapters):
-        one = _place_one(adapter, tensors, config, add_bias)
+        one = _place_one(adapter, tensors, config, add_bias, ties)
+        untied |= one.untied
         for name, placed in one.added.items():
             ours = tuple(replace(update, weight=weight, adapter=index) for update in placed)
             added[name] = added.get(name, ()) + ours
@@ -61,7 +65,7 @@ def place(
         notes += [note for note in one.notes if note not in notes]
     for name, placed in updates.items():
         _check_summable(name, placed)
-    return Placement(updates, copies, tuple(notes), added)
+    return Placement(updates, copies, tuple(notes), added, untied)
 
 
 def _check_summable(name: str, placed: Sequence[PlacedUpdate]) -> None:
@@ -81,7 +85,11 @@ def _check_summable(name: str, placed: Sequence[PlacedUpdate]) -> None:
 
 
 def _place_one(
-    adapter: Adapter, tensors: Mapping[str, TensorInfo], config: ModelConfig, add_bias: bool
+    adapter: Adapter,
+    tensors: Mapping[str, TensorInfo],
+    config: ModelConfig,
+    add_bias: bool,
+    choice: TieChoice,
 ) -> Placement:
     if not adapter.updates:
         raise NothingMatches("the adapter holds no update", hint="was everything excluded?")
@@ -104,7 +112,7 @@ def _place_one(
         raise DisagreementError(
             f"the adapter trained biases (lora_bias) for {len(new_biases)} modules that have none "
             f"in the base: {next(iter(new_biases.values())).target}",
-            hint="leave them out with --exclude '*.bias' if they can be done without",
+            hint="--add-bias adds them, --exclude '*.bias' leaves them out",
         )
     missing = [name for name in missing if name not in new_biases]
     if missing:
@@ -116,8 +124,18 @@ def _place_one(
             raise DisagreementError(f"{target}: two updates of the adapter claim it")
         by_target[target] = (source, adapter.updates[source])
     in_pieces = {name: by_target.pop(name) for name in list(by_target) if name in offers}
+    infos = {module: tensors[name] for module, name in stored_as.items()}
+    untied: dict[str, str] = {}
+    if choice is TieChoice.APART:
+        ties, former = without_head(ties, list(shapes), config)
+        share_token_rows(former, by_target)
+        main, head = former.names
+        notes.append(f"{head} is no longer tied to {main}")
+        if head not in stored_as:
+            untied[head] = stored_as[main]
+            stored_as[head], shapes[head], kinds[head] = head, shapes[main], ModuleKind.LINEAR
     for tie in ties:
-        notes += settle_tie(tie, by_target, {m: tensors[n] for m, n in stored_as.items()})
+        notes += settle_tie(tie, by_target, infos, share=choice is TieChoice.BOTH)
     placed: dict[str, tuple[PlacedUpdate, ...]] = {}
     for target, (source, update) in by_target.items():
         name = stored_as[target]
@@ -131,7 +149,7 @@ def _place_one(
             placed[name] = (*placed.get(name, ()), ours)
     for name, together in placed.items():
         _check_apart(name, together)
-        notes += _notes_on_stack(name, together, tensors[name])
+        notes += _notes_on_stack(name, together, tensors[untied.get(name, name)])
     copies: dict[str, tuple[LazyTensor, ...]] = {
         stored_as[matched.found[asked[name]]]: (copy,)
         for name, copy in adapter.base_copies.items()
@@ -140,7 +158,7 @@ def _place_one(
     added: dict[str, tuple[PlacedUpdate, ...]] = {
         update.target: (update,) for update in new_biases.values()
     }
-    return Placement(placed, copies, tuple(notes), added)
+    return Placement(placed, copies, tuple(notes), added, untied)
 
 
 def _check_apart(name: str, placed: Sequence[PlacedUpdate]) -> None:

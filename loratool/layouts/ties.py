@@ -104,7 +104,7 @@ def _groups(
             for side in sides
             if any(name.startswith(side) for name in names)
         ]
-    head = _head(names, config)
+    head = output_head(names, config)
     if group and head is not None and config.says_tied:
         group = [*group, head]
     yield group
@@ -113,7 +113,7 @@ def _groups(
             yield [bias, alias]
 
 
-def _head(names: set[str], config: ModelConfig) -> str | None:
+def output_head(names: Collection[str], config: ModelConfig) -> str | None:
     """The output head over the vocabulary, which may be tied, or None."""
     architecture = config.architecture or ""
     for before, head in _DECODER_HEADS.items():

@@ -10,6 +10,7 @@ from typing import Any
 from loratool.algebra.budget import parse_size
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import UsageError
+from loratool.layouts.placing import TieChoice
 from loratool.ops.merge_inputs import Merging, check_base_copies, plan_merging
 from loratool.ops.merge_jobs import WAITING
 from loratool.ops.merge_layout import Layout, OutFile, lay_out
@@ -68,7 +69,7 @@ class MergePlan:
 
     def is_untouched(self, file: OutFile) -> bool:
         """Whether it is a file of the base, to the last byte."""
-        updates = self.merging.placement.updates
+        updates = self.merging.updates
         return file.twin is not None and not any(t.name in updates for t in file.tensors)
 
     def to_json(self, workers: int) -> dict[str, Any]:
@@ -95,6 +96,8 @@ def plan_merge(
     dtype: str | None = None,
     max_shard_size: str | None = None,
     base_check: bool = False,
+    add_bias: bool = False,
+    ties: TieChoice = TieChoice.REFUSE,
     link: bool = False,
     receipt: bool | Path = False,
     overwrite: bool = False,
@@ -104,8 +107,8 @@ def plan_merge(
     adapters: each with its weight; ``scale`` multiplies all of them. dtype: of every float tensor
     of the output. max_shard_size: new shards of at most that size ("5GB"). link: hard links
     instead of copies for files that stay as they are. receipt: leave one, in the output or at this
-    path. Raises InputError, DisagreementError (an
-    update that matches nothing, shapes that differ), UsageError or OutputError.
+    path. The rest as in ``plan_merging``. Raises InputError, DisagreementError (an update that
+    matches nothing, shapes that differ), UsageError or OutputError.
     """
     model = open_model(base)
     check_output(
@@ -120,10 +123,17 @@ def plan_merge(
         include=include,
         exclude=exclude,
         base_check=base_check,
+        add_bias=add_bias,
+        ties=ties,
     )
     asked = dtype_named(dtype) if dtype is not None else None
-    layout = lay_out(model.checkpoint, dtype=asked, max_shard_bytes=_bytes_of(max_shard_size))
-    side_files = find_side_files(model, asked, untied=False)
+    layout = lay_out(
+        model.checkpoint,
+        dtype=asked,
+        added=merging.added,
+        max_shard_bytes=_bytes_of(max_shard_size),
+    )
+    side_files = find_side_files(model, asked, untied=ties is TieChoice.APART)
     path = plan_receipt(receipt, model, output, overwrite=overwrite)
     plan = MergePlan(merging, output, layout, side_files, link, path, overwrite)
     if plan.writes_single_file and len(layout.files) > 1:
@@ -200,7 +210,7 @@ def _write_weights(
         if put_header(path, file.header, file.size):
             intact.add(file.name)
         growing.append(path)
-        updates = merging.placement.updates
+        updates = merging.updates
         work += list_work(file, path, updates, merging.device, compiled=compiled)
     rows, left = split_done(work, recorded, intact)
     finished = FinishedWork(log)

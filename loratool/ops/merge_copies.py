@@ -9,6 +9,7 @@ import torch
 from loratool.algebra.rounding import round_once
 from loratool.errors import RangeOverflow
 from loratool.storage.tensors import TensorInfo
+from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot, copy_range
 
 _BLOCK_ELEMENTS = 2**21
@@ -38,7 +39,8 @@ class CopyJob:
 class ConvertJob:
     """Rows ``start:stop`` of a tensor that gets another dtype, each value rounded once."""
 
-    source: TensorInfo
+    name: str
+    source: Stored
     start: int
     stop: int
     slot: OutputSlot
@@ -58,8 +60,7 @@ class ConvertJob:
             overflowed = int((torch.isinf(after) & torch.isfinite(before)).sum())
             if overflowed:
                 raise RangeOverflow(
-                    f"{self.source.name}: {overflowed} values exceed the range of "
-                    f"{self.slot.dtype.name}",
+                    f"{self.name}: {overflowed} values exceed the range of {self.slot.dtype.name}",
                     hint="choose a wider --dtype",
                 )
             self.slot.write_rows(start, after)

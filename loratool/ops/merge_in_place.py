@@ -23,6 +23,7 @@ from loratool.provenance import loratool_version
 from loratool.storage.checkpoint import Checkpoint
 from loratool.storage.in_place import Block, Journal, undone_on_failure
 from loratool.storage.outputs import check_free_space
+from loratool.storage.tensors import TensorInfo
 
 BLOCK_BYTES = 16 * 2**20
 COMMAND = "merge --in-place"
@@ -194,6 +195,7 @@ def change_blocks(
 def _reading(job: InPlaceJob, path: Path, at: int) -> MergeJob:
     """The job with its rows read from where the block's original bytes lie."""
     rows, source = job.rows, job.rows.source
+    assert isinstance(source, TensorInfo)
     row_bytes = source.nbytes // max(1, source.rows)
     return replace(rows, source=replace(source, path=path, offset=at - rows.start * row_bytes))
 

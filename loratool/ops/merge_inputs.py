@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
-from loratool.adapter import Adapter, LowRankUpdate, Replacement
+from loratool.adapter import Adapter, Replacement, TokenRows, module_of
 from loratool.algebra.rounding import MERGEABLE
 from loratool.engine.devices import resolve_device
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
 from loratool.layouts.patterns import select
-from loratool.layouts.placing import Placement, describe, place
+from loratool.layouts.placing import PlacedUpdate, Placement, TieChoice, describe, place
 from loratool.ops.base_check import check_base
 from loratool.ops.merge_jobs import BLOCK_ELEMENTS, WAITING
+from loratool.ops.merge_layout import Added
 from loratool.ops.sources import Model, open_adapter
 from loratool.storage.tensors import equal_values
+from loratool.storage.views import Zeros
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,31 @@ class Merging:
     notes: tuple[str, ...]
 
     @property
-    def changed_bytes(self) -> int:
-        """Size in the base of the tensors that change."""
+    def updates(self) -> dict[str, tuple[PlacedUpdate, ...]]:
+        """All updates by the name of the output's tensor."""
+        return self.placement.updates | self.placement.added
+
+    @property
+    def added(self) -> dict[str, Added]:
+        """Tensors that the output has and the base has not."""
         tensors = self.base.checkpoint.tensors
-        return sum(tensors[name].nbytes for name in self.placement.updates)
+        added = {}
+        for name, main in self.placement.untied.items():
+            added[name] = Added(tensors[main], tensors[main].path)
+        for name, placed in self.placement.added.items():
+            weight = tensors[f"{module_of(name)}.weight"]
+            shape = placed[0].update.shape
+            added[name] = Added(Zeros(weight.dtype, shape), weight.path)
+        return added
+
+    @property
+    def changed_bytes(self) -> int:
+        """Size of the tensors that change, in the base's dtypes."""
+        tensors, added = self.base.checkpoint.tensors, self.added
+        return sum(
+            (tensors[name] if name in tensors else added[name].source).nbytes
+            for name in self.updates
+        )
 
     @property
     def changed_weights(self) -> int:
@@ -59,11 +82,11 @@ class Merging:
         """Working memory: blocks in float32 beside the factors, per worker."""
         factors = [
             sum(
-                sum(4 * math.prod(t.shape) for t in (update.update.b, update.update.a))
+                sum(4 * math.prod(t.shape) for t in update.update.tensors)
                 for update in placed
-                if isinstance(update.update, LowRankUpdate)
+                if not isinstance(update.update, Replacement | TokenRows)
             )
-            for placed in self.placement.updates.values()
+            for placed in self.updates.values()
         ]
         return (workers + WAITING) * (16 * BLOCK_ELEMENTS + 3 * max(factors, default=0))
 
@@ -76,8 +99,7 @@ class Merging:
             "scale": self.scale,
             "adapters": [one | {"adapter": str(a.path)} for one, a in self._described()],
             "tensors": [
-                {"name": name, "update": describe(placed)}
-                for name, placed in self.placement.updates.items()
+                {"name": name, "update": describe(placed)} for name, placed in self.updates.items()
             ],
             "left_out": list(self.left_out),
             "notes": list(self.notes),
@@ -112,11 +134,14 @@ def plan_merging(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     base_check: bool = False,
+    add_bias: bool = False,
+    ties: TieChoice = TieChoice.REFUSE,
 ) -> Merging:
     """Read the adapters' headers and place every update.
 
     ``scale`` multiplies every weight. ``base_check`` makes it an error when what an adapter
-    records of its base is not this base. Raises InputError, DisagreementError or UsageError.
+    records of its base is not this base. add_bias, ties: see ``place``. Raises InputError,
+    DisagreementError or UsageError.
     """
     target = resolve_device(device)
     opened = [WeightedAdapter(path, weight, open_adapter(path, alpha)) for path, weight in adapters]
@@ -134,7 +159,14 @@ def plan_merging(
         [(one.adapter, one.weight * scale) for one in opened],
         model.checkpoint.tensors,
         model.config,
+        add_bias=add_bias,
+        ties=ties,
     )
+    if placement.added:
+        notes.append(
+            f"{len(placement.added)} biases are added that the base has not: a model class that "
+            "has none there would ignore them (attention_bias in config.json, for example)"
+        )
     _check_dtypes(placement, model)
     return Merging(
         model,
@@ -184,7 +216,7 @@ def _check_scale(scale: float, adapters: Sequence[WeightedAdapter]) -> None:
 
 def _check_dtypes(placement: Placement, model: Model) -> None:
     for name, placed in placement.updates.items():
-        dtype = model.checkpoint.tensors[name].dtype
+        dtype = model.checkpoint.tensors[placement.untied.get(name, name)].dtype
         calculated = any(not isinstance(update.update, Replacement) for update in placed)
         if calculated and dtype.torch not in MERGEABLE:
             raise UnsupportedInput(

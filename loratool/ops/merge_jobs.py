@@ -13,7 +13,7 @@ from loratool.layouts.placing import PlacedUpdate, describe
 from loratool.ops.merge_report import MergeRow
 from loratool.ops.rounders import rounder_of
 from loratool.storage.dtypes import DType
-from loratool.storage.tensors import TensorInfo
+from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot
 
 JOB_BYTES = 128 * 2**20
@@ -28,7 +28,7 @@ COMPILE_ELEMENTS = 10**9
 class MergeJob:
     """Rows ``start:stop`` of one changed tensor."""
 
-    source: TensorInfo
+    source: Stored
     updates: tuple[PlacedUpdate, ...]
     start: int
     stop: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import UnsupportedInput
@@ -12,6 +12,7 @@ from loratool.storage.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoin
 from loratool.storage.dtypes import DType
 from loratool.storage.safetensors_file import encode_header, tensor_bytes
 from loratool.storage.tensors import TensorInfo
+from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot
 
 _CONVERTED = ("F64", "F32", "F16", "BF16")
@@ -23,7 +24,7 @@ class OutTensor:
     """One tensor of an output file. Its values come from ``source``."""
 
     name: str
-    source: TensorInfo
+    source: Stored
     dtype: DType
     offset: int
 
@@ -66,9 +67,17 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Added:
+    """A tensor that the base has not: what it starts from, and the file of the base it joins."""
+
+    source: Stored
+    file: Path
+
+
+@dataclass(frozen=True)
 class _Planned:
     name: str
-    source: TensorInfo
+    source: Stored
     dtype: DType
 
 
@@ -76,20 +85,20 @@ def lay_out(
     checkpoint: Checkpoint,
     *,
     dtype: DType | None = None,
-    added: Mapping[str, TensorInfo] | None = None,
+    added: Mapping[str, Added] | None = None,
     max_shard_bytes: int | None = None,
 ) -> Layout:
     """The base's own files, or new shards of at most ``max_shard_bytes``.
 
-    dtype: what every float tensor becomes. added: tensors that the base has not, each with the
-    base's tensor whose values it starts from; they go into that one's file. Raises
+    dtype: what every float tensor becomes. added: tensors that the base has not, by name. Raises
     UnsupportedInput for floats that ``dtype`` cannot be had from.
     """
     files = {
-        file.path: [_planned(info, dtype) for info in _in_order(file)] for file in checkpoint.files
+        file.path: [_planned(info.name, info, dtype) for info in _in_order(file)]
+        for file in checkpoint.files
     }
-    for name, source in (added or {}).items():
-        files[source.path].append(replace(_planned(source, dtype), name=name))
+    for name, new in (added or {}).items():
+        files[new.file].append(_planned(name, new.source, dtype))
     if max_shard_bytes is not None:
         return _resharded(checkpoint, [t for part in files.values() for t in part], max_shard_bytes)
     made = [_like(checkpoint, file, files[file.path]) for file in checkpoint.files]
@@ -100,15 +109,15 @@ def _in_order(file: WeightFile) -> list[TensorInfo]:
     return sorted(file.tensors.values(), key=lambda info: (info.offset, info.nbytes))
 
 
-def _planned(info: TensorInfo, dtype: DType | None) -> _Planned:
-    if dtype is None or not info.dtype.is_float:
-        return _Planned(info.name, info, info.dtype)
-    if info.dtype.name not in _CONVERTED:
+def _planned(name: str, source: Stored, dtype: DType | None) -> _Planned:
+    if dtype is None or not source.dtype.is_float:
+        return _Planned(name, source, source.dtype)
+    if source.dtype.name not in _CONVERTED:
         raise UnsupportedInput(
-            f"{info.name}: is stored as {info.dtype.name}; --dtype converts F64, F32, F16 and BF16",
+            f"{name}: is stored as {source.dtype.name}; --dtype converts F64, F32, F16 and BF16",
             hint="leave out --dtype: such weights keep their dtype and their scales",
         )
-    return _Planned(info.name, info, dtype)
+    return _Planned(name, source, dtype)
 
 
 def _like(checkpoint: Checkpoint, file: WeightFile, tensors: Sequence[_Planned]) -> OutFile:
@@ -118,7 +127,9 @@ def _like(checkpoint: Checkpoint, file: WeightFile, tensors: Sequence[_Planned])
         tensor.dtype == tensor.source.dtype for tensor in tensors
     )
     if file.raw_header is not None and as_stored:
-        placed = (OutTensor(t.name, t.source, t.dtype, t.source.offset) for t in tensors)
+        placed = (
+            OutTensor(t.name, t.source, t.dtype, file.tensors[t.name].offset) for t in tensors
+        )
         return OutFile(name, file.raw_header, tuple(placed), file.path)
     return _packed(name, tensors, file.metadata if file.is_safetensors else _METADATA)
 

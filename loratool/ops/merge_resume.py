@@ -31,7 +31,7 @@ def values_identity(merging: Merging) -> Iterator[str]:
     for one in merging.adapters:
         paths = sorted(one.path.iterdir()) if one.path.is_dir() else [one.path]
         yield from (_stamp(path) for path in paths if path.is_file())
-    for name, placed in merging.placement.updates.items():
+    for name, placed in merging.updates.items():
         for update in placed:
             yield f"{name} {update.describe()} {update.weight.hex()} {update.adapter}"
 

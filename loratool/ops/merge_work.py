@@ -13,6 +13,7 @@ from loratool.ops.merge_copies import ConvertJob, CopyJob
 from loratool.ops.merge_jobs import COMPILE_ELEMENTS, JOB_BYTES, MergeJob, merge_rows
 from loratool.ops.merge_layout import OutFile, OutTensor
 from loratool.ops.merge_report import MergeRow
+from loratool.storage.tensors import TensorInfo
 
 Job = MergeJob | CopyJob | ConvertJob
 Updates = Mapping[str, tuple[PlacedUpdate, ...]]
@@ -66,8 +67,9 @@ def _jobs(
                 )
         elif tensor.dtype != tensor.source.dtype:
             for start, stop in row_ranges(tensor, JOB_BYTES):
-                yield ConvertJob(tensor.source, start, stop, tensor.slot(path))
+                yield ConvertJob(tensor.name, tensor.source, start, stop, tensor.slot(path))
         elif tensor.nbytes:
+            assert isinstance(tensor.source, TensorInfo)
             if pending and _continues(pending, tensor):
                 pending = replace(pending, nbytes=pending.nbytes + tensor.nbytes)
                 continue
@@ -87,6 +89,7 @@ def row_ranges(tensor: OutTensor, most_bytes: int) -> Sequence[tuple[int, int]]:
 
 def _continues(job: CopyJob, tensor: OutTensor) -> bool:
     source = tensor.source
+    assert isinstance(source, TensorInfo)
     return (
         job.source.path == source.path
         and job.source.strides is None

@@ -65,6 +65,25 @@ class _View:
 
 
 @dataclass(frozen=True)
+class Zeros(_View):
+    """A tensor of zeros, stored nowhere."""
+
+    kind: DType
+    sizes: tuple[int, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sizes
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return torch.zeros(stop - start, *self.sizes[1:], dtype=self.kind.torch)
+
+
+@dataclass(frozen=True)
 class _Rows(_View):
     """Rows ``start:stop`` of a tensor."""
 

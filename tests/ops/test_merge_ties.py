@@ -1,0 +1,167 @@
+"""Merging into tied embeddings and heads, and biases that the base has not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import loratool as lt
+from loratool.errors import DisagreementError, UnsupportedInput, UsageError
+from tests.algebra.reference import exact_merge, same_bits
+from tests.cli.invoke import invoke
+from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, load_folder, save_folder
+from tests.ops.builders import save_peft as save_linear
+from tests.ops.test_merge import Q0, factors
+
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+TIED = LLAMA | {"tie_word_embeddings": True}
+
+
+def tied_state() -> dict[str, Tensor]:
+    state = llama_like(torch.bfloat16)
+    del state["lm_head.weight"]
+    return state
+
+
+def save_sides(folder: Path, sides: dict[str, tuple[Tensor, ...]]) -> Path:
+    """An adapter on the embedding, the head, or both; factors as those of the (50, 24) table."""
+    tensors = {}
+    for module, (a, b) in sides.items():
+        if module == EMBED:
+            tensors[f"base_model.model.{module}.lora_embedding_A"] = b.T.contiguous()
+            tensors[f"base_model.model.{module}.lora_embedding_B"] = a.T.contiguous()
+        else:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["x"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merged_with(table: Tensor, pair: tuple[Tensor, ...]) -> Tensor:
+    return exact_merge(table, [(pair[1], pair[0], 2.0)], table.dtype)
+
+
+@pytest.mark.parametrize("side", [EMBED, HEAD])
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_one_side_of_a_tie(tmp_path: Path, side: str, stored: str) -> None:
+    """An error; with --tied both change; with --untie one does, and both are stored."""
+    state = tied_state()
+    table = state[f"{EMBED}.weight"]
+    if stored == "twice":
+        state["lm_head.weight"] = table.clone()
+    base = save_folder(state, tmp_path / "base", TIED, shards=2)
+    pair = factors(50, 24)
+    adapter = save_sides(tmp_path / "adapter", {side: pair})
+    with pytest.raises(DisagreementError, match=r"changes .* alone") as refused:
+        lt.merge(base, adapter, tmp_path / "out")
+    assert "--tied" in str(refused.value.hint)
+    assert "--untie" in str(refused.value.hint)
+
+    report = lt.merge(base, adapter, tmp_path / "both", ties="both")
+    both = load_folder(tmp_path / "both")
+    assert both.keys() == state.keys()
+    expected = merged_with(table, pair)
+    assert all(
+        same_bits(both[f"{name}.weight"], expected)
+        for name in (EMBED, HEAD)[: len(both)]
+        if f"{name}.weight" in both
+    )
+    assert any("alone" in note for note in report.facts["notes"])
+    assert json.loads((tmp_path / "both" / "config.json").read_text()) == TIED
+
+    report = lt.merge(base, adapter, tmp_path / "apart", ties="apart")
+    apart = load_folder(tmp_path / "apart")
+    assert apart.keys() == state.keys() | {"lm_head.weight"}
+    for name in (EMBED, HEAD):
+        assert same_bits(apart[f"{name}.weight"], expected if name == side else table)
+    config = json.loads((tmp_path / "apart" / "config.json").read_text())
+    assert config == TIED | {"tie_word_embeddings": False}
+    assert any("no longer tied" in note for note in report.facts["notes"])
+    index = json.loads((tmp_path / "apart" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(apart)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in apart.values())
+
+
+def test_different_updates_of_both_sides(tmp_path: Path) -> None:
+    state = tied_state()
+    base = save_folder(state, tmp_path / "base", TIED)
+    sides = {EMBED: factors(50, 24), HEAD: factors(50, 24, seed=9)}
+    adapter = save_sides(tmp_path / "adapter", sides)
+    for choice in ("refuse", "both"):
+        with pytest.raises(DisagreementError, match="differently"):
+            lt.merge(base, adapter, tmp_path / "out", ties=choice)  # type: ignore[arg-type]
+    lt.merge(base, adapter, tmp_path / "out", ties="apart", dtype="float32")
+    merged = load_folder(tmp_path / "out")
+    table = state[f"{EMBED}.weight"]
+    for name, (a, b) in sides.items():
+        expected = exact_merge(table, [(b, a, 2.0)], torch.float32)
+        assert same_bits(merged[f"{name}.weight"], expected)
+
+
+def test_nothing_to_untie(tmp_path: Path) -> None:
+    adapter = save_linear(tmp_path / "adapter", {Q0: factors(24, 24)})
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    with pytest.raises(UsageError, match="ties no output head"):
+        lt.merge(base, adapter, tmp_path / "out", ties="apart")
+    bare = save_folder(gpt2_like(), tmp_path / "bare", GPT2)
+    adapter = save_linear(tmp_path / "gpt2", {"h.0.mlp.c_fc": factors(64, 16)})
+    with pytest.raises(UnsupportedInput, match="without the prefix"):
+        lt.merge(bare, adapter, tmp_path / "out", ties="apart")
+    assert not (tmp_path / "out").exists()
+
+
+def with_bias(folder: Path) -> tuple[Path, Tensor]:
+    """An adapter of q_proj with lora_bias, and the bias it trained."""
+    a, b = factors(24, 24)
+    bias = torch.linspace(-1, 1, 24)
+    folder.mkdir()
+    name = f"base_model.model.{Q0}"
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.lora_B.bias": bias}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj"],
+        "lora_bias": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, bias
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_bias_that_the_base_has_not(tmp_path: Path, dtype: str | None) -> None:
+    state = llama_like(torch.bfloat16)
+    base = save_folder(state, tmp_path / "base", LLAMA, shards=2)
+    adapter, bias = with_bias(tmp_path / "adapter")
+    with pytest.raises(DisagreementError, match="have none in the base") as refused:
+        lt.merge(base, adapter, tmp_path / "out")
+    assert "--add-bias" in str(refused.value.hint)
+    report = lt.merge(base, [(adapter, 0.5)], tmp_path / "out", add_bias=True, dtype=dtype)
+    merged = load_folder(tmp_path / "out")
+    assert merged.keys() == state.keys() | {f"{Q0}.bias"}
+    expected = (2.0 * 0.5 * bias.double()).to(torch.float32 if dtype else torch.bfloat16)
+    assert same_bits(merged[f"{Q0}.bias"], expected)
+    assert any("1 biases are added" in note for note in report.facts["notes"])
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    base = save_folder(tied_state(), tmp_path / "base", TIED)
+    adapter = save_sides(tmp_path / "adapter", {HEAD: factors(50, 24)})
+    out = tmp_path / "out"
+    refused = invoke("merge", base, adapter, "-o", out)
+    assert refused.code == 4
+    assert "--untie stores both apart" in refused.err
+    ended = invoke("merge", base, adapter, "-o", out, "--untie")
+    assert ended.code == 0
+    assert "lm_head.weight is no longer tied to model.embed_tokens.weight" in ended.err
+    clash = invoke("merge", base, adapter, "--in-place", "--untie")
+    assert "--in-place does not go with --untie" in clash.err
