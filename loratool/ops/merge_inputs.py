@@ -74,9 +74,9 @@ class Merging:
 
     @property
     def changed_weights(self) -> int:
-        """How many weights the tensors that change have."""
+        """How many weights the base's tensors that change have."""
         tensors = self.base.checkpoint.tensors
-        return sum(tensors[name].numel for name in self.placement.updates)
+        return sum(tensors[name].numel for name in self.placement.updates if name in tensors)
 
     def peak_bytes(self, workers: int) -> int:
         """Working memory: blocks in float32 beside the factors, per worker."""

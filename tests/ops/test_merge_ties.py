@@ -14,6 +14,7 @@ import loratool as lt
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
 from tests.algebra.reference import exact_merge, same_bits
 from tests.cli.invoke import invoke
+from tests.faults.killing import bytes_of
 from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, load_folder, save_folder
 from tests.ops.builders import save_peft as save_linear
 from tests.ops.test_merge import Q0, factors
@@ -165,3 +166,15 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "lm_head.weight is no longer tied to model.embed_tokens.weight" in ended.err
     clash = invoke("merge", base, adapter, "--in-place", "--untie")
     assert "--in-place does not go with --untie" in clash.err
+
+
+def test_a_receipt_undoes_what_was_added(tmp_path: Path) -> None:
+    """Untied, and with biases added, the base still comes back from the receipt to the last bit."""
+    head = save_folder(tied_state(), tmp_path / "tied", TIED, shards=2)
+    bias, _ = with_bias(tmp_path / "bias")
+    adapter = save_sides(tmp_path / "adapter", {HEAD: factors(50, 24)})
+    lt.merge(head, adapter, tmp_path / "m1", ties="apart", receipt=True)
+    lt.merge(head, bias, tmp_path / "m2", add_bias=True, receipt=True)
+    for merged, used in (("m1", adapter), ("m2", bias)):
+        lt.unmerge(tmp_path / merged, used, tmp_path / f"{merged}-base")
+        assert bytes_of(tmp_path / f"{merged}-base") == bytes_of(head)
