@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loratool.algebra.lowrank import LowRank
     from loratool.api import (
         combine,
+        combine_recipe,
         compare,
         estimate,
         extract,
@@ -44,6 +45,7 @@ _WHERE = {
     "LoratoolError": "loratool.errors",
     "LowRank": "loratool.algebra.lowrank",
     "combine": "loratool.api",
+    "combine_recipe": "loratool.api",
     "compare": "loratool.api",
     "estimate": "loratool.api",
     "extract": "loratool.api",
@@ -68,6 +70,7 @@ __all__ = [
     "LoratoolError",
     "LowRank",
     "combine",
+    "combine_recipe",
     "compare",
     "estimate",
     "extract",

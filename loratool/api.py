@@ -22,6 +22,7 @@ from loratool.ops import init as _init
 from loratool.ops import inspect as _inspect
 from loratool.ops import merge as _merge
 from loratool.ops import merge_in_place as _merge_in_place
+from loratool.ops import recipe as _recipe
 from loratool.ops import recover as _recover
 from loratool.ops import resize as _resize
 from loratool.ops import swap as _swap
@@ -358,6 +359,7 @@ def combine(
     exclude: Sequence[str] = (),
     seed: int = 0,
     alpha: float | None = None,
+    write_recipe: PathArg | None = None,
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -367,6 +369,7 @@ def combine(
 
     ``weights`` is one number per adapter (default: 1 each); ``weight_rules`` are strings as for
     ``--weight``. ``parameters`` are the method's own (``density=0.3``; lambda is ``lambda_``).
+    ``write_recipe`` is a file for ``combine_recipe``.
     Raises a LoratoolError subclass; nothing is written then.
     """
     asked = _combine_plan.Combination(
@@ -383,6 +386,29 @@ def combine(
         alpha=alpha,
     )
     asked = asked.with_rules(weight_rules)
+    if write_recipe is not None:
+        _recipe.check_recipe_path(Path(write_recipe))
+    plan = _combine_plan.plan_combine(asked, Path(output), device=device, overwrite=overwrite)
+    report = _combine.run_combine(plan, _engine(jobs), progress)
+    if write_recipe is not None:
+        _recipe.write_recipe(Path(write_recipe), asked)
+    return report
+
+
+def combine_recipe(
+    recipe: PathArg,
+    output: PathArg,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> UpdatesReport:
+    """Write the adapter that a YAML recipe describes, and report its error.
+
+    Raises a LoratoolError subclass; nothing is written then.
+    """
+    asked = _recipe.load_recipe(Path(recipe))
     plan = _combine_plan.plan_combine(asked, Path(output), device=device, overwrite=overwrite)
     return _combine.run_combine(plan, _engine(jobs), progress)
 

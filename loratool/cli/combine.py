@@ -13,6 +13,7 @@ from loratool.cli.output import Output, size_text
 from loratool.cli.updates import show_updates
 from loratool.combining.method import Method, Parameter
 from loratool.combining.registry import DEFAULT, METHODS, parameters
+from loratool.errors import UsageError
 
 if TYPE_CHECKING:
     from loratool.engine import Engine
@@ -88,6 +89,12 @@ def _option(name: str, users: list[tuple[Method, Parameter]]) -> Any:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all random numbers.")
 @options.alpha_option
+@click.option(
+    "--write-recipe",
+    type=options.PATH,
+    metavar="FILE",
+    help="Also write all of this to FILE.yaml, with hashes of the adapters, to make it again.",
+)
 @method_options
 @options.include_option
 @options.exclude_option
@@ -111,6 +118,7 @@ def combine_command(
     dtype: str | None,
     seed: int,
     alpha: float | None,
+    write_recipe: Path | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     device: str,
@@ -124,12 +132,14 @@ def combine_command(
 
     ADAPTER is a folder or file in any format that loratool reads; :WEIGHT multiplies its update,
     and a negative weight subtracts it. The result is a PEFT adapter folder with a report of every
-    weight: its rank and its relative error against the exact result of the method.
+    weight: its rank and its relative error against the exact result of the method. A single
+    ADAPTER that ends in .yaml is a recipe, which says everything itself.
 
     \b
     Example:
       loratool combine styles/a:0.7 styles/b:0.3 -o both/
       loratool combine a/ b/ c/ -o voted/ --method ties --density 0.3 --rank energy:0.95
+      loratool combine recipe.yaml -o made/
     """
     from loratool.algebra.ranks import RankLimits
     from loratool.engine import Engine
@@ -137,33 +147,62 @@ def combine_command(
     from loratool.ops.combine_plan import Combination, plan_combine
     from loratool.ops.combine_saved import Saved
     from loratool.ops.combine_weights import parse_rule, parse_source
+    from loratool.ops.recipe import check_recipe_path, is_recipe, load_recipe
+    from loratool.ops.recipe import write_recipe as save_recipe
 
-    sources = tuple(parse_source(text) for text in adapters)
-    asked = Combination(
-        sources,
-        method,
-        _given(given),
-        tuple(parse_rule(text, sources) for text in weight),
-        rank,
-        RankLimits(min_rank, max_rank, multiple_of),
-        Saved(saved),
-        dtype,
-        seed,
-        include,
-        exclude,
-        alpha,
-    )
+    if write_recipe is not None:
+        check_recipe_path(write_recipe)
+    if len(adapters) == 1 and is_recipe(adapters[0]):
+        _refuse_beside_recipe()
+        asked = load_recipe(Path(adapters[0]))
+    else:
+        sources = tuple(parse_source(text) for text in adapters)
+        asked = Combination(
+            sources,
+            method,
+            _given(given),
+            tuple(parse_rule(text, sources) for text in weight),
+            rank,
+            RankLimits(min_rank, max_rank, multiple_of),
+            Saved(saved),
+            dtype,
+            seed,
+            include,
+            exclude,
+            alpha,
+        )
     plan = plan_combine(asked, output, device=device, overwrite=overwrite)
     engine = Engine(jobs) if jobs else Engine()
     if dry_run:
         _show_plan(out, plan, engine)
         return
     result = run_combine(plan, engine, out.progress())
+    if write_recipe is not None:
+        save_recipe(write_recipe, asked)
     out.report_file(report, result.to_json())
     if out.as_json:
         out.document(result.to_json())
         return
-    show_updates(out, result, f"{output}: {plan.method.name} of {len(sources)} adapters", output)
+    count = len(plan.adapters)
+    show_updates(out, result, f"{output}: {plan.method.name} of {count} adapters", output)
+
+
+_BESIDE_RECIPE = {
+    "adapters", "output", "write_recipe", "device", "jobs", "report", "dry_run", "overwrite",
+    "as_json", "quiet", "verbose", "debug",
+}  # fmt: skip
+
+
+def _refuse_beside_recipe() -> None:
+    """A recipe says everything that decides the result; an option would be quietly ignored."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in _BESIDE_RECIPE:
+            raise UsageError(
+                f"{parameter.opts[0]} does not go with a recipe", hint="change the recipe instead"
+            )
 
 
 def _given(values: dict[str, Any]) -> dict[str, object]:

@@ -10,7 +10,7 @@ from loratool.errors import NothingMatches
 from loratool.formats import peft
 from loratool.ops.adapter_folder import write_adapter
 from loratool.ops.combine_jobs import CombineResult, combine_weight
-from loratool.ops.combine_plan import CombinePlan
+from loratool.ops.combine_plan import CombinePlan, plan_combine
 from loratool.ops.combine_report import UpdatesReport
 from loratool.ops.extract_adapter import stored_size
 from loratool.ops.stacks import completed
@@ -22,8 +22,11 @@ def run_combine(
 ) -> UpdatesReport:
     """Do the work of a plan and publish the adapter folder.
 
-    Raises NothingMatches when the combination is zero everywhere.
+    Nested recipes are made first, in a folder beside the output that is removed afterwards. Raises
+    NothingMatches when the combination is zero everywhere.
     """
+    if plan.nested:
+        return _run_nested(plan, engine, progress)
     with staged(plan.output) as staging:
         results = (engine or Engine()).map(
             combine_weight,
@@ -43,6 +46,20 @@ def run_combine(
         write_adapter(staging.out, adapter, report.to_json())
         staging.publish(overwrite=plan.overwrite)
         return report
+
+
+def _run_nested(
+    plan: CombinePlan, engine: Engine | None, progress: Progress | None
+) -> UpdatesReport:
+    with staged(plan.output.with_name(f"{plan.output.name}-nested")) as staging:
+        sources = list(plan.asked.sources)
+        for place, nested in plan.nested.items():
+            made = staging.scratch / str(place) / sources[place].path.name
+            run_combine(replace(nested, output=made), engine, progress)
+            sources[place] = replace(sources[place], path=made, recipe=None)
+        asked = replace(plan.asked, sources=tuple(sources))
+        flat = plan_combine(asked, plan.output, device=str(plan.device), overwrite=plan.overwrite)
+        return run_combine(flat, engine, progress)
 
 
 def _adapter(plan: CombinePlan, results: list[CombineResult]) -> Adapter:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from loratool.adapter import Adapter, LowRankUpdate, Replacement
+from loratool.adapter import Adapter, LowRankUpdate, Replacement, Update
 from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
 from loratool.combining.method import Method, Value
 from loratool.combining.registry import DEFAULT, find_method
@@ -20,12 +21,13 @@ from loratool.errors import (
     ShapeMismatch,
     UsageError,
 )
+from loratool.formats import peft
 from loratool.layouts.patterns import select
 from loratool.ops.adapter_folder import dtype_of_factors, refuse_other_updates
 from loratool.ops.combine_jobs import CombineJob
 from loratool.ops.combine_saved import Saved, combine_saved
 from loratool.ops.combine_weights import Source, WeightRule, parse_rule, weights_of
-from loratool.ops.sources import open_adapters
+from loratool.ops.sources import adapter_sha256, open_adapters
 from loratool.storage.dtypes import DType
 from loratool.storage.outputs import check_free_space, check_output
 
@@ -60,8 +62,26 @@ class Combination:
 
 
 @dataclass(frozen=True)
+class PlannedTensor:
+    """A factor that is still to be computed."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        raise AssertionError("a planned tensor has no values yet")
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.read()
+
+
+@dataclass(frozen=True)
 class CombinePlan:
-    """Everything decided before a tensor is read."""
+    """Everything decided before a tensor is read.
+
+    nested: plans of the recipes that stand for an adapter, by its place; they run first, and the
+    plan is made again from their results.
+    """
 
     asked: Combination
     output: Path
@@ -75,6 +95,7 @@ class CombinePlan:
     jobs: tuple[CombineJob, ...]
     replaced: Mapping[str, Replacement]
     notes: tuple[str, ...]
+    nested: Mapping[int, CombinePlan] = field(default_factory=dict)
 
     @property
     def read_bytes(self) -> int:
@@ -91,6 +112,16 @@ class CombinePlan:
         """Working memory: the largest jobs that can run side by side."""
         return sum(sorted((job.memory_bytes for job in self.jobs), reverse=True)[:workers])
 
+    def expected(self) -> Adapter:
+        """The adapter that will be made, as far as its headers go: its tensors cannot be read."""
+        updates: dict[str, Update] = dict(self.replaced)
+        for job in self.jobs:
+            rank, (rows, columns), like = job.rank_at_most, job.shape, job.like
+            b = PlannedTensor(self.dtype, (rows, rank, *(1 for _ in like.kernel[1:])))
+            a = PlannedTensor(self.dtype, (rank, *(like.kernel or (columns,))))
+            updates[job.name] = LowRankUpdate(b, a, 1.0, float(rank), like.is_embedding)
+        return replace(self.adapters[0], updates=updates, format=peft.NAME, base_copies={})
+
     def facts(self) -> dict[str, Any]:
         """What was asked for, for reports. Names only: a push publishes them."""
         return {
@@ -103,7 +134,7 @@ class CombinePlan:
             "saved": str(self.asked.saved),
             "adapters": [
                 {
-                    "name": source.path.resolve().name,
+                    "name": source.name,
                     "weight": source.weight,
                     "format": adapter.format,
                     "base_model": adapter.base_model,
@@ -146,8 +177,13 @@ def plan_combine(
     parameters = method.check(asked.parameters, len(asked.sources))
     rank = _rank_of(asked, method)
     target = resolve_device(device)
-    adapters = tuple(open_adapters([source.path for source in asked.sources], asked.alpha))
-    check_output(output, overwrite=overwrite, inputs=[source.path for source in asked.sources])
+    nested = {
+        place: plan_combine(_in_float32(source.recipe), nested_output(output, place), device=device)
+        for place, source in enumerate(asked.sources)
+        if source.recipe is not None
+    }
+    adapters = _opened(asked, nested)
+    check_output(output, overwrite=overwrite, inputs=_inputs(asked))
     chosen = select(
         {name: None for adapter in adapters for name in adapter.updates},
         asked.include,
@@ -191,9 +227,44 @@ def plan_combine(
         tuple(jobs),
         replaced,
         notes,
+        nested,
     )
     check_free_space(output, 2 * plan.adapter_bytes_at_most)
     return plan
+
+
+def nested_output(output: Path, place: int) -> Path:
+    """Where a nested recipe's result would go."""
+    return output.parent / f".{output.name}-{place}"
+
+
+def _in_float32(asked: Combination) -> Combination:
+    """An intermediate result is not rounded to 16 bits, unless its recipe says so."""
+    return asked if asked.dtype is not None else replace(asked, dtype="float32")
+
+
+def _inputs(asked: Combination) -> list[Path]:
+    paths = []
+    for source in asked.sources:
+        paths += [source.path] if source.recipe is None else _inputs(source.recipe)
+    return paths
+
+
+def _opened(asked: Combination, nested: Mapping[int, CombinePlan]) -> tuple[Adapter, ...]:
+    """Every adapter; of those still to be made, what is known of them. Raises DisagreementError
+    for files that are not those a recipe was written for."""
+    files = [(i, source) for i, source in enumerate(asked.sources) if i not in nested]
+    opened = open_adapters([source.path for _, source in files], asked.alpha)
+    found = dict(zip((place for place, _ in files), opened, strict=True))
+    for _, source in files:
+        if source.sha256 is not None and adapter_sha256(source.path) != source.sha256:
+            raise DisagreementError(
+                f"{source.label}: is not the adapter that the recipe was written for",
+                hint="its files changed; remove sha256 from the recipe to combine it all the same",
+            )
+    return tuple(
+        nested[i].expected() if i in nested else found[i] for i in range(len(asked.sources))
+    )
 
 
 def _rank_of(asked: Combination, method: Method) -> str | None:

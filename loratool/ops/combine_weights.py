@@ -6,24 +6,39 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.errors import NothingMatches, UsageError
 from loratool.layouts.patterns import matches, select
 from loratool.ops.inspect import layer_of
+
+if TYPE_CHECKING:
+    from loratool.ops.combine_plan import Combination
 
 _FORM = "[ADAPTER@]PATTERN=W, or PATTERN=W,W,… spread over the layers"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter to combine: where it is, and its weight. label: how messages call it."""
+    """One adapter to combine: where it is, and its weight.
+
+    recipe: another combination that makes it first; path is only its name then. sha256: what its
+    files must hash to. label: how messages call it.
+    """
 
     path: Path
     weight: float = 1.0
+    recipe: Combination | None = None
+    sha256: str | None = None
 
     @property
     def label(self) -> str:
         return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """Without folders, for reports that travel with the result."""
+        return self.path.name if self.recipe is not None else self.path.resolve().name
 
 
 def parse_source(text: str) -> Source:
@@ -90,6 +105,12 @@ def parse_rule(text: str, sources: Sequence[Source]) -> WeightRule:
     if not all(math.isfinite(value) for value in values):
         raise UsageError(f"--weight {text!r}: weights must be finite numbers")
     return WeightRule(pattern, values, _which(owner, sources) if at else None)
+
+
+def rule_text(rule: WeightRule) -> str:
+    """What ``parse_rule`` reads as this rule, the adapter by its number."""
+    owner = "" if rule.adapter is None else f"{rule.adapter + 1}@"
+    return f"{owner}{rule.pattern}={','.join(map(repr, rule.values))}"
 
 
 def _which(owner: str, sources: Sequence[Source]) -> int:

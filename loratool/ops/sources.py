@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,19 @@ def open_adapters(paths: Sequence[Path], alpha: float | None = None) -> list[Ada
     if alpha is not None and not taken:
         raise UsageError("every adapter stores its own alpha; --alpha is for those that do not")
     return opened
+
+
+def adapter_sha256(path: Path) -> str:
+    """SHA-256 of an adapter's weights and of the config beside them. Raises InputMissing."""
+    weights = _adapter_weights(path) if path.is_dir() else path
+    if not weights.is_file():
+        raise InputMissing(f"{path}: no such file or folder")
+    digest = hashlib.sha256()
+    for file in (weights, weights.parent / peft.CONFIG_FILE):
+        if file.is_file():
+            with open(file, "rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def is_adapter(path: Path) -> bool:
