@@ -94,7 +94,7 @@ def _letters(pair: tuple[int, int]) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return "" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _span(values: Iterable[float]) -> str:
@@ -206,7 +206,7 @@ def _show_modules(out: Output, report: CompareReport, pair: PairTotals) -> None:
 
 def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.3f}" if known else ""
+    return _number(sum(known) / len(known)) if known else ""
 
 
 def _show_grids(out: Output, pair: PairTotals) -> None:

@@ -85,3 +85,6 @@ def test_failures(
     assert ended.code == code
     assert message in ended.err
     assert ended.out == ""
+    document = the_document(invoke("compare", *arguments, "--json"))
+    assert document["schema"] == "loratool/error/1"
+    assert document["error"]["exit_code"] == code

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,6 +50,34 @@ def test_a_method_is_its_formula(name: str, given: dict[str, Any], shape: tuple[
     expected = formula(name, values, WEIGHTS, given)
     assert float(expected.norm()) > 0
     assert close(run(name, values, WEIGHTS, **given), expected, tolerance)
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[list[LowRank], list[float]]:
+    """One to four updates of a small shape, ranks above its sides included."""
+    rows, columns = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    count, seed = draw(st.integers(1, 4)), draw(st.integers(0, 10**6))
+    values = [
+        low_rank(
+            rows, columns, draw(st.integers(1, 6)), seed + i, draw(st.sampled_from([0.5, 2.0]))
+        )
+        for i in range(count)
+    ]
+    weights = draw(st.lists(st.sampled_from([-1.0, 0.3, 1.0, 2.0]), min_size=count, max_size=count))
+    return values, weights
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if not n.startswith("core_") or n == "core_ties"]
+)
+@settings(max_examples=25)
+@given(groups())
+def test_any_shape_any_ranks_any_weights(
+    name: str, group: tuple[list[LowRank], list[float]]
+) -> None:
+    values, weights = group
+    expected = formula(name, values, weights, {})
+    assert close(run(name, values, weights), expected, 1e-5) or float(expected.norm()) < 1e-9
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "dare" not in n and "della" not in n])
