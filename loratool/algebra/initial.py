@@ -6,7 +6,7 @@ independent starts each ⟨row k of A₁, row k of A₂⟩ is positive or negati
 independent of each other, however long both were trained. That makes the sign test exact where a
 test that takes trained entries for independent would not be. It says nothing about factors that
 came out of an SVD, whose signs are conventions; their rows are orthogonal, which random ones are
-not.
+not. A single row cannot be orthogonal to others, so adapters of rank 1 throughout stay undecided.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def judge_start(statistics: Sequence[RowStatistics]) -> StartVerdict | None:
     )
     if random_skew and skew < _ORTHOGONAL**2 * random_skew:
         start = Start.ORTHOGONALISED
-    elif chance <= SURE and cosine >= ALIKE:
+    elif chance <= SURE and cosine >= ALIKE and random_skew:
         start = Start.SHARED
     elif cosine < UNRELATED and chance > SURE:
         start = Start.INDEPENDENT

@@ -77,6 +77,12 @@ def test_too_few_rows_decide_nothing() -> None:
     assert verdict(one, one) is Start.UNDECIDED
 
 
+def test_single_rows_may_come_from_a_decomposition() -> None:
+    one = start(1, modules=40, rank=1)
+    assert verdict(one, one) is Start.UNDECIDED
+    assert verdict(one, start(2, modules=40, rank=1)) is Start.INDEPENDENT
+
+
 def test_nothing_to_compare() -> None:
     assert judge_start([]) is None
     zero = torch.zeros(2, 4)

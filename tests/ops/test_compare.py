@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool as lt
+from loratool.algebra.initial import Start
 from loratool.errors import DisagreementError, NonFiniteValues, NothingMatches, UsageError
 from loratool.ops.compare_report import PhiGrid, mean_grid
-from tests.ops.builders import save_peft
+from tests.ops.builders import LLAMA, llama_like, moved, save_folder, save_peft
 
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.1.self_attn.v_proj"
@@ -166,6 +167,29 @@ def test_an_untrained_adapter(tmp_path: Path) -> None:
     assert pair.phi_left.whole is None
     assert report.rows[0].linear == (None, pytest.approx(1.0))
     json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extracted_adapters_claim_no_common_start(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Two tunings that learned much the same: their A agree, and no training ever shared a seed."""
+    base = llama_like(dtype)
+    folder = save_folder(base, tmp_path / "base", LLAMA)
+    common = moved(base, size=0.05, rank=4)
+    for name, seed in (("one", 1), ("two", 2)):
+        tuned = moved(common, size=0.0005, seed=seed)
+        lt.extract(
+            folder,
+            save_folder(tuned, tmp_path / f"tuned-{name}", LLAMA),
+            tmp_path / name,
+            rank=4,
+            include=["q_proj", "k_proj", "up_proj", "down_proj"],
+            drop_rest=True,
+        )
+    (pair,) = lt.compare([tmp_path / "one", tmp_path / "two"]).pairs
+    assert pair.start is not None
+    assert pair.start.cosine > 0.9
+    assert pair.start.chance < 1e-6
+    assert pair.start.start is Start.ORTHOGONALISED
 
 
 def test_jobs_do_not_matter(tmp_path: Path) -> None:
