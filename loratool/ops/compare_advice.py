@@ -15,7 +15,7 @@ ALIKE = 0.9
 OPPOSED = -0.1
 """Cosine below which they undo a part of each other."""
 
-REPEATING = 0.2
+REPEATING = 0.05
 """Cosine from which on a sum repeats what they share."""
 
 CROWDED = 0.25
@@ -62,10 +62,10 @@ def _repeating(report: CompareReport, pairs: list[PairTotals]) -> Advice | None:
     if _cosine(most) < REPEATING:
         return None
     return Advice(
-        "svc",
+        "pico",
         "",
-        f"{_names(report, most)} share a part of what they do (cosine "
-        f"{_cosine(most):.2f}), which a sum counts twice; SVC counts it once",
+        f"{_names(report, most)} share a part of what they do (cosine {_cosine(most):.2f}), "
+        "which a sum repeats; Pico weakens the shared directions and keeps the adapters' mean size",
     )
 
 

@@ -23,7 +23,7 @@ TURN = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
 CASES: dict[str, tuple[Tensor, Tensor, str]] = {
     "linear": (E[:, :2], E[:, :2] + 0.1 * E[:, 2:4], "mean"),
     "ties": (E[:, :2], E[:, 2:4] - 0.3 * E[:, :2], "a sum keeps 70% of one adapter"),
-    "svc": (E[:, :2], E[:, 2:4] + E[:, :2], "counts twice"),
+    "pico": (E[:, :2], E[:, 2:4] + 0.1 * E[:, :2], "(cosine 0.10), which a sum repeats"),
     "tsv_m": (E[:, :2], E[:, :2] @ TURN, "100% of the energy"),
     "svd": (E[:, :2], E[:, 2:4], "fits into ranks up to 4"),
 }
@@ -52,7 +52,7 @@ def test_a_duplicate_beside_another_adapter_is_no_case_for_a_mean(tmp_path: Path
     apart = save_peft(tmp_path / "apart", {V: (a, E[:, :2])})
     advice = lt.compare([one, one, apart]).advice
     assert advice is not None
-    assert advice.method == "svc"
+    assert advice.method == "pico"
 
 
 def test_nothing_changed_nothing_suggested(tmp_path: Path) -> None:
