@@ -15,6 +15,7 @@ from loratool.ops import combine as _combine
 from loratool.ops import combine_plan as _combine_plan
 from loratool.ops import combine_weights as _combine_weights
 from loratool.ops import compare as _compare
+from loratool.ops import convert as _convert
 from loratool.ops import estimate as _estimate
 from loratool.ops import extract as _extract
 from loratool.ops import extract_plan as _extract_plan
@@ -32,6 +33,7 @@ from loratool.ops import verify_claim as _claim
 from loratool.ops.combine_report import UpdatesReport
 from loratool.ops.combine_saved import parse_saved
 from loratool.ops.compare_report import CompareReport
+from loratool.ops.convert import ConvertReport
 from loratool.ops.estimate import EstimateReport
 from loratool.ops.extract_report import ExtractReport
 from loratool.ops.init import InitReport
@@ -545,6 +547,33 @@ def init(
         overwrite=overwrite,
     )
     return _init.run_init(plan, _engine(jobs), progress)
+
+
+def convert(
+    adapter: PathArg,
+    output: PathArg,
+    *,
+    alpha: float | None = None,
+    fused_parts: str | None = None,
+    start: PathArg | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> ConvertReport:
+    """Write an adapter of any format that loratool reads as a PEFT adapter.
+
+    ``start``: what training began with, to be taken off again. Raises a LoratoolError subclass;
+    nothing is written then.
+    """
+    plan = _convert.plan_convert(
+        Path(adapter),
+        Path(output),
+        alpha=alpha,
+        fused_parts=fused_parts,
+        start=None if start is None else Path(start),
+        base_model=base_model,
+        overwrite=overwrite,
+    )
+    return _convert.run_convert(plan)
 
 
 def estimate(model: PathArg, *, rank: int = 8, targets: str = "all-linear") -> EstimateReport:

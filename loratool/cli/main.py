@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Adapters": {
         "combine": "Several adapters into one.",
+        "convert": "An adapter in PEFT's layout, or for another base.",
         "init": "An adapter to train from, for PEFT.",
         "resize": "An adapter at another rank.",
     },

@@ -1,15 +1,22 @@
 """The LoRA authors' own layout (loralib): ``<module>.lora_A``, ``<module>.lora_B``, no alpha.
 
-Other tensors in such a file are trained whole (a task's head). Plain modules only: a MergedLinear
-(fused q|k|v), whose factors hold several groups, is refused by name.
+Other tensors in such a file are trained whole (a task's head). A MergedLinear adapts some of the
+equal parts of a fused matrix (q|k|v), each with factors of its own: lora_A is (g·r, in) and lora_B
+(g·d, r) for g adapted parts of d rows. Which parts they are the file does not say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from loratool.adapter import Adapter, LowRankUpdate, Replacement, Update
 from loratool.errors import MalformedFile, UnsupportedInput, UsageError
+from loratool.formats.hints import Hints
+from loratool.storage.dtypes import DType
 from loratool.storage.tensors import LazyTensor
 
 NAME = "loralib"
@@ -26,13 +33,14 @@ def decode(
     label: str,
     tensors: Mapping[str, LazyTensor],
     side_files: Mapping[str, bytes],
-    alpha: float | None,
+    hints: Hints,
 ) -> Adapter:
-    """Read the file; ``alpha`` is required, since the format does not hold it.
+    """Read the file; alpha is required, since the format does not hold it.
 
-    Raises UsageError without alpha, MalformedFile for a factor without its partner.
+    Raises UsageError without alpha, or without the adapted parts of a fused matrix;
+    MalformedFile for a factor without its partner.
     """
-    if alpha is None:
+    if hints.alpha is None:
         raise UsageError(
             f"{label}: this format (loralib) does not store alpha",
             hint="pass --alpha with the value used in training; the update is alpha/rank · B·A",
@@ -41,17 +49,28 @@ def decode(
     for key, tensor in tensors.items():
         if key.endswith(_A):
             module = key.removesuffix(_A)
-            updates[f"{module}.weight"] = _update(label, module, tensors, alpha)
+            updates[f"{module}.weight"] = _update(
+                label, module, tensors, hints.alpha, hints.fused_parts
+            )
         elif key.endswith(_B):
             if key.removesuffix(_B) + _A not in tensors:
                 raise MalformedFile(f"{label}: {key} has no {_A[1:]} beside it")
         else:
             updates[key] = Replacement(tensor)
+    if hints.fused_parts and not any(
+        isinstance(update, LowRankUpdate) and isinstance(update.b, PlacedParts)
+        for update in updates.values()
+    ):
+        raise UsageError(f"{label}: --fused-parts is for fused modules (MergedLinear), it has none")
     return Adapter(updates, NAME)
 
 
 def _update(
-    label: str, module: str, tensors: Mapping[str, LazyTensor], alpha: float
+    label: str,
+    module: str,
+    tensors: Mapping[str, LazyTensor],
+    alpha: float,
+    fused_parts: tuple[bool, ...],
 ) -> LowRankUpdate:
     a, b = tensors[module + _A], tensors.get(module + _B)
     if b is None:
@@ -60,9 +79,52 @@ def _update(
         raise UnsupportedInput(f"{label}: {module}: only matrices are supported, not convolutions")
     if a.shape[0] == 0:
         raise MalformedFile(f"{label}: {module}: factors of rank 0")
-    if a.shape[0] != b.shape[1]:
-        raise UnsupportedInput(
-            f"{label}: {module}: factors {b.shape} and {a.shape} do not chain; they look like a "
-            "fused projection (MergedLinear), whose groups the file does not name"
+    if a.shape[0] == b.shape[1]:
+        return LowRankUpdate(b, a, scale=alpha / a.shape[0], alpha=alpha)
+    rank = b.shape[1]
+    parts = a.shape[0] // rank if rank else 0
+    if parts < 2 or a.shape[0] % rank or b.shape[0] % parts:
+        raise MalformedFile(
+            f"{label}: {module}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not chain"
         )
-    return LowRankUpdate(b, a, scale=alpha / a.shape[0], alpha=alpha)
+    if sum(fused_parts) != parts:
+        raise UsageError(
+            f"{label}: {module}: adapts {parts} parts of a fused matrix (MergedLinear), and the "
+            "file does not name them",
+            hint="loratool convert --fused-parts says which: q,v is what the authors trained",
+        )
+    placed = PlacedParts(b, fused_parts)
+    return LowRankUpdate(placed, a, scale=alpha / rank, alpha=alpha * parts)
+
+
+@dataclass(frozen=True)
+class PlacedParts:
+    """lora_B of a MergedLinear as that of one plain adapter: (parts·d, g·r), group j's block in
+    the rows of the j-th adapted part and the columns of its own rows of lora_A."""
+
+    b: LazyTensor
+    fused_parts: tuple[bool, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.b.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        adapted = sum(self.fused_parts)
+        rows = self.b.shape[0] // adapted * len(self.fused_parts)
+        return rows, adapted * self.b.shape[1]
+
+    def read(self) -> Tensor:
+        values = self.b.read()
+        rows, rank = values.shape[0] // sum(self.fused_parts), values.shape[1]
+        placed = torch.zeros(self.shape, dtype=values.dtype)
+        adapted = [part for part, is_adapted in enumerate(self.fused_parts) if is_adapted]
+        for group, part in enumerate(adapted):
+            block = values[group * rows : (group + 1) * rows]
+            columns = slice(group * rank, (group + 1) * rank)
+            placed[part * rows : (part + 1) * rows, columns] = block
+        return placed
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.read()[start:stop]

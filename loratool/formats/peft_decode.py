@@ -19,6 +19,7 @@ from loratool.adapter import (
     Update,
 )
 from loratool.errors import DisagreementError, MalformedFile, Unplaced, UnsupportedInput, UsageError
+from loratool.formats.hints import NOTHING, Hints
 from loratool.formats.peft_config import CONFIG_FILE, Scaling, read_config, scaling_of
 from loratool.formats.peft_experts import Wrapped, decode_parameter, is_bare
 from loratool.formats.peft_keys import (
@@ -42,7 +43,7 @@ def decode(
     label: str,
     tensors: Mapping[str, LazyTensor],
     side_files: Mapping[str, bytes],
-    alpha: float | None,
+    hints: Hints = NOTHING,
 ) -> Adapter:
     """Read a PEFT LoRA (DoRA, trained biases, tokens and expert parameters among them), LoHa,
     LoKr or set of trained tokens.
@@ -52,8 +53,10 @@ def decode(
     Unplaced for keys of unknown meaning.
     """
     config = read_config(label, side_files)
-    if alpha is not None:
+    if hints.alpha is not None:
         raise UsageError(f"{label}: stores its own alpha; --alpha is for adapters that do not")
+    if hints.fused_parts:
+        raise UsageError(f"{label}: --fused-parts is for loralib's fused modules, it has none")
     return _Reader(label, tensors, config).read()
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from loratool.adapter import Adapter
 from loratool.errors import UnsupportedInput
 from loratool.formats import loralib, peft
+from loratool.formats.hints import NOTHING, Hints
 from loratool.storage.tensors import LazyTensor
 
 
@@ -34,7 +35,7 @@ class Codec(Protocol):
         label: str,
         tensors: Mapping[str, LazyTensor],
         side_files: Mapping[str, bytes],
-        alpha: float | None,
+        hints: Hints,
     ) -> Adapter:
         """Read it. What cannot be placed is an error that names it."""
 
@@ -79,16 +80,16 @@ def looks_like_adapter(keys: frozenset[str], side_files: Mapping[str, bytes]) ->
     return any(codec.detect(keys, side_files) for codec in CODECS)
 
 
-def decode_adapter(file: AdapterFile, alpha: float | None = None) -> Adapter:
+def decode_adapter(file: AdapterFile, hints: Hints = NOTHING) -> Adapter:
     """Read an adapter of any known format.
 
-    ``alpha`` supplies what formats that do not store it lack. Raises UnsupportedInput,
-    MalformedFile, Unplaced, UsageError.
+    ``hints`` supplies what the file does not hold. Raises UnsupportedInput, MalformedFile,
+    Unplaced, UsageError.
     """
     keys = frozenset(file.tensors)
     for codec in CODECS:
         if codec.detect(keys, file.side_files):
-            return codec.decode(file.label, file.tensors, file.side_files, alpha)
+            return codec.decode(file.label, file.tensors, file.side_files, hints)
     raise UnsupportedInput(
         f"{file.label}: no known adapter format",
         details=[f"first keys: {', '.join(sorted(keys)[:3])}"],

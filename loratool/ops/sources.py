@@ -10,6 +10,7 @@ from pathlib import Path
 from loratool.adapter import Adapter
 from loratool.errors import InputMissing, UnsupportedInput, UsageError
 from loratool.formats import peft
+from loratool.formats.hints import Hints
 from loratool.formats.registry import (
     AdapterFile,
     decode_adapter,
@@ -60,8 +61,12 @@ def open_model(path: Path) -> Model:
     return Model(checkpoint, ModelConfig(_config_beside(checkpoint)))
 
 
-def open_adapter(path: Path, alpha: float | None = None) -> Adapter:
+def open_adapter(
+    path: Path, alpha: float | None = None, fused_parts: tuple[bool, ...] = ()
+) -> Adapter:
     """An adapter of any known format from a file or a folder. Headers and config only.
+
+    alpha, fused_parts: see ``formats.hints``, for files that do not say.
 
     Raises InputMissing, MalformedFile, UnsupportedInput, Unplaced, UsageError.
     """
@@ -71,7 +76,9 @@ def open_adapter(path: Path, alpha: float | None = None) -> Adapter:
     config = weights.parent / peft.CONFIG_FILE
     side_files = {peft.CONFIG_FILE: _small_file(config)} if config.is_file() else {}
     file = open_weight_file(weights)
-    return decode_adapter(AdapterFile(str(path), file.tensors, side_files), alpha)
+    return decode_adapter(
+        AdapterFile(str(path), file.tensors, side_files), Hints(alpha, fused_parts)
+    )
 
 
 def open_adapters(paths: Sequence[Path], alpha: float | None = None) -> list[Adapter]:

@@ -56,14 +56,14 @@ def test_scale_is_alpha_over_rank(tmp_path: Path) -> None:
     torch.testing.assert_close(dense, 1.5 * B @ A)
 
 
-def test_a_merged_linear_is_refused(tmp_path: Path) -> None:
+def test_a_merged_linear_asks_for_its_parts(tmp_path: Path) -> None:
     """Two of three groups: A is (2·r, in), B is (2·d, r)."""
     path = write(
         tmp_path / "a.safetensors",
         h__c_attn__lora_A=random_tensor(2 * 4, 16),
         h__c_attn__lora_B=random_tensor(2 * 16, 4),
     )
-    with pytest.raises(UnsupportedInput, match=r"h\.c_attn: .*fused projection \(MergedLinear\)"):
+    with pytest.raises(UsageError, match=r"h\.c_attn: adapts 2 parts .*\(MergedLinear\)"):
         open_adapter(path, alpha=8)
 
 

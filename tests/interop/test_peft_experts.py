@@ -76,6 +76,6 @@ def test_encoding_gives_back_the_file(targets: list[str], tmp_path: Path) -> Non
     for key, value in stored.items():
         assert torch.equal(tensors[key].read(), value), key
         assert torch.equal(tensors[key].read_rows(1, 2), value[1:2]), key
-    again = peft.decode("again", tensors, side_files, None)
+    again = peft.decode("again", tensors, side_files)
     for name, update in adapter.low_rank.items():
         assert torch.equal(again.low_rank[name].load().dense(), update.load().dense()), name

@@ -1,0 +1,206 @@
+"""An adapter in another form: into PEFT's layout, or from a start that was not zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratool.adapter import Adapter, LowRankUpdate, Replacement, Update
+from loratool.algebra.lowrank import LowRank
+from loratool.algebra.stacking import stacked
+from loratool.errors import DisagreementError, Unplaced, UsageError
+from loratool.formats import peft
+from loratool.layouts.config import is_hub_id
+from loratool.ops.adapter_folder import load_update, park_update, stored_value, write_adapter
+from loratool.ops.extract_adapter import stored_size
+from loratool.ops.sources import open_adapter
+from loratool.provenance import document
+from loratool.storage.dtypes import F32
+from loratool.storage.outputs import check_free_space, check_output, staged
+from loratool.storage.tensors import equal_values
+
+SCHEMA_VERSION = 1
+FUSED = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """Everything decided before a tensor is read."""
+
+    path: Path
+    adapter: Adapter
+    start: Adapter | None
+    start_path: Path | None
+    output: Path
+    overwrite: bool
+
+    @property
+    def adapter_bytes(self) -> int:
+        """About what is written."""
+        return (2 if self.start else 1) * stored_size(self.adapter)[1]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "adapter": self.path.resolve().name,
+            "from": self.adapter.format,
+            "to": peft.NAME,
+            "start": self.start_path.resolve().name if self.start_path else None,
+            "base_model": self.adapter.base_model,
+            "updates": [
+                {"name": name, "update": update.describe()}
+                for name, update in self.adapter.updates.items()
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was written. facts: what the plan knew."""
+
+    updates: tuple[tuple[str, str], ...]
+    parameters: int
+    nbytes: int
+    facts: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return document(
+            "convert",
+            SCHEMA_VERSION,
+            {
+                **self.facts,
+                "totals": {
+                    "updates": len(self.updates),
+                    "parameters": self.parameters,
+                    "bytes": self.nbytes,
+                },
+                "updates": [{"name": name, "update": text} for name, text in self.updates],
+            },
+        )
+
+
+def plan_convert(
+    adapter: Path,
+    output: Path,
+    *,
+    alpha: float | None = None,
+    fused_parts: str | None = None,
+    start: Path | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> ConvertPlan:
+    """Read headers. Nothing is written.
+
+    fused_parts: which of q, k and v a fused module of the LoRA authors' library adapts ("q,v").
+    start: the adapter that training began with, for a base from which it was taken out; the
+    result is then for the original base. Raises InputError, DisagreementError, UsageError,
+    OutputError.
+    """
+    inputs = [adapter, *([start] if start else [])]
+    check_output(output, overwrite=overwrite, inputs=inputs)
+    if base_model is not None and not is_hub_id(base_model):
+        raise UsageError(f"--base-model {base_model!r} is not of the form owner/name")
+    value = open_adapter(adapter, alpha, _parts(fused_parts))
+    value = replace(value, base_model=base_model or value.base_model)
+    began = open_adapter(start) if start else None
+    if began is not None:
+        _check_start(adapter, value, began)
+    plan = ConvertPlan(adapter, value, began, start, output, overwrite)
+    peft.encode(_described(plan), None)  # what cannot be stored is said before anything is done
+    check_free_space(output, 2 * plan.adapter_bytes)
+    return plan
+
+
+def run_convert(plan: ConvertPlan) -> ConvertReport:
+    """Write the adapter folder.
+
+    Raises NonFiniteValues, RangeOverflow, and DisagreementError for parameters beside the
+    low-rank updates that training changed and a start cannot explain.
+    """
+    with staged(plan.output) as staging:
+        adapter = plan.adapter
+        if plan.start is not None:
+            adapter = _without_start(plan, plan.start, staging.scratch)
+        count, nbytes = stored_size(adapter)
+        report = ConvertReport(
+            tuple((name, update.describe()) for name, update in adapter.updates.items()),
+            count,
+            nbytes,
+            {key: value for key, value in plan.to_json().items() if key != "updates"},
+        )
+        write_adapter(staging.out, adapter, report.to_json())
+        staging.publish(overwrite=plan.overwrite)
+    return report
+
+
+def _without_start(plan: ConvertPlan, start: Adapter, scratch: Path) -> Adapter:
+    """s·B·A − s·B₀·A₀ for every module: of twice the rank, exact, since factors are only put side
+    by side. Parameters stored whole stay as training left them."""
+    updates: dict[str, Update] = {}
+    for index, (name, update) in enumerate(plan.adapter.updates.items()):
+        if not isinstance(update, LowRankUpdate):
+            updates[name] = update
+            continue
+        began = start.updates[name]
+        assert isinstance(began, LowRankUpdate)
+        device = torch.device("cpu")
+        now = load_update(str(plan.path), update, device)
+        before = load_update(str(plan.start_path), began, device)
+        both = stacked(now, LowRank(-before.b, before.a, before.scale))
+        updates[name] = park_update(
+            scratch / f"{index}.raw", stored_value(name, both, F32), like=update
+        )
+    return replace(plan.adapter, updates=updates)
+
+
+def _described(plan: ConvertPlan) -> Adapter:
+    """The adapter without its copies of base weights: they are no part of it."""
+    return replace(plan.adapter, base_copies={})
+
+
+def _parts(text: str | None) -> tuple[bool, ...]:
+    if text is None:
+        return ()
+    words = [word.strip() for word in text.split(",")]
+    if not words or not set(words) <= set(FUSED) or len(set(words)) != len(words):
+        raise UsageError(f"--fused-parts {text!r}: needs some of q, k, v", hint="for example q,v")
+    return tuple(part in words for part in FUSED)
+
+
+def _check_start(path: Path, adapter: Adapter, start: Adapter) -> None:
+    for name, update in adapter.updates.items():
+        if isinstance(update, Replacement):
+            continue
+        if not isinstance(update, LowRankUpdate):
+            raise Unplaced(
+                f"{path}: {name}: {update.describe()}; only plain low-rank updates can have their "
+                "start taken off"
+            )
+        began = start.updates.get(name)
+        if not isinstance(began, LowRankUpdate) or began.shape != update.shape:
+            raise DisagreementError(
+                f"{name}: the start has no low-rank update of shape {list(update.shape)} for it",
+                hint="is it the adapter that this training began with?",
+            )
+    extra = [name for name in start.updates if name not in adapter.updates]
+    if extra:
+        raise DisagreementError(
+            f"the start changes {len(extra)} parameters that the adapter does not",
+            details=extra[:12],
+            hint="is it the adapter that this training began with?",
+        )
+    pairs = [
+        (update, began)
+        for name, update in adapter.low_rank.items()
+        for began in [start.updates[name]]
+        if isinstance(began, LowRankUpdate)
+    ]
+    if pairs and all(
+        equal_values(now.b, then.b) and equal_values(now.a, then.a) for now, then in pairs
+    ):
+        raise DisagreementError(
+            "adapter and start hold the same factors: nothing was trained, or the wrong one given"
+        )
