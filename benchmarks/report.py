@@ -9,6 +9,11 @@ Row = Sequence[str]
 
 MERGE_OVER_CP, PEFT_OVER_MERGE, PEAK_SHARE = 4.0, 4.0, 1 / 3
 LARGE_OVER_CP, PEFT_OVER_LARGE, LARGE_SHARE = 2.5, 8.0, 1 / 4
+RECEIPTS = (
+    "What `merge --receipt` keeps so that `unmerge` is exact (`benchmarks/receipt_cost.py`): a "
+    "Gaussian 2048×2048 matrix, a rank-16 update; weights that do not follow from the merged ones, "
+    "bits kept per weight and per such weight, processor time to encode and decode, per weight."
+)
 SVD_OVER_EXTRACT, EXCESS = 20.0, 1e-3
 
 
@@ -71,6 +76,9 @@ def markdown(results: dict[str, Any]) -> str:
         "## Memory and depth",
         "Peak resident memory of the commands, start-up included.",
         _table(["layers", "checkpoint", "merge", "extract"], _memory(results["memory"])),
+        "## Receipts",
+        RECEIPTS,
+        receipt_table(results["receipt"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -203,6 +211,23 @@ def _whole_text(whole: dict[str, Any]) -> str:
 def _memory(rows: Sequence[dict[str, Any]]) -> list[Row]:
     sizes = ("bytes", "merge_peak_bytes", "extract_peak_bytes")
     return [(str(row["layers"]), *(_size(row[key]) for key in sizes)) for row in rows]
+
+
+def receipt_table(rows: Sequence[dict[str, Any]]) -> str:
+    """What receipts cost, as receipt_cost.py measures it."""
+    columns = ("dtype", "‖ΔW‖/‖W0‖", "not guessed", "bit per weight", "bit per miss", "coding")
+    cells = [
+        (
+            row["dtype"],
+            f"{100 * row['ratio']:g} %",
+            f"{100 * row['missed']:.2f} %",
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['bits_per_miss']:.1f}",
+            f"{row['coding_ns']:.1f} ns",
+        )
+        for row in rows
+    ]
+    return _table(columns, cells)
 
 
 def _table(columns: Row, rows: Sequence[Row]) -> str:

@@ -20,9 +20,10 @@ from bench_extract import whole_command as extract_whole
 from bench_memory import peaks
 from bench_merge import compare_merges
 from measure import HERE, WORK, note, python, run
+from receipt_cost import receipt_costs
 from report import markdown
 
-STAGES = ("merge", "merge_large", "extract_times", "extract_errors", "extract_whole", "memory")
+STAGES = ("merge", "merge_large", "extract_times", "extract_errors", "extract_whole", "memory", "receipt")
 PACKAGES = ("loratool", "torch", "safetensors", "peft", "transformers")
 DOCS = HERE.parent / "docs" / "benchmarks.md"
 
@@ -51,6 +52,7 @@ def measure(
         "extract_errors": lambda: compare_errors(error_shape),
         "extract_whole": lambda: extract_whole(pairs[1], min(rounds, 3)),
         "memory": lambda: peaks(pairs, min(rounds, 3)),
+        "receipt": receipt_costs,
     }
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for stage in stages:
