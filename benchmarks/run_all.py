@@ -23,7 +23,15 @@ from measure import HERE, WORK, note, python, run
 from receipt_cost import receipt_costs
 from report import markdown
 
-STAGES = ("merge", "merge_large", "extract_times", "extract_errors", "extract_whole", "memory", "receipt")
+STAGES = (
+    "merge",
+    "merge_large",
+    "extract_times",
+    "extract_errors",
+    "extract_whole",
+    "memory",
+    "receipt",
+)
 PACKAGES = ("loratool", "torch", "safetensors", "peft", "transformers")
 DOCS = HERE.parent / "docs" / "benchmarks.md"
 
