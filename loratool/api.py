@@ -83,6 +83,8 @@ def extract(
     profile: str = "peft",
     into: PathArg | None = None,
     alpha: float | None = None,
+    bias: str = "whole",
+    dora: bool = False,
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -92,9 +94,10 @@ def extract(
     ``rank`` is a number or a rule such as ``"energy:0.95"`` or ``"full"``; ``conv_rank`` one for
     convolutions, which are stored whole without it. ``into`` is an adapter to continue from: its
     factors are kept, and what it leaves unexplained is extracted (``alpha``: for one that stores
-    none). ``split_fused`` names the
-    parts of fused q|k|v and gate|up layers apart, as servers do. ``dtype`` is that of the factors
-    (default: the tuned checkpoint's). Raises a LoratoolError subclass; nothing is
+    none). ``split_fused`` names the parts of fused q|k|v and gate|up layers apart, as servers do.
+    ``bias="lora_bias"`` stores biases as differences beside the factors, ``dora`` fits directions
+    and takes row norms as they are. ``dtype`` is that of the factors (default: the tuned
+    checkpoint's). Raises a LoratoolError subclass; nothing is
     written then.
     """
     plan = _extract_plan.plan_extract(
@@ -121,6 +124,8 @@ def extract(
         profile=profile,
         into=None if into is None else Path(into),
         alpha=alpha,
+        bias=bias,
+        dora=dora,
         overwrite=overwrite,
     )
     return _extract.run_extract(plan, _engine(jobs), progress)

@@ -109,6 +109,18 @@ class _ExtractCommand(click.Command):
     "explain of the change, at the rank of --rank.",
 )
 @options.alpha_option
+@click.option(
+    "--bias",
+    type=click.Choice(["whole", "lora_bias"]),
+    default="whole",
+    show_default=True,
+    help="Store biases whole, or as differences beside the factors of their modules.",
+)
+@click.option(
+    "--dora",
+    is_flag=True,
+    help="Make a DoRA: the tuned weights' row norms as they are, directions by low-rank factors.",
+)
 @options.include_option
 @options.exclude_option
 @options.device_option
@@ -145,6 +157,8 @@ def extract_command(
     profile: str,
     into: Path | None,
     alpha: float | None,
+    bias: str,
+    dora: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     device: str,
@@ -192,6 +206,8 @@ def extract_command(
         profile=profile,
         into=into,
         alpha=alpha,
+        bias=bias,
+        dora=dora,
         overwrite=overwrite,
     )
     engine = Engine(jobs) if jobs else Engine()
@@ -295,7 +311,7 @@ def _show(out: Output, report: ExtractReport, output: Path) -> None:
         ["module", "tensors", "rank", "error", "energy kept", "share of change"],
         _family_rows(low_rank, report),
     )
-    for status in (Status.WHOLE, Status.NEW_ROWS, *LEFT_OUT):
+    for status in (Status.WHOLE, Status.DIFFERENCE, Status.NEW_ROWS, *LEFT_OUT):
         rows = [row for row in report.rows if row.status is status]
         if rows:
             share = _share(sum(row.energy for row in rows), report)

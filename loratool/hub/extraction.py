@@ -11,6 +11,7 @@ from loratool.hub.markdown import code, count, percent, small, table
 
 SCHEMA = "loratool/extract/1"
 _LOW_RANK, _WHOLE, _UNCHANGED = "low-rank", "stored whole", "unchanged"
+_BESIDE = ("stored as a difference", "new rows stored")
 _WORST = 5
 _NAMED = 8
 
@@ -56,6 +57,8 @@ def extraction_section(report: Mapping[str, Any]) -> Iterator[str]:
         yield "Where the low-rank form is furthest from the change itself:"
         yield _worst(adapted)
     yield from _whole([row for row in rows if row.status == _WHOLE])
+    if beside := [row for row in rows if row.status in _BESIDE]:
+        yield f"Stored as differences or new rows: {_names(beside)}."
     yield from _left_out(rows)
 
 
@@ -129,7 +132,7 @@ def _whole(rows: Sequence[_Row]) -> Iterator[str]:
 
 
 def _left_out(rows: Sequence[_Row]) -> Iterator[str]:
-    left = [row for row in rows if row.status not in (_LOW_RANK, _WHOLE, _UNCHANGED)]
+    left = [row for row in rows if row.status not in (_LOW_RANK, _WHOLE, _UNCHANGED, *_BESIDE)]
     energy = sum(row.energy for row in rows)
     if not left:
         yield "Nothing that changed was left out."

@@ -14,6 +14,7 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import NothingMatches, Unplaced
 from loratool.ops.adapter_folder import write_adapter
 from loratool.ops.extract_adapter import base_modules, build_adapter, stored_size
+from loratool.ops.extract_biases import settled
 from loratool.ops.extract_jobs import (
     ExtractJob,
     ExtractResult,
@@ -57,7 +58,7 @@ def run_extract(
             ahead=read_ahead,
         )
         done |= {job.index: result for job, result in zip(left, new, strict=True)}
-        results = [done[job.index] for job in jobs]
+        results = settled([done[job.index] for job in jobs])
         results = [replace(result, row=_placed(result.row, plan)) for result in results]
         rows = [result.row for result in results]
         _refuse_lost_changes(rows)

@@ -13,7 +13,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loratool.adapter import Adapter, LowRankUpdate, ModuleKind, Replacement
+from loratool.adapter import (
+    Adapter,
+    DenseUpdate,
+    LowRankUpdate,
+    ModuleKind,
+    Replacement,
+    TokenRows,
+    module_of,
+)
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
 from loratool.layouts.pairs import Pair
 from loratool.layouts.placing import place
@@ -27,9 +35,9 @@ def continue_from(
 ) -> tuple[list[ExtractJob], tuple[str, ...]]:
     """The jobs, each with the update that it starts from, and what there is to say.
 
-    What the adapter stores whole is left to the tuned checkpoint. Raises what ``place`` raises
-    for an adapter of another base, UnsupportedInput for updates that are not low-rank, and
-    UsageError where one would be lost because its tensor is left out.
+    What the adapter changes otherwise than by factors is left to the tuned checkpoint. Raises what
+    ``place`` raises for an adapter of another base, UnsupportedInput for updates that are not
+    low-rank, and UsageError where one would be lost because its tensor is left out.
     """
     placement = place([(adapter, 1.0)], base.checkpoint.tensors, base.config)
     notes = list(placement.notes)
@@ -37,7 +45,7 @@ def continue_from(
     whole = 0
     for target, updates in placement.updates.items():
         for placed in updates:
-            if isinstance(placed.update, Replacement):
+            if isinstance(placed.update, Replacement | DenseUpdate | TokenRows):
                 whole += 1
             elif not isinstance(placed.update, LowRankUpdate) or len(updates) > 1:
                 raise UnsupportedInput(
@@ -52,7 +60,9 @@ def continue_from(
     if not starts:
         raise UsageError("--into: the adapter has no low-rank update to continue from")
     if whole:
-        notes.append(f"{whole} parameters that --into stores whole are taken from tuned")
+        notes.append(
+            f"{whole} parameters that --into does not update by factors are taken from tuned"
+        )
     scales = Counter(start.update.scale for start in starts.values())
     usual = scales.most_common(1)[0][0]
     lost, continued = [], []
@@ -64,6 +74,11 @@ def continue_from(
             continued.append(replace(job, scale=start.update.scale, start=start))
         else:
             lost.append(start.source)
+    scales_by_module = {module_of(job.pair.name): job.scale for job in continued if job.start}
+    continued = [
+        replace(job, scale=scales_by_module.get(module_of(job.pair.name), job.scale))
+        for job in continued
+    ]
     lost += [start.source for start in starts.values()]
     if lost:
         raise UsageError(

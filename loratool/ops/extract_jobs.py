@@ -8,8 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from loratool.adapter import LowRankUpdate, ModuleKind
+from loratool.adapter import DenseUpdate, DoraUpdate, LowRankUpdate, ModuleKind
 from loratool.algebra.factorize import Factors, factorize, identity_factors, residual_norm
 from loratool.algebra.factorize import resolve_spectrum as spectrum_of
 from loratool.algebra.lora_test import lora_rank
@@ -17,9 +18,11 @@ from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.spectrum import Spectrum
 from loratool.algebra.stacking import at_scale, stacked
+from loratool.errors import RangeOverflow
 from loratool.layouts.pairs import Pair
 from loratool.ops.adapter_folder import load_update, stored_value
 from loratool.ops.deltas import Delta, matrix_shape, read_delta
+from loratool.ops.extract_dora import dora_value
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.stopwatch import Stopwatch
 from loratool.storage.dtypes import DType
@@ -34,6 +37,7 @@ class Treatment(StrEnum):
     WHOLE = "whole"
     NEW_ROWS = "new rows, or whole"
     EXCLUDED = "excluded"
+    DIFFERENCE = "difference"
     NO_BUDGET = "no budget"
     NO_PLACE = "no place"
 
@@ -60,7 +64,7 @@ class ExtractJob:
     """One tensor: where it lies on both sides and what to make of its change.
 
     sketch: see factorize's sketch_dtype. scale: that of the stored update. start: an update to
-    continue from (see extract_into).
+    continue from (see extract_into). dora: fit a DoRA update.
     """
 
     index: int
@@ -75,6 +79,13 @@ class ExtractJob:
     sketch: torch.dtype | None = None
     scale: float = 1.0
     start: Start | None = None
+    dora: bool = False
+
+    @property
+    def input_first(self) -> bool:
+        """Whether the module's matrix, (out, in), is the transpose of the stored one."""
+        kinds = (ModuleKind.EMBEDDING, ModuleKind.CONV1D)
+        return self.pair.kind in kinds or self.pair.input_first
 
     @property
     def cost(self) -> int:
@@ -89,9 +100,10 @@ class ExtractJob:
     @property
     def memory_bytes(self) -> int:
         """Working memory of the job: its change in float32, as much again to factorise it, and
-        what is left of it where it continues from an update."""
+        what is left of it where it continues from an update. A DoRA needs both sides too."""
         float32 = 4 * self.pair.base.numel
         copies = 1 + (self.treatment is Treatment.LOW_RANK) + (self.start is not None)
+        copies += 3 * self.dora
         return copies * float32
 
     @property
@@ -113,7 +125,7 @@ class ExtractResult:
     """A tensor's row, its update where it has one, and how long its stages took."""
 
     row: TensorRow
-    update: LowRankUpdate | None = None
+    update: LowRankUpdate | DoraUpdate | DenseUpdate | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -153,6 +165,10 @@ def extract_tensor(job: ExtractJob, stopwatch: Stopwatch | None = None) -> Extra
         noise_share=delta.noise.share_of(delta.energy),
         changed_share=delta.changed_share,
     )
+    if job.treatment is Treatment.DIFFERENCE:
+        return _difference(job, row, delta)
+    if job.treatment is Treatment.LOW_RANK and job.dora:
+        return _dora(job, row, delta, stopwatch)
     start = job.start.load(job.device) if job.start else None
     if job.treatment is not Treatment.LOW_RANK and start is None:
         return ExtractResult(_stored_or_not(row, job.treatment))
@@ -194,20 +210,91 @@ def _factorised(
     if job.rule.kind.name == "full":
         row = replace(row, method="exact (W − W0 itself)", excess_bound=0.0, failure=0.0)
         return row, identity_factors(rest.matrix)
-    factors = factorize(
-        rest.matrix,
-        job.rule,
-        key=job.key,
-        exact=job.exact,
-        noise_floor=rest.noise.threshold,
-        energy=rest.energy,
-        sketch_dtype=job.sketch,
-        stopwatch=stopwatch,
-    )
+    factors = _factors(job, rest.matrix, rest.noise.threshold, rest.energy, stopwatch)
     row = _with_findings(row, factors, rest)
     if job.start is not None:  # the question is about the whole change
         row = replace(row, lora_rank=None, lora_tail=None)
     return row, factors.low_rank() if factors.rank else None
+
+
+def _factors(
+    job: ExtractJob,
+    matrix: Tensor,
+    noise_floor: float,
+    energy: float | None,
+    stopwatch: Stopwatch,
+) -> Factors:
+    return factorize(
+        matrix,
+        job.rule,
+        key=job.key,
+        exact=job.exact,
+        noise_floor=noise_floor,
+        energy=energy,
+        sketch_dtype=job.sketch,
+        stopwatch=stopwatch,
+    )
+
+
+def _dora(job: ExtractJob, row: TensorRow, delta: Delta, stopwatch: Stopwatch) -> ExtractResult:
+    """The change as a DoRA update; its error is that of the merged weight."""
+
+    def factorise(matrix: Tensor) -> Factors:
+        return _factors(job, matrix, delta.noise.threshold, None, stopwatch)
+
+    full = job.rule.kind.name == "full"
+    found = dora_value(
+        job.pair,
+        delta.matrix,
+        job.dtype,
+        None if full else factorise,
+        transposed=job.input_first,
+    )
+    if found is None:
+        return ExtractResult(replace(row, status=Status.BELOW_RULE))
+    if found.first is None or found.last is None:
+        row = replace(row, method="DoRA, exact")
+    else:
+        row = _with_findings(row, found.first, delta)
+        kept = found.last.spectrum.values[: found.last.rank]
+        row = replace(
+            row,
+            method=f"DoRA, {found.sweeps} sweeps of {found.last.method}",
+            singular_values=tuple(kept.tolist()),
+            excess_bound=None,
+            failure=None,
+        )
+    row = replace(
+        row,
+        status=Status.LOW_RANK,
+        rank=found.value.rank,
+        relative_error=found.missed / delta.norm,
+        clamped=job.rule.clamps(found.value.rank),
+    )
+    with stopwatch.stage("write"):
+        value = found.value.T if job.input_first else found.value
+        return ExtractResult(row, _park(job, value, found.magnitude))
+
+
+def _difference(job: ExtractJob, row: TensorRow, delta: Delta) -> ExtractResult:
+    """A vector's change, divided by the scale that its module multiplies it with."""
+    assert job.dtype.torch is not None
+    assert job.scratch is not None
+    value = (delta.matrix.double() / job.scale).to(job.dtype.torch)
+    missed = delta.matrix.double() - value.double() * job.scale
+    if not bool(torch.isfinite(value).all()):
+        raise RangeOverflow(
+            f"{job.pair.name}: the difference exceeds the range of {job.dtype.name}",
+            hint="use --dtype float32",
+        )
+    row = replace(
+        row,
+        status=Status.DIFFERENCE,
+        relative_error=float(torch.linalg.vector_norm(missed)) / delta.norm,
+    )
+    values = value.reshape(job.pair.base.shape)
+    parked = park(job.scratch / f"{job.index}.raw", {"value": values})
+    return ExtractResult(row, DenseUpdate(parked["value"], job.scale))
 
 
 def _stored_or_not(row: TensorRow, treatment: Treatment) -> TensorRow:
@@ -249,19 +336,23 @@ def _with_findings(row: TensorRow, factors: Factors, delta: Delta) -> TensorRow:
     )
 
 
-def _park(job: ExtractJob, value: LowRank) -> LowRankUpdate:
+def _park(
+    job: ExtractJob, value: LowRank, magnitude: Tensor | None = None
+) -> LowRankUpdate | DoraUpdate:
     """Keep the factors on disk, as PEFT's module wants them.
 
-    (out, r) and (r, in); of a convolution (out, r, 1…) and (r, in, k…).
+    (out, r) and (r, in); of a convolution (out, r, 1…) and (r, in, k…). magnitude: (out,).
     """
     assert job.scratch is not None
-    is_embedding = job.pair.kind is ModuleKind.EMBEDDING
-    if is_embedding or job.pair.kind is ModuleKind.CONV1D or job.pair.input_first:
+    if job.input_first:
         value = value.T
     b, a = value.b, value.a
     if job.pair.kind is ModuleKind.CONV:
         kernel = job.pair.base.shape[1:]
         b, a = b.reshape(*b.shape, *(1 for _ in kernel[1:])), a.reshape(-1, *kernel)
-    parked = park(job.scratch / f"{job.index}.raw", {"b": b, "a": a})
+    beside = {} if magnitude is None else {"magnitude": magnitude}
+    parked = park(job.scratch / f"{job.index}.raw", {"b": b, "a": a, **beside})
     alpha = value.scale * value.rank
-    return LowRankUpdate(parked["b"], parked["a"], alpha / value.rank, alpha, is_embedding)
+    is_embedding = job.pair.kind is ModuleKind.EMBEDDING
+    update = LowRankUpdate(parked["b"], parked["a"], alpha / value.rank, alpha, is_embedding)
+    return update if magnitude is None else DoraUpdate(update, parked["magnitude"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loratool.adapter import ModuleKind
 from loratool.algebra.budget import parse_size
 from loratool.algebra.ranks import RankLimits, RankRule
 from loratool.engine.devices import resolve_device
@@ -19,6 +20,7 @@ from loratool.layouts.patterns import select
 from loratool.layouts.splitting import split_pairs
 from loratool.layouts.targets import targeted
 from loratool.ops.deltas import matrix_shape
+from loratool.ops.extract_biases import as_differences
 from loratool.ops.extract_into import continue_from
 from loratool.ops.extract_jobs import ExtractJob, Treatment
 from loratool.ops.extract_rules import BUDGET, Rules, read_rules
@@ -28,6 +30,7 @@ from loratool.profiles import Profile, find_profile
 from loratool.storage.dtypes import BY_NAME, DType, dtype_named
 from loratool.storage.outputs import check_free_space, check_output
 
+WHOLE, LORA_BIAS = "whole", "lora_bias"
 SKETCH_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -114,6 +117,8 @@ def plan_extract(
     profile: str = "peft",
     into: Path | None = None,
     alpha: float | None = None,
+    bias: str = "whole",
+    dora: bool = False,
     overwrite: bool = False,
 ) -> ExtractPlan:
     """Read headers and decide what happens to every tensor. Nothing is written.
@@ -122,8 +127,9 @@ def plan_extract(
     conv_rank: rank or rule of convolutions, or "same" for that of ``rank``; without it they are
     stored whole. sketch_dtype: of the products that steer the randomised method, "auto" for the
     device's fastest. into: an adapter to continue from (see extract_into), alpha: for one that
-    stores none. targets: see layouts.targets. Raises InputError, DisagreementError, UsageError or
-    OutputError, before any long work.
+    stores none. bias: "whole", or "lora_bias" for differences beside the factors (see
+    extract_biases). dora: fit DoRA updates (see algebra.dora_fit). targets: see layouts.targets.
+    Raises InputError, DisagreementError, UsageError or OutputError, before any long work.
     """
     is_budget = str(rank).startswith(BUDGET)
     limits = RankLimits(min_rank, max_rank, multiple_of)
@@ -177,6 +183,13 @@ def plan_extract(
     budget = _budget(str(rank), stored, base_side) if is_budget else None
     rules.check_used(jobs)
     notes = [*alignment.notes, *_grouped_note(jobs, rules, base_side)]
+    _check_forms(bias, dora, into)
+    if bias == LORA_BIAS:
+        jobs, said = as_differences(jobs, alignment)
+        notes += said
+    if dora:
+        _check_dora(jobs, alignment)
+        jobs = [replace(job, dora=True) for job in jobs]
     if into is not None:
         if rules.general.kind.name == "full":
             raise UsageError("--rank full stores the whole change; --into has nothing to add to it")
@@ -233,6 +246,30 @@ def _grouped_note(jobs: Sequence[ExtractJob], rules: Rules, base: Model) -> tupl
         "convolutions that are grouped, or may be by their shape, are stored whole if changed, "
         f"since PEFT merges no updates of grouped ones: {', '.join(grouped[:3])}{more}",
     )
+
+
+def _check_forms(bias: str, dora: bool, into: Path | None) -> None:
+    if bias not in (WHOLE, LORA_BIAS):
+        raise UsageError(f"unknown form of biases {bias!r}", hint="choose whole or lora_bias")
+    if dora and (into is not None or bias == LORA_BIAS):
+        other = "--into" if into is not None else "--bias lora_bias"
+        raise UsageError(f"--dora does not go with {other}")
+
+
+def _check_dora(jobs: Sequence[ExtractJob], alignment: Alignment) -> None:
+    """PEFT has no DoRA of bare parameters, and one setting for all modules."""
+    bare = [
+        job.pair.name
+        for job in jobs
+        if job.treatment is Treatment.LOW_RANK
+        and (job.pair.kind is ModuleKind.EXPERT or alignment.experts.is_retargeted(job.pair.name))
+    ]
+    if bare:
+        raise UsageError(
+            f"--dora: PEFT has none of {len(bare)} parameters of experts",
+            details=bare[:12],
+            hint="leave them out with --exclude or --targets",
+        )
 
 
 def _budget(rank: str, dtype: DType, base: Model) -> int:

@@ -20,6 +20,7 @@ class Status(StrEnum):
     UNCHANGED = "unchanged"
     LOW_RANK = "low-rank"
     WHOLE = "stored whole"
+    DIFFERENCE = "stored as a difference"
     NEW_ROWS = "new rows stored"
     EXCLUDED = "excluded"
     BELOW_RULE = "below the rank rule"

@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from loratool.adapter import LowRankUpdate
+from loratool.adapter import DenseUpdate, DoraUpdate, LowRankUpdate, Update
 from loratool.ops.extract_jobs import ExtractJob, ExtractResult
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.provenance import loratool_version
@@ -46,6 +47,7 @@ def resume_key(jobs: Sequence[ExtractJob], into: Path | None = None) -> str:
             job.seed,
             job.exact,
             job.sketch,
+            job.dora,
         )
         state.append(f"{job.pair.name}:{job.treatment}:{':'.join(map(str, options))}")
     return hashlib.sha256("\n".join(state).encode()).hexdigest()
@@ -54,16 +56,7 @@ def resume_key(jobs: Sequence[ExtractJob], into: Path | None = None) -> str:
 def keep(job: ExtractJob, result: ExtractResult) -> None:
     """Record a finished tensor. The record appears whole, after the factors it speaks of."""
     assert job.scratch is not None
-    update = result.update
-    record = {"row": asdict(result.row), "update": None}
-    if update is not None:
-        record["update"] = {
-            "b": _place(update.b),
-            "a": _place(update.a),
-            "scale": update.scale.hex(),
-            "alpha": update.alpha.hex(),
-            "is_embedding": update.is_embedding,
-        }
+    record = {"row": asdict(result.row), "update": _described(result.update)}
     path = _record(job)
     partial = path.with_suffix(".tmp")
     with open(partial, "w", encoding="utf-8") as file:
@@ -83,17 +76,41 @@ def recall(job: ExtractJob) -> ExtractResult | None:
     row["status"] = Status(row["status"])
     for field in ("shape", "singular_values"):
         row[field] = tuple(row[field])
-    update = None
-    if record["update"] is not None:
-        stored = record["update"]
-        update = LowRankUpdate(
-            _tensor(job, stored["b"]),
-            _tensor(job, stored["a"]),
-            float.fromhex(stored["scale"]),
-            float.fromhex(stored["alpha"]),
-            stored["is_embedding"],
-        )
+    update = None if record["update"] is None else _update(job, record["update"])
     return ExtractResult(TensorRow(**row), update)
+
+
+def _described(update: Update | None) -> dict[str, object] | None:
+    if isinstance(update, DenseUpdate):
+        return {"value": _place(update.value), "scale": update.scale.hex()}
+    if isinstance(update, DoraUpdate):
+        magnitude = {"magnitude": _place(update.magnitude)}
+        return (_described(update.low_rank) or {}) | magnitude
+    if isinstance(update, LowRankUpdate):
+        return {
+            "b": _place(update.b),
+            "a": _place(update.a),
+            "scale": update.scale.hex(),
+            "alpha": update.alpha.hex(),
+            "is_embedding": update.is_embedding,
+        }
+    return None
+
+
+def _update(job: ExtractJob, stored: dict[str, Any]) -> LowRankUpdate | DoraUpdate | DenseUpdate:
+    scale = float.fromhex(stored["scale"])
+    if "value" in stored:
+        return DenseUpdate(_tensor(job, stored["value"]), scale)
+    update = LowRankUpdate(
+        _tensor(job, stored["b"]),
+        _tensor(job, stored["a"]),
+        scale,
+        float.fromhex(stored["alpha"]),
+        stored["is_embedding"],
+    )
+    if "magnitude" in stored:
+        return DoraUpdate(update, _tensor(job, stored["magnitude"]))
+    return update
 
 
 def pending(jobs: Sequence[ExtractJob]) -> tuple[dict[int, ExtractResult], list[ExtractJob]]:
