@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,11 +41,11 @@ def interrupt_after(
     done: list[str] = []
     original = extract_op.extract_tensor
 
-    def interrupted(job: extract_op.ExtractJob) -> extract_op.ExtractResult:
+    def interrupted(job: extract_op.ExtractJob, *rest: Any) -> extract_op.ExtractResult:
         if len(done) == count:
             raise KeyboardInterrupt
         done.append(job.pair.name)
-        return original(job)
+        return original(job, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(extract_op, "extract_tensor", interrupted)
@@ -90,7 +91,12 @@ def test_finished_tensors_are_not_done_again(
     first = interrupt_after(20, pair, out, monkeypatch)
     done: list[extract_op.ExtractJob] = []
     assert len(leftovers(tmp_path)) == 1
-    monkeypatch.setattr(extract_op, "extract_tensor", lambda job: done.append(job) or original(job))
+
+    def counted(job: extract_op.ExtractJob, *rest: Any) -> extract_op.ExtractResult:
+        done.append(job)
+        return original(job, *rest)
+
+    monkeypatch.setattr(extract_op, "extract_tensor", counted)
     lt.extract(*pair, out, rank=4, jobs=1)
     assert len(first) == 20
     assert not {job.pair.name for job in done} & set(first)
