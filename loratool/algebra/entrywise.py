@@ -68,7 +68,7 @@ class Trimming:
 
 
 def ties_survival(values: Tensor, density: float) -> Trimming:
-    """TIES' steps 1 and 2 (Yadav et al., 2023, §4) on (updates, entries), weights all 1.
+    """TIES' steps 1 and 2 (Yadav et al., 2023, Algorithm 1) on (updates, entries), weights all 1.
 
     Trim each update to its ``density`` largest entries by size, then elect per entry the sign of
     the sum of what is left.

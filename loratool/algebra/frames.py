@@ -84,7 +84,7 @@ def common_subspaces(
     """Orthonormal U (p, r), V (q, r) with the largest Σ‖UᵀXᵢV‖² found for matrices Xᵢ (p, q).
 
     Tucker decomposition of the first two modes of the stack: HOSVD to start, then alternating
-    (HOOI; De Lathauwer, De Moor and Vandewalle, 2000, Algorithm 4.2) until the relative error
+    (HOOI; De Lathauwer, De Moor and Vandewalle, 2000) until the relative error
     moves by less than ``tolerance``.
     """
     stack = torch.stack(list(cores))

@@ -33,7 +33,7 @@ def in_core_space(rule: Method) -> Method:
         name=f"core_{rule.name}",
         run=run,
         space=Space.CORE,
-        source=f"Panariello et al. 2025, Core Space, arXiv 2509.17786, section 4, with the rule of "
+        source=f"Panariello et al. 2025, Core Space, arXiv 2509.17786, with the rule of "
         f"{rule.name} (its source: {rule.source})",
         cost="O((m+n)·R² + R³), and the rule on N matrices of at most R² elements",
         notes="The bases are the left singular vectors of [ΔW₁ … ΔW_N] and the right ones of "

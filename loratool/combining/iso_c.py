@@ -11,7 +11,7 @@ from loratool.combining.spectral import COMPONENTS, contributing, nothing, of_su
 @method(
     "iso_c",
     space=Space.CORE,
-    source="Marczak et al. 2025, No Task Left Behind, arXiv 2502.04959, Algorithm 1: "
+    source="Marczak et al. 2025, No Task Left Behind, arXiv 2502.04959: "
     "U·(mean σ)·Vᵀ of Σ ΔWᵢ = U·Σ·Vᵀ",
     cost="O((m+n)·R² + R³)",
     weights="multiply the updates",

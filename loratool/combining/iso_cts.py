@@ -29,7 +29,7 @@ COMMON = Parameter(
 @method(
     "iso_cts",
     space=Space.CORE,
-    source="Marczak et al. 2025, No Task Left Behind, arXiv 2502.04959, Algorithm 2: leading "
+    source="Marczak et al. 2025, No Task Left Behind, arXiv 2502.04959: leading "
     "directions of the sum, leading ones of each ΔWᵢ − U_c·U_cᵀ·ΔWᵢ, orthogonalised, all with the "
     "mean of their singular values",
     cost="O((m+n)·R² + R³)",

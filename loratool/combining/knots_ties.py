@@ -32,7 +32,7 @@ PARTS = Parameter(
 @method(
     "knots_ties",
     space=Space.CORE,
-    source="Stoica et al. 2024, KnOTS, arXiv 2410.19735, section 4: [ΔW₁ … ΔW_N] = U·Σ·[V₁ … V_N], "
+    source="Stoica et al. 2024, KnOTS, arXiv 2410.19735: [ΔW₁ … ΔW_N] = U·Σ·[V₁ … V_N], "
     "result U·Σ·TIES(V₁, …, V_N)",
     cost="O((m+n)·R² + R³), and TIES on N matrices of R·n elements",
     weights="multiply the trimmed parts before signs are elected",

@@ -14,7 +14,7 @@ from loratool.combining.spectral import contributing, nothing, singular_triplets
 @method(
     "tsv_m",
     space=Space.FACTORS,
-    source="Gargiulo et al. 2024, Task Singular Vectors, arXiv 2412.00081, section 4.2: with "
+    source="Gargiulo et al. 2024, Task Singular Vectors, arXiv 2412.00081: with "
     "U = [U₁ … U_N] = P·D·Qᵀ and the same for V, the result is (PQᵀ)·Σ·(P'Q'ᵀ)ᵀ",
     cost="O((m+n)·R² + R³)",
     weights="multiply the singular values",

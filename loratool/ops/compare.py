@@ -25,9 +25,17 @@ from loratool.adapter import (
 from loratool.algebra.comparison import compare_jointly, compare_pair, linear_survival
 from loratool.algebra.entrywise import read_entries, sign_agreement, ties_survival
 from loratool.algebra.initial import RowStatistics, judge_start, row_statistics
+from loratool.algebra.lowrank import LowRank
 from loratool.algebra.subspaces import phi_grid, row_basis
 from loratool.engine import Engine, NoProgress, Progress
-from loratool.errors import DisagreementError, NonFiniteValues, NothingMatches, UsageError
+from loratool.errors import (
+    DisagreementError,
+    NonFiniteValues,
+    NothingMatches,
+    RangeOverflow,
+    UnsupportedInput,
+    UsageError,
+)
 from loratool.layouts.names import match_names, near_misses
 from loratool.layouts.patterns import select
 from loratool.ops.compare_advice import advise
@@ -49,6 +57,9 @@ _NOT_COMPARED = {
     TokenRows: "trained tokens",
     Replacement: "parameters stored whole",
 }
+
+_LARGEST = 1e100
+"""Of an update's elements: its square, summed, must stay within float64."""
 
 SAMPLE = 2**20
 """Entries of a matrix that signs are counted on, unless asked otherwise."""
@@ -149,6 +160,11 @@ def _matched(
 def _check_shapes(modules: dict[str, dict[int, LowRankUpdate]], labels: Sequence[str]) -> None:
     for name, updates in modules.items():
         (first, one), *others = updates.items()
+        if 0 in one.shape:
+            raise UnsupportedInput(
+                f"{labels[first]}: {name}: the update is empty, {list(one.shape)}",
+                hint=f"leave it out with --exclude {name}",
+            )
         for position, other in others:
             if other.shape != one.shape:
                 raise DisagreementError(
@@ -179,10 +195,7 @@ def _compare_module(job: _Job) -> _Compared:
     values = [update.load() for _, update in job.updates]
     positions = [position for position, _ in job.updates]
     for position, value in zip(positions, values, strict=True):
-        if not (bool(torch.isfinite(value.b).all()) and bool(torch.isfinite(value.a).all())):
-            raise NonFiniteValues(
-                f"{job.labels[position]}: {job.name}: NaN or infinity in its factors"
-            )
+        _check_values(f"{job.labels[position]}: {job.name}", value)
     svds = [value.svd() for value in values]
     inner = torch.zeros(len(values), len(values), dtype=torch.float64)
     for i, svd in enumerate(svds):
@@ -223,6 +236,15 @@ def _compare_module(job: _Job) -> _Compared:
     return _Compared(row, inner, starts)
 
 
+def _check_values(what: str, value: LowRank) -> None:
+    """Raises NonFiniteValues, and RangeOverflow where squares would leave float64."""
+    if not (bool(torch.isfinite(value.b).all()) and bool(torch.isfinite(value.a).all())):
+        raise NonFiniteValues(f"{what}: NaN or infinity in its factors")
+    size = float(value.b.abs().max()) * float(value.a.abs().max()) * abs(value.scale)
+    if size > _LARGEST:
+        raise RangeOverflow(f"{what}: values up to {size:.1g} are too large to be measured")
+
+
 def _a_factors(*updates: LowRankUpdate) -> list[Tensor]:
     return [update.a.read().flatten(1) for update in updates]
 
@@ -258,7 +280,7 @@ def _report(
     )
     totals = []
     for i, j in itertools.combinations(range(count), 2):
-        size = math.sqrt(float(energy[i]) * float(energy[j]))
+        size = math.sqrt(energy[i]) * math.sqrt(energy[j])
         starts = [item.starts[i, j] for item in compared if (i, j) in item.starts]
         totals.append(
             PairTotals.of(

@@ -12,7 +12,14 @@ from torch import Tensor
 
 import loratool as lt
 from loratool.algebra.initial import Start
-from loratool.errors import DisagreementError, NonFiniteValues, NothingMatches, UsageError
+from loratool.errors import (
+    DisagreementError,
+    NonFiniteValues,
+    NothingMatches,
+    RangeOverflow,
+    UnsupportedInput,
+    UsageError,
+)
 from loratool.ops.compare_report import PhiGrid, mean_grid
 from tests.ops.builders import LLAMA, llama_like, moved, save_folder, save_peft
 
@@ -141,6 +148,33 @@ def test_refusals(tmp_path: Path) -> None:
     a[1, 2] = float("nan")
     with pytest.raises(NonFiniteValues, match=rf"broken: {Q}"):
         lt.compare([one, save_peft(tmp_path / "broken", {Q: (a, b)})])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_sizes_do_not_matter(tmp_path: Path, size: float) -> None:
+    """Of float32 factors near the ends of their range, too."""
+    paths = [save_peft(tmp_path / str(i), factors(i, Q)) for i in range(2)]
+    large = [
+        save_peft(tmp_path / f"large-{i}", {Q: (factors(i, Q)[Q][0] * size, factors(i, Q)[Q][1])})
+        for i in range(2)
+    ]
+    expected, got = (lt.compare(pair).pairs[0] for pair in (paths, large))
+    assert got.cosine == pytest.approx(expected.cosine, rel=1e-5)
+    assert got.sign_agreement == expected.sign_agreement
+    assert got.phi_left.whole == pytest.approx(expected.phi_left.whole)
+
+
+def test_sizes_beyond_float64_squares_are_refused(tmp_path: Path) -> None:
+    a, b = factors(1, Q)[Q]
+    path = save_peft(tmp_path / "huge", {Q: (a.double() * 1e120, b.double())})
+    with pytest.raises(RangeOverflow, match="too large"):
+        lt.compare([path, path])
+
+
+def test_an_empty_update_is_refused(tmp_path: Path) -> None:
+    path = save_peft(tmp_path / "empty", {Q: (torch.zeros(2, 20), torch.zeros(0, 2))})
+    with pytest.raises(UnsupportedInput, match="is empty"):
+        lt.compare([path, path])
 
 
 def test_include_exclude_and_sample(tmp_path: Path) -> None:
