@@ -37,6 +37,7 @@ from loratool.ops.convert import ConvertReport
 from loratool.ops.estimate import EstimateReport
 from loratool.ops.extract_report import ExtractReport
 from loratool.ops.init import InitReport
+from loratool.ops.merge_jobs import Asked
 from loratool.ops.merge_report import MergeReport
 from loratool.ops.recover import RecoverReport
 from loratool.ops.sources import is_adapter
@@ -144,6 +145,8 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | None = None,
     base_check: bool = False,
+    lost: bool = False,
+    allow_overflow: bool = False,
     ties: Literal["refuse", "both", "apart"] = "refuse",
     add_bias: bool = False,
     link: bool = False,
@@ -157,9 +160,10 @@ def merge(
     ``adapters`` is one path, or several, each alone or with a weight. ``scale`` multiplies all
     weights and with them the adapters' own alpha/r. ``alpha`` is for formats that do not store
     it. ``dtype`` is that of the output's floats (default: the base's). ``ties`` is what becomes of
-    a tied embedding and head of which an adapter changes one. ``receipt`` leaves what unmerge
-    needs to restore the base bit for bit, in the output or at a path of its own. Raises a
-    LoratoolError subclass; nothing is written then.
+    a tied embedding and head of which an adapter changes one. ``lost`` measures what share of the
+    update rounding swallows. ``receipt`` leaves what unmerge needs to restore the base bit for
+    bit, in the output or at a path of its own. Raises a LoratoolError subclass; nothing is written
+    then.
     """
     plan = _merge.plan_merge(
         Path(base),
@@ -173,6 +177,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         base_check=base_check,
+        asked=Asked(lost, allow_overflow),
         ties=TieChoice(ties),
         add_bias=add_bias,
         link=link,
@@ -192,6 +197,8 @@ def merge_in_place(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     base_check: bool = False,
+    lost: bool = False,
+    allow_overflow: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -209,6 +216,7 @@ def merge_in_place(
         include=include,
         exclude=exclude,
         base_check=base_check,
+        asked=Asked(lost, allow_overflow),
     )
     return _merge_in_place.run_in_place(plan, _engine(jobs), progress)
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, percent, size_text
+from loratool.cli.merge_output import (
+    receipt_size,
+    show,
+    show_changes,
+    show_receipt,
+    show_rest,
+    shown_as_json,
+)
+from loratool.cli.output import Output, size_text
 from loratool.errors import UsageError
-from loratool.provenance import document
 
 if TYPE_CHECKING:
     from loratool.engine import Engine
     from loratool.layouts.placing import TieChoice
-    from loratool.ops.merge_inputs import Merging
+    from loratool.ops.merge_jobs import Asked
     from loratool.ops.merge_report import MergeReport
 
 
@@ -67,6 +74,16 @@ class _MergeCommand(click.Command):
     help="Refuse a base that is not the one the adapter records; else that is a note.",
 )
 @click.option(
+    "--lost",
+    is_flag=True,
+    help="Measure the share of the update that rounding swallows; takes a second pass.",
+)
+@click.option(
+    "--allow-overflow",
+    is_flag=True,
+    help="Let values beyond the dtype's range become infinite, and count them.",
+)
+@click.option(
     "--tied",
     "ties",
     flag_value="both",
@@ -114,6 +131,8 @@ def merge_command(
     dtype: str | None,
     max_shard_size: str | None,
     base_check: bool,
+    lost: bool,
+    allow_overflow: bool,
     ties: str | None,
     add_bias: bool,
     link: bool,
@@ -142,9 +161,11 @@ def merge_command(
     """
     from loratool.engine import Engine
     from loratool.layouts.placing import TieChoice
+    from loratool.ops.merge_jobs import Asked
 
     engine = Engine(jobs) if jobs else Engine()
-    values = Values(scale, alpha, device, include, exclude, base_check)
+    asked = Asked(lost, allow_overflow)
+    values = Values(scale, alpha, device, include, exclude, base_check, asked)
     if in_place:
         _refuse_with_in_place(
             {
@@ -174,9 +195,9 @@ def merge_command(
     if out.as_json:
         out.document(result.to_json())
     else:
-        _show(out, result, output or base)
+        show(out, result, output or base)
         if not in_place:
-            _show_receipt(out, result)
+            show_receipt(out, result)
 
 
 class Values(NamedTuple):
@@ -188,6 +209,7 @@ class Values(NamedTuple):
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     base_check: bool
+    asked: Asked
 
 
 class Form(NamedTuple):
@@ -218,17 +240,17 @@ def _merge_into(
     if not dry_run:
         return run_merge(plan, engine, out.progress())
     body = plan.to_json(engine.workers)
-    if _shown_as_json(out, body):
+    if shown_as_json(out, body):
         return None
-    _show_changes(out, plan.merging, body, plan.output_bytes)
+    show_changes(out, plan.merging, body, plan.output_bytes)
     if len(plan.layout.files) > 1:
         out.line(f"files: {len(plan.layout.files)}")
     out.line(f"disk: {size_text(plan.written_bytes)}")
     if plan.receipt is not None:
         merging = plan.merging
-        size = _receipt_size(merging.changed_weights, len(merging.base.checkpoint))
+        size = receipt_size(merging.changed_weights, len(merging.base.checkpoint))
         out.line(f"receipt: {plan.receipt}, {size}")
-    _show_rest(out, plan.merging, body, plan.side_files.skipped, plan.side_files.notes)
+    show_rest(out, plan.merging, body, plan.side_files.skipped, plan.side_files.notes)
     return None
 
 
@@ -246,14 +268,14 @@ def _merge_in_place(
     if not dry_run:
         return run_in_place(plan, engine, out.progress())
     body = plan.to_json(engine.workers)
-    if _shown_as_json(out, body):
+    if shown_as_json(out, body):
         return None
-    _show_changes(out, plan.merging, body, plan.merging.base.checkpoint.size_bytes)
+    show_changes(out, plan.merging, body, plan.merging.base.checkpoint.size_bytes)
     out.line(
         f"disk, until it has finished: {size_text(body['disk_at_least'])} and the journal, "
         f"together at most {size_text(body['disk_at_most'])}"
     )
-    _show_rest(out, plan.merging, body, (), ())
+    show_rest(out, plan.merging, body, (), ())
     return None
 
 
@@ -264,94 +286,3 @@ def _refuse_with_in_place(given: dict[str, object]) -> None:
             f"--in-place does not go with {', '.join(clashing)}",
             hint="in place, the files keep their names, dtypes and sizes",
         )
-
-
-def _shown_as_json(out: Output, body: dict[str, Any]) -> bool:
-    if out.as_json:
-        out.document(document("merge-plan", 1, body))
-    return out.as_json
-
-
-def _show_changes(out: Output, merging: Merging, body: dict[str, Any], total_bytes: int) -> None:
-    out.line(
-        f"would change {len(merging.updates)} of {len(merging.base.checkpoint)} tensors "
-        f"({size_text(merging.changed_bytes)} of {size_text(total_bytes)}) on {merging.device}"
-    )
-    if out.verbose:
-        out.table(
-            "updates",
-            ["tensor", "update"],
-            [[row["name"], row["update"]] for row in body["tensors"]],
-            text=2,
-        )
-
-
-def _show_rest(
-    out: Output,
-    merging: Merging,
-    body: dict[str, Any],
-    skipped: tuple[str, ...],
-    notes: tuple[str, ...],
-) -> None:
-    out.line(f"working memory: about {size_text(body['peak_bytes'])}")
-    _show_left_out(out, merging.left_out, skipped)
-    out.notes([*merging.notes, *notes])
-
-
-def _receipt_size(weights: int, tensors: int) -> str:
-    from loratool.ops.merge_receipt import likely_bytes
-
-    low, high = (size_text(nbytes) for nbytes in likely_bytes(weights, tensors))
-    return f"about {low} to {high}, by how much changes"
-
-
-def _show_receipt(out: Output, report: MergeReport) -> None:
-    left = report.facts["receipt"]
-    if left is None:
-        size = _receipt_size(report.total("elements"), report.facts["tensors_total"])
-        out.line(f"to undo it bit for bit, merge with --receipt ({size})")
-        return
-    out.line(
-        f"receipt: {left['name']}, {size_text(left['bytes'])}, "
-        f"{left['bits_per_weight']:.2f} bit per changed weight"
-    )
-
-
-def _show_left_out(
-    out: Output, updates: tuple[str, ...] | list[str], files: tuple[str, ...] | list[str]
-) -> None:
-    if updates:
-        out.line(f"left out of the adapter as asked: {len(updates)} updates")
-    if files:
-        out.complain(f"note: other weight files were not carried along: {', '.join(files)}")
-
-
-def _show(out: Output, report: MergeReport, output: Path) -> None:
-    if out.verbose:
-        out.table(
-            "changed tensors",
-            ["tensor", "update", "elements", "changed", "by float64", "by exact sum"],
-            [
-                [
-                    row.name,
-                    row.update,
-                    f"{row.elements:,}",
-                    percent(row.changed / max(row.elements, 1)),
-                    f"{row.recomputed:,}",
-                    f"{row.exact:,}",
-                ]
-                for row in report.rows
-            ],
-            text=2,
-        )
-    elements, changed = report.total("elements"), report.total("changed")
-    out.line(
-        f"merged into {output}: {len(report.rows)} of {report.facts['tensors_total']} tensors, "
-        f"scale {report.facts['scale']:g}, on {report.facts['device']}"
-    )
-    out.line(
-        f"{changed:,} of {elements:,} weights in them changed "
-        f"({percent(changed / max(elements, 1))}); all correctly rounded"
-    )
-    _show_left_out(out, report.facts["left_out"], report.facts["skipped_files"])
-    out.notes(report.facts["notes"])

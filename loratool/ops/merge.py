@@ -12,13 +12,13 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import UsageError
 from loratool.layouts.placing import TieChoice
 from loratool.ops.merge_inputs import Merging, check_base_copies, plan_merging
-from loratool.ops.merge_jobs import WAITING
+from loratool.ops.merge_jobs import NOTHING_MORE, WAITING, Asked
 from loratool.ops.merge_layout import Layout, OutFile, lay_out
 from loratool.ops.merge_receipt import likely_bytes, plan_receipt, receipt_left
 from loratool.ops.merge_report import MergeReport, MergeRow
 from loratool.ops.merge_resume import resume_key, split_done
 from loratool.ops.merge_sides import SideFiles, find_side_files
-from loratool.ops.merge_work import Work, list_work, pays_to_compile, run_job
+from loratool.ops.merge_work import Work, list_work, run_job
 from loratool.ops.sources import open_model
 from loratool.storage.copying import link_file
 from loratool.storage.disk import disk_errors
@@ -98,6 +98,7 @@ def plan_merge(
     base_check: bool = False,
     add_bias: bool = False,
     ties: TieChoice = TieChoice.REFUSE,
+    asked: Asked = NOTHING_MORE,
     link: bool = False,
     receipt: bool | Path = False,
     overwrite: bool = False,
@@ -125,15 +126,16 @@ def plan_merge(
         base_check=base_check,
         add_bias=add_bias,
         ties=ties,
+        asked=asked,
     )
-    asked = dtype_named(dtype) if dtype is not None else None
+    wanted = dtype_named(dtype) if dtype is not None else None
     layout = lay_out(
         model.checkpoint,
-        dtype=asked,
+        dtype=wanted,
         added=merging.added,
         max_shard_bytes=_bytes_of(max_shard_size),
     )
-    side_files = find_side_files(model, asked, untied=ties is TieChoice.APART)
+    side_files = find_side_files(model, wanted, untied=ties is TieChoice.APART)
     path = plan_receipt(receipt, model, output, overwrite=overwrite)
     plan = MergePlan(merging, output, layout, side_files, link, path, overwrite)
     if plan.writes_single_file and len(layout.files) > 1:
@@ -200,7 +202,7 @@ def _write_weights(
 ) -> list[MergeRow]:
     merging = plan.merging
     log = staging.scratch / _DONE_LOG
-    recorded, compiled = read_done(log), pays_to_compile(merging.changed_bytes)
+    recorded = read_done(log)
     work: list[Work] = []
     growing, intact = [], set()
     for file in plan.layout.files:
@@ -210,14 +212,13 @@ def _write_weights(
         if put_header(path, file.header, file.size):
             intact.add(file.name)
         growing.append(path)
-        updates = merging.updates
-        work += list_work(file, path, updates, merging.device, compiled=compiled)
+        work += list_work(file, path, merging)
     rows, left = split_done(work, recorded, intact)
     finished = FinishedWork(log)
 
     def run(item: Work) -> MergeRow | None:
         row = run_job(item.job)
-        finished.add(item.key, row.to_json() if row else None)
+        finished.add(item.key, row.stored() if row else None)
         return row
 
     with flushing(growing, finished):

@@ -8,6 +8,7 @@ import torch
 
 from loratool.algebra.rounding import round_once
 from loratool.errors import RangeOverflow
+from loratool.ops.merge_report import MergeRow
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot, copy_range
@@ -44,13 +45,18 @@ class ConvertJob:
     start: int
     stop: int
     slot: OutputSlot
+    allow_overflow: bool = False
 
     @property
     def cost(self) -> int:
         return self.source.nbytes * (self.stop - self.start) // max(1, self.source.rows)
 
-    def run(self) -> None:
-        """Raises RangeOverflow. Infinity and NaN stay what they are."""
+    def run(self) -> MergeRow | None:
+        """A row only where values became infinite, else RangeOverflow if that is not allowed.
+
+        Infinity and NaN stay what they are.
+        """
+        row = MergeRow(self.name, f"converted to {self.slot.dtype.name}", 0, 0, 0, 0)
         dtype = self.slot.dtype.torch
         assert dtype is not None
         step = max(1, _BLOCK_ELEMENTS * self.source.rows // max(1, self.source.numel))
@@ -58,9 +64,11 @@ class ConvertJob:
             before = self.source.read_rows(start, min(start + step, self.stop))
             after = round_once(before, dtype)
             overflowed = int((torch.isinf(after) & torch.isfinite(before)).sum())
-            if overflowed:
+            if overflowed and not self.allow_overflow:
                 raise RangeOverflow(
                     f"{self.name}: {overflowed} values exceed the range of {self.slot.dtype.name}",
-                    hint="choose a wider --dtype",
+                    hint="choose a wider --dtype, or --allow-overflow",
                 )
             self.slot.write_rows(start, after)
+            row = row.plus(after.numel(), 0, 0, 0, overflowed=overflowed)
+        return row if row.overflowed else None

@@ -13,7 +13,7 @@ from loratool.adapter import LowRankUpdate, Replacement
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import OutputError, UnsupportedInput
 from loratool.ops.merge_inputs import Merging, check_base_copies, plan_merging
-from loratool.ops.merge_jobs import WAITING, MergeJob, merge_rows
+from loratool.ops.merge_jobs import NOTHING_MORE, WAITING, Asked, MergeJob, merge_rows
 from loratool.ops.merge_layout import OutTensor
 from loratool.ops.merge_report import MergeReport, MergeRow
 from loratool.ops.merge_resume import values_identity
@@ -110,6 +110,7 @@ def plan_in_place(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     base_check: bool = False,
+    asked: Asked = NOTHING_MORE,
 ) -> InPlacePlan:
     """Read headers and place every update of the adapters. Nothing is written.
 
@@ -127,8 +128,9 @@ def plan_in_place(
         include=include,
         exclude=exclude,
         base_check=base_check,
+        asked=asked,
     )
-    asked = {
+    options = {
         "base": os.path.relpath(base, model.checkpoint.folder),
         "adapters": [[os.path.abspath(path), weight.hex()] for path, weight in adapters],
         "scale": scale.hex(),
@@ -136,8 +138,10 @@ def plan_in_place(
         "device": device,
         "include": list(include),
         "exclude": list(exclude),
+        "lost": asked.lost,
+        "allow_overflow": asked.allow_overflow,
     }
-    return InPlacePlan(merging, tuple(_jobs(merging, model)), asked)
+    return InPlacePlan(merging, tuple(_jobs(merging, model)), options)
 
 
 def plan_again(folder: Path, asked: Mapping[str, Any]) -> InPlacePlan:
@@ -150,6 +154,7 @@ def plan_again(folder: Path, asked: Mapping[str, Any]) -> InPlacePlan:
         device=asked["device"],
         include=asked["include"],
         exclude=asked["exclude"],
+        asked=Asked(asked["lost"], asked["allow_overflow"]),
     )
 
 
@@ -216,7 +221,9 @@ def _jobs(merging: Merging, model: Model) -> list[InPlaceJob]:
                 info.dtype.bits // 8,
             )
             slot = tensor.slot(info.path)
-            rows = MergeJob(info, updates, start, stop, slot, merging.device, compiled)
+            rows = MergeJob(
+                info, updates, start, stop, slot, merging.device, compiled, merging.asked
+            )
             jobs.append(InPlaceJob(block, rows))
     return jobs
 

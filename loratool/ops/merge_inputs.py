@@ -17,7 +17,7 @@ from loratool.errors import DisagreementError, UnsupportedInput, UsageError
 from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, Placement, TieChoice, describe, place
 from loratool.ops.base_check import check_base
-from loratool.ops.merge_jobs import BLOCK_ELEMENTS, WAITING
+from loratool.ops.merge_jobs import BLOCK_ELEMENTS, NOTHING_MORE, WAITING, Asked
 from loratool.ops.merge_layout import Added
 from loratool.ops.sources import Model, open_adapter
 from loratool.storage.tensors import equal_values
@@ -44,6 +44,7 @@ class Merging:
     placement: Placement
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    asked: Asked = NOTHING_MORE
 
     @property
     def updates(self) -> dict[str, tuple[PlacedUpdate, ...]]:
@@ -136,6 +137,7 @@ def plan_merging(
     base_check: bool = False,
     add_bias: bool = False,
     ties: TieChoice = TieChoice.REFUSE,
+    asked: Asked = NOTHING_MORE,
 ) -> Merging:
     """Read the adapters' headers and place every update.
 
@@ -176,6 +178,7 @@ def plan_merging(
         placement,
         left_out,
         (*notes, *placement.notes),
+        asked,
     )
 
 

@@ -12,7 +12,7 @@ from loratool.errors import NonFiniteValues, RangeOverflow
 from loratool.layouts.placing import PlacedUpdate, describe
 from loratool.ops.merge_report import MergeRow
 from loratool.ops.rounders import rounder_of
-from loratool.storage.dtypes import DType
+from loratool.storage.dtypes import F32, DType
 from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot
 
@@ -22,6 +22,18 @@ WAITING = 2
 """Threads beyond the workers: while one waits for the disk, another computes."""
 COMPILE_ELEMENTS = 10**9
 """From this many changed weights on, loading the compiled pass pays."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted beyond the merged values. lost: measure what rounding swallows, which takes a
+    second pass. allow_overflow: let values beyond the dtype's range become infinite."""
+
+    lost: bool = False
+    allow_overflow: bool = False
+
+
+NOTHING_MORE = Asked()
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class MergeJob:
     slot: OutputSlot
     device: torch.device
     compiled: bool
+    asked: Asked = NOTHING_MORE
 
     @property
     def cost(self) -> int:
@@ -54,11 +67,39 @@ def merge_rows(job: MergeJob) -> MergeRow:
         stop = min(start + step, job.stop)
         before = source.read_rows(start, stop)
         block = merge_block(
-            rounder, before, start - job.start, job.slot.dtype, target, job.start, job.device
+            rounder,
+            before,
+            start - job.start,
+            job.slot.dtype,
+            target,
+            job.start,
+            job.device,
+            allow_overflow=job.asked.allow_overflow,
         )
         job.slot.write_rows(start, block.values)
-        row = row.plus(before.numel(), block.changed, block.level2, block.level3)
+        row = row.plus(
+            before.numel(),
+            block.changed,
+            block.level2,
+            block.level3,
+            overflowed=block.overflowed,
+        )
+        if job.asked.lost and job.slot.dtype != F32:
+            lost, energy = _energies(rounder, before, start - job.start, block.values, job.device)
+            row = row.plus(0, 0, 0, 0, lost_energy=lost, update_energy=energy)
     return row
+
+
+def _energies(
+    rounder: Rounder, before: Tensor, first_row: int, merged: Tensor, device: torch.device
+) -> tuple[float, float]:
+    """‖M − Y‖² and ‖Y − W0‖² of a block, with Y to float32. Infinite values do not count."""
+    rows = before.reshape(len(before) if before.ndim else 1, -1)
+    exact = rounder.add_to(rows.to(device), first_row, torch.float32).values.cpu().double()
+    rounded = merged.reshape(rows.shape).double()
+    finite = torch.isfinite(rounded)
+    lost = ((rounded - exact)[finite]).square().sum()
+    return float(lost), float(((exact - rows.double())[finite]).square().sum())
 
 
 def merge_block(
@@ -69,6 +110,8 @@ def merge_block(
     target: str,
     counted_from: int,
     device: torch.device,
+    *,
+    allow_overflow: bool = False,
 ) -> RoundedBlock:
     """A block of rows merged, its values on the CPU in the shape of ``before``.
 
@@ -83,9 +126,9 @@ def merge_block(
         raise NonFiniteValues(
             f"{target}: {error.message} (rows counted from {counted_from})"
         ) from None
-    if block.overflowed:
+    if block.overflowed and not allow_overflow:
         raise RangeOverflow(
             f"{target}: {block.overflowed} merged values exceed the range of {dtype.name}",
-            hint="is the scale right? a smaller --scale, or a base in a wider dtype",
+            hint="is the scale right? a smaller --scale, a wider --dtype, or --allow-overflow",
         )
     return replace(block, values=block.values.cpu().reshape(before.shape))

@@ -16,7 +16,9 @@ class MergeRow:
     """One changed tensor; counts of elements.
 
     changed: differ from the base. recomputed: float32 could not decide their rounding, float64
-    did. exact: neither could; decided by exact summation.
+    did. exact: neither could; decided by exact summation. overflowed: became infinite, where that
+    was allowed. lost_energy, update_energy: ‖M − Y‖² and ‖Y − W0‖² of the merged weights M, the
+    exact ones Y and the base's W0, where that was asked for.
     """
 
     name: str
@@ -25,8 +27,21 @@ class MergeRow:
     changed: int
     recomputed: int
     exact: int
+    overflowed: int = 0
+    lost_energy: float = 0.0
+    update_energy: float = 0.0
 
-    def plus(self, elements: int, changed: int, recomputed: int, exact: int) -> MergeRow:
+    def plus(
+        self,
+        elements: int,
+        changed: int,
+        recomputed: int,
+        exact: int,
+        *,
+        overflowed: int = 0,
+        lost_energy: float = 0.0,
+        update_energy: float = 0.0,
+    ) -> MergeRow:
         """The row with another block's counts added."""
         return replace(
             self,
@@ -34,10 +49,29 @@ class MergeRow:
             changed=self.changed + changed,
             recomputed=self.recomputed + recomputed,
             exact=self.exact + exact,
+            overflowed=self.overflowed + overflowed,
+            lost_energy=self.lost_energy + lost_energy,
+            update_energy=self.update_energy + update_energy,
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def joined(self, other: MergeRow) -> MergeRow:
+        """This and another part of the same tensor."""
+        counts = vars(other) | {"name": None, "update": None}
+        return self.plus(**{name: count for name, count in counts.items() if count is not None})
+
+    @property
+    def lost_share(self) -> float | None:
+        """Share of the update's energy that rounding swallowed; None where nobody asked."""
+        return self.lost_energy / self.update_energy if self.update_energy else None
+
+    def stored(self) -> dict[str, Any]:
+        """All fields, from which the row can be made again."""
         return dict(vars(self))
+
+    def to_json(self) -> dict[str, Any]:
+        counts = self.stored()
+        del counts["lost_energy"], counts["update_energy"]
+        return counts | {"lost_share": self.lost_share}
 
 
 @dataclass(frozen=True)
@@ -53,16 +87,19 @@ class MergeReport:
         rows: dict[str, MergeRow] = {}
         for part in parts:
             seen = rows.get(part.name)
-            rows[part.name] = (
-                seen.plus(part.elements, part.changed, part.recomputed, part.exact)
-                if seen
-                else part
-            )
+            rows[part.name] = seen.joined(part) if seen else part
         return MergeReport(tuple(rows[name] for name in sorted(rows)), facts)
 
     def total(self, field: str) -> int:
         """Sum of one count over all tensors."""
         return sum(getattr(row, field) for row in self.rows)
+
+    @property
+    def lost_share(self) -> float | None:
+        """As of a row, over all tensors together."""
+        lost = sum(row.lost_energy for row in self.rows)
+        energy = sum(row.update_energy for row in self.rows)
+        return lost / energy if energy else None
 
     def to_json(self) -> dict[str, Any]:
         return document(
@@ -74,8 +111,9 @@ class MergeReport:
                     "tensors_changed": len(self.rows),
                     **{
                         name: self.total(name)
-                        for name in ("elements", "changed", "recomputed", "exact")
+                        for name in ("elements", "changed", "recomputed", "exact", "overflowed")
                     },
+                    "lost_share": self.lost_share,
                 },
                 "tensors": [row.to_json() for row in self.rows],
             },

@@ -28,6 +28,7 @@ def resume_key(merging: Merging, layout: Layout, side_files: Sequence[Path], lin
 
 def values_identity(merging: Merging) -> Iterator[str]:
     """What decides the merged values, but for the base: adapters and options, line by line."""
+    yield str(merging.asked)
     for one in merging.adapters:
         paths = sorted(one.path.iterdir()) if one.path.is_dir() else [one.path]
         yield from (_stamp(path) for path in paths if path.is_file())

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from loratool.layouts.placing import PlacedUpdate
 from loratool.ops.merge_copies import ConvertJob, CopyJob
+from loratool.ops.merge_inputs import Merging
 from loratool.ops.merge_jobs import COMPILE_ELEMENTS, JOB_BYTES, MergeJob, merge_rows
 from loratool.ops.merge_layout import OutFile, OutTensor
 from loratool.ops.merge_report import MergeRow
 from loratool.storage.tensors import TensorInfo
 
 Job = MergeJob | CopyJob | ConvertJob
-Updates = Mapping[str, tuple[PlacedUpdate, ...]]
 
 
 @dataclass(frozen=True)
@@ -28,18 +25,15 @@ class Work:
 
 
 def run_job(job: Job) -> MergeRow | None:
-    """Do it; of merged rows, say what that took."""
+    """Do it; of rows whose values changed, say what that took."""
     if isinstance(job, MergeJob):
         return merge_rows(job)
-    job.run()
-    return None
+    return job.run()
 
 
-def list_work(
-    file: OutFile, path: Path, updates: Updates, device: torch.device, *, compiled: bool
-) -> Iterator[Work]:
+def list_work(file: OutFile, path: Path, merging: Merging) -> Iterator[Work]:
     """What fills the file at ``path``, whose header is there already."""
-    for job in _jobs(file, path, updates, device, compiled):
+    for job in _jobs(file, path, merging):
         start = getattr(job, "start", 0)
         yield Work(f"{file.name}@{job.slot.offset}+{start}", job)
 
@@ -49,33 +43,28 @@ def pays_to_compile(changed_bytes: int) -> bool:
     return changed_bytes >= 2 * COMPILE_ELEMENTS
 
 
-def _jobs(
-    file: OutFile, path: Path, updates: Updates, device: torch.device, compiled: bool
-) -> Iterator[Job]:
+def _jobs(file: OutFile, path: Path, merging: Merging) -> Iterator[Job]:
+    updates, asked = merging.updates, merging.asked
+    compiled = pays_to_compile(merging.changed_bytes)
     pending: CopyJob | None = None
     for tensor in file.tensors:
-        if tensor.name in updates:
+        name, source, slot = tensor.name, tensor.source, tensor.slot(path)
+        if name in updates:
             for start, stop in row_ranges(tensor, JOB_BYTES):
                 yield MergeJob(
-                    tensor.source,
-                    updates[tensor.name],
-                    start,
-                    stop,
-                    tensor.slot(path),
-                    device,
-                    compiled,
+                    source, updates[name], start, stop, slot, merging.device, compiled, asked
                 )
-        elif tensor.dtype != tensor.source.dtype:
+        elif tensor.dtype != source.dtype:
             for start, stop in row_ranges(tensor, JOB_BYTES):
-                yield ConvertJob(tensor.name, tensor.source, start, stop, tensor.slot(path))
+                yield ConvertJob(name, source, start, stop, slot, asked.allow_overflow)
         elif tensor.nbytes:
-            assert isinstance(tensor.source, TensorInfo)
+            assert isinstance(source, TensorInfo)
             if pending and _continues(pending, tensor):
                 pending = replace(pending, nbytes=pending.nbytes + tensor.nbytes)
                 continue
             if pending:
                 yield pending
-            pending = CopyJob(tensor.source, tensor.nbytes, tensor.slot(path))
+            pending = CopyJob(source, tensor.nbytes, slot)
     if pending:
         yield pending
 

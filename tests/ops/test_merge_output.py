@@ -216,3 +216,52 @@ def test_a_recorded_base_may_be_nonsense(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"base": 3}', '{"base": {"fingerprint": 7}}'):
         (adapter / "loratool_report.json").write_text(text)
         assert lt.merge(base, adapter, tmp_path / "out", overwrite=True).facts["notes"] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_rounding_swallows(tmp_path: Path, dtype: torch.dtype) -> None:
+    """‖M − Y‖²/‖Y − W0‖² against float64; all of an update that is too small to change anything."""
+    state = llama_like(dtype)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    a, b = factors(24, 24)
+    adapter = save_peft(tmp_path / "adapter", {Q0: (a, b), DOWN1: factors(24, 40)})
+    for scale in (1.0, 1e-3, 1e-9):
+        out = tmp_path / f"{scale}"
+        report = lt.merge(base, adapter, out, scale=scale, lost=True)
+        row = next(row for row in report.rows if row.name == f"{Q0}.weight")
+        update = scale * 2.0 * b.double() @ a.double()
+        change = load_folder(out)[row.name].double() - state[row.name].double()
+        expected = float((change - update).square().sum() / update.square().sum())
+        assert row.lost_share == pytest.approx(expected, rel=1e-4)
+        assert report.lost_share is not None
+        assert 0 < report.lost_share <= 1
+        if scale == 1e-9:
+            assert row.changed == 0
+            assert row.lost_share == pytest.approx(1, rel=1e-4)
+    totals = report.to_json()["totals"]
+    assert totals["lost_share"] == report.lost_share
+    unasked = lt.merge(base, adapter, tmp_path / "unasked")
+    assert unasked.lost_share is None
+    assert unasked.to_json()["tensors"][0]["lost_share"] is None
+
+
+def test_overflow_is_counted_where_it_is_allowed(tmp_path: Path) -> None:
+    state = llama_like(torch.float16)
+    state["wide"] = torch.tensor([1.0, 1e6, -1e6])
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    a, b = factors(24, 24)
+    adapter = save_peft(tmp_path / "adapter", {Q0: (a, b)})
+    with pytest.raises(RangeOverflow) as refused:
+        lt.merge(base, adapter, tmp_path / "out", scale=1e7)
+    assert "--allow-overflow" in str(refused.value.hint)
+    options = {"scale": 1e7, "dtype": "float16", "allow_overflow": True, "lost": True}
+    report = lt.merge(base, adapter, tmp_path / "out", **options)  # type: ignore[arg-type]
+    merged = load_folder(tmp_path / "out")
+    exact = state[f"{Q0}.weight"].double() + 2e7 * b.double() @ a.double()
+    assert {row.name: row.overflowed for row in report.rows} == {
+        f"{Q0}.weight": int((exact.abs() >= 65520).sum()),
+        "wide": 2,
+    }
+    assert torch.equal(torch.isinf(merged[f"{Q0}.weight"]), exact.abs() >= 65520)
+    assert merged["wide"].tolist() == [1.0, float("inf"), float("-inf")]
+    assert report.to_json()["totals"]["overflowed"] == report.total("overflowed") > 2
