@@ -39,17 +39,21 @@ class Run:
     peak_bytes: int
     anonymous_bytes: int
     stdout: str
+    exit_code: int = 0
 
     def json(self) -> Any:
         """What the command printed, as JSON."""
         return json.loads(self.stdout)
 
 
-def run(command: Sequence[str | Path], *, flush: Path | None = None) -> Run:
+def run(
+    command: Sequence[str | Path], *, flush: Path | None = None, enough: Path | None = None
+) -> Run:
     """Run a command, then flush the files under ``flush``; that counts in the time.
 
     Everything written before is flushed first, so that no command pays for another's data.
-    Raises CalledProcessError, with what the command printed, when it fails.
+    Raises CalledProcessError, with what the command printed, when it fails; a command that has
+    written the file ``enough`` before it failed has done its work, and its exit code is noted.
     """
     os.sync()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -65,12 +69,13 @@ def run(command: Sequence[str | Path], *, flush: Path | None = None) -> Run:
         sampler.stop()
         out.seek(0)
         err.seek(0)
-        if child.returncode:
+        if child.returncode and not (enough and enough.exists()):
             sys.stderr.write(err.read())
             raise subprocess.CalledProcessError(child.returncode, child.args, out.read())
         unit = 1 if sys.platform == "darwin" else 1024
         busy = usage.ru_utime + usage.ru_stime
-        return Run(seconds, busy, usage.ru_maxrss * unit, sampler.peak_bytes, out.read())
+        peak = usage.ru_maxrss * unit
+        return Run(seconds, busy, peak, sampler.peak_bytes, out.read(), child.returncode)
 
 
 def python(script: str, *arguments: str | Path) -> list[str | Path]:

@@ -19,6 +19,7 @@ from bench_extract import LARGEST, SHAPES, compare_errors, compare_times, usable
 from bench_extract import whole_command as extract_whole
 from bench_memory import peaks
 from bench_merge import compare_merges
+from bench_mergekit import compare as compare_with_mergekit
 from measure import HERE, WORK, note, python, run
 from receipt_cost import receipt_costs
 from report import markdown
@@ -28,7 +29,9 @@ STAGES = (
     "merge_large",
     "extract_times",
     "extract_errors",
+    "extract_bounds",
     "extract_whole",
+    "extract_mergekit",
     "memory",
     "receipt",
 )
@@ -44,10 +47,12 @@ def measure(
     if quick:
         pairs = [_pair(1024, 2816, layers, 8000) for layers in (1, 2)]
         largest_model = (1024, 2816, 3, 8000)
+        rival_models = [(768, 2048, 1, 2000)]
         shapes, error_shape = ((1024, 1024),), (1024, 1024)
     else:
         pairs = [_pair(2048, 5632, layers, 32000) for layers in (4, 8, 16)]
         largest_model = (2048, 5632, 40, 32000)
+        rival_models = [(2048, 5632, 4, 32000), (4096, 11008, 1, 2000)]
         shapes, error_shape = SHAPES, (2048, 2048)
     work: dict[str, Callable[[], Any]] = {
         "merge": lambda: compare_merges(pairs[1], rounds),
@@ -58,6 +63,10 @@ def measure(
             (*shapes, LARGEST) if largest else shapes, min(rounds, 3)
         ),
         "extract_errors": lambda: compare_errors(error_shape),
+        "extract_bounds": lambda: run(python("bound_looseness.py")).json(),
+        "extract_mergekit": lambda: [
+            compare_with_mergekit(_pair(*model), 32, min(rounds, 3)) for model in rival_models
+        ],
         "extract_whole": lambda: extract_whole(pairs[1], min(rounds, 3)),
         "memory": lambda: peaks(pairs, min(rounds, 3)),
         "receipt": receipt_costs,
