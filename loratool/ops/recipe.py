@@ -22,7 +22,8 @@ from loratool.ops.combine_weights import Source, parse_rule, rule_text
 from loratool.ops.sources import adapter_sha256
 
 SUFFIXES = (".yaml", ".yml")
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 200_000
+_MAX_LEVELS = 60
 _MAX_DEPTH = 8
 _MAX_ADAPTERS = 1000
 _KEYS = {
@@ -102,12 +103,23 @@ def _yaml(path: Path) -> object:
         raise MalformedFile(f"{path}: is over {_MAX_BYTES:,} bytes long")
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise MalformedFile(f"{path}: uses YAML aliases, which recipes do not take")
+        _refuse_tricks(path, text)
         return yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MalformedFile(f"{path}: is not valid YAML ({first})") from None
+
+
+def _refuse_tricks(path: Path, text: str) -> None:
+    """Aliases make a small file large; levels upon levels make the parser slow."""
+    level = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise MalformedFile(f"{path}: uses YAML aliases, which recipes do not take")
+        level += isinstance(event, yaml.CollectionStartEvent)
+        level -= isinstance(event, yaml.CollectionEndEvent)
+        if level > _MAX_LEVELS:
+            raise MalformedFile(f"{path}: is nested more than {_MAX_LEVELS} levels deep")
 
 
 def _mapping(label: str, value: object, known: set[str]) -> Mapping[str, Any]:
