@@ -30,6 +30,7 @@ from loratool.ops import swap as _swap
 from loratool.ops import unmerge as _unmerge
 from loratool.ops import verify as _verify
 from loratool.ops import verify_claim as _claim
+from loratool.ops import weight_search as _weight_search
 from loratool.ops.combine_report import UpdatesReport
 from loratool.ops.combine_saved import parse_saved
 from loratool.ops.compare_report import CompareReport
@@ -375,6 +376,9 @@ def combine(
     seed: int = 0,
     alpha: float | None = None,
     write_recipe: PathArg | None = None,
+    weights_from: str | Sequence[str] | None = None,
+    trials: int = 40,
+    penalty: float = 0.05,
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -384,7 +388,9 @@ def combine(
 
     ``weights`` is one number per adapter (default: 1 each); ``weight_rules`` are strings as for
     ``--weight``. ``parameters`` are the method's own (``density=0.3``; lambda is ``lambda_``).
-    ``write_recipe`` is a file for ``combine_recipe``.
+    ``write_recipe`` is a file for ``combine_recipe``. ``weights_from`` is a command that prints a
+    number for the adapter whose path is put behind it: the weights are searched, from those given,
+    in at most ``trials`` trials, to lower it; ``penalty`` times the mean |weight| is added.
     Raises a LoratoolError subclass; nothing is written then.
     """
     asked = _combine_plan.Combination(
@@ -404,7 +410,16 @@ def combine(
     if write_recipe is not None:
         _recipe.check_recipe_path(Path(write_recipe))
     plan = _combine_plan.plan_combine(asked, Path(output), device=device, overwrite=overwrite)
-    report = _combine.run_combine(plan, _engine(jobs), progress)
+    found = None
+    if weights_from is not None:
+        search = _weight_search.Search.of(weights_from, trials, penalty)
+        asked, found = _weight_search.search_weights(
+            asked, Path(output), search, device=device, engine=_engine(jobs)
+        )
+        plan = _combine_plan.plan_combine(asked, Path(output), device=device, overwrite=overwrite)
+    report = _combine.run_combine(plan, _engine(jobs), progress, found)
+    if found is not None:
+        _weight_search.forget(Path(output))
     if write_recipe is not None:
         _recipe.write_recipe(Path(write_recipe), asked)
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from loratool.errors import UsageError
 if TYPE_CHECKING:
     from loratool.engine import Engine
     from loratool.ops.combine_plan import CombinePlan
+    from loratool.ops.weight_search import Trial
 
 
 def method_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -95,6 +97,22 @@ def _option(name: str, users: list[tuple[Method, Parameter]]) -> Any:
     metavar="FILE",
     help="Also write all of this to FILE.yaml, with hashes of the adapters, to make it again.",
 )
+@click.option(
+    "--weights-from",
+    metavar="COMMAND",
+    help="Search the weights: COMMAND gets the path of a combined adapter as its last argument and "
+    "prints a number, the lower the better. Starts from the given weights.",
+)
+@click.option(
+    "--trials", type=click.IntRange(min=1), default=40, show_default=True, help="Of the search."
+)
+@click.option(
+    "--penalty",
+    type=options.FINITE,
+    default=0.05,
+    show_default=True,
+    help="Of the search: this times the mean |weight| is added to the number.",
+)
 @method_options
 @options.include_option
 @options.exclude_option
@@ -119,6 +137,9 @@ def combine_command(
     seed: int,
     alpha: float | None,
     write_recipe: Path | None,
+    weights_from: str | None,
+    trials: int,
+    penalty: float,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     device: str,
@@ -149,6 +170,7 @@ def combine_command(
     from loratool.ops.combine_weights import parse_rule, parse_source
     from loratool.ops.recipe import check_recipe_path, is_recipe, load_recipe
     from loratool.ops.recipe import write_recipe as save_recipe
+    from loratool.ops.weight_search import Search, forget, search_weights
 
     if write_recipe is not None:
         check_recipe_path(write_recipe)
@@ -176,7 +198,16 @@ def combine_command(
     if dry_run:
         _show_plan(out, plan, engine)
         return
-    result = run_combine(plan, engine, out.progress())
+    found = None
+    if weights_from is not None:
+        wanted = Search.of(weights_from, trials, penalty)
+        asked, found = search_weights(
+            asked, output, wanted, device=device, engine=engine, told=partial(_tell_trial, out)
+        )
+        plan = plan_combine(asked, output, device=device, overwrite=overwrite)
+    result = run_combine(plan, engine, out.progress(), found)
+    if found is not None:
+        forget(output)
     if write_recipe is not None:
         save_recipe(write_recipe, asked)
     out.report_file(report, result.to_json())
@@ -185,6 +216,16 @@ def combine_command(
         return
     count = len(plan.adapters)
     show_updates(out, result, f"{output}: {plan.method.name} of {count} adapters", output)
+    if found is not None:
+        weights = ", ".join(f"{s.label} {s.weight:g}" for s in asked.sources)
+        out.line(f"weights after {found['trials']} trials: {weights}")
+        out.line(f"score {found['best']['score']:g}, at the start {found['start']['score']}")
+
+
+def _tell_trial(out: Output, number: int, trial: Trial) -> None:
+    if not out.as_json and not out.quiet:
+        weights = " ".join(f"{weight:g}" for weight in trial.weights)
+        out.complain(f"trial {number}: weights {weights}, score {trial.score:g}")
 
 
 _BESIDE_RECIPE = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from loratool.adapter import Adapter, Update
 from loratool.engine import Engine, NoProgress, Progress
@@ -18,15 +20,19 @@ from loratool.storage.outputs import staged
 
 
 def run_combine(
-    plan: CombinePlan, engine: Engine | None = None, progress: Progress | None = None
+    plan: CombinePlan,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+    search: Mapping[str, Any] | None = None,
 ) -> UpdatesReport:
     """Do the work of a plan and publish the adapter folder.
 
-    Nested recipes are made first, in a folder beside the output that is removed afterwards. Raises
-    NothingMatches when the combination is zero everywhere.
+    search: how the weights were found, for the report. Nested recipes are made first, in a folder
+    beside the output that is removed afterwards. Raises NothingMatches when the combination is
+    zero everywhere.
     """
     if plan.nested:
-        return _run_nested(plan, engine, progress)
+        return _run_nested(plan, engine, progress, search)
     with staged(plan.output) as staging:
         results = (engine or Engine()).map(
             combine_weight,
@@ -39,7 +45,7 @@ def run_combine(
         report = UpdatesReport(
             "combine",
             tuple(result.row for result in results),
-            plan.facts(),
+            plan.facts() | ({"search": dict(search)} if search else {}),
             (*plan.notes, *_zero_notes(results)),
             *stored_size(adapter),
         )
@@ -49,7 +55,10 @@ def run_combine(
 
 
 def _run_nested(
-    plan: CombinePlan, engine: Engine | None, progress: Progress | None
+    plan: CombinePlan,
+    engine: Engine | None,
+    progress: Progress | None,
+    search: Mapping[str, Any] | None,
 ) -> UpdatesReport:
     with staged(plan.output.with_name(f"{plan.output.name}-nested")) as staging:
         sources = list(plan.asked.sources)
@@ -59,7 +68,7 @@ def _run_nested(
             sources[place] = replace(sources[place], path=made, recipe=None)
         asked = replace(plan.asked, sources=tuple(sources))
         flat = plan_combine(asked, plan.output, device=str(plan.device), overwrite=plan.overwrite)
-        return run_combine(flat, engine, progress)
+        return run_combine(flat, engine, progress, search)
 
 
 def _adapter(plan: CombinePlan, results: list[CombineResult]) -> Adapter:
