@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     PeftConfig,
+    PeftModel,
     TrainableTokensConfig,
     get_peft_model,
 )
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel
 
 import loratool as lt
 from loratool.errors import DisagreementError, LoratoolError, UnsupportedInput
+from loratool.formats import peft
 from tests.interop.conftest import gpt2, llama, qwen2
 from tests.ops.builders import load_folder
 
@@ -124,6 +127,34 @@ def test_merged_as_peft_merges_it(kind: str, tmp_path: Path) -> None:
     assert changed == {row.name for row in report.rows} != set()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name].detach(), rtol=1e-5, atol=2e-6)
+
+
+WRITTEN = ["dora", "dora conv1d", "dora embedding", "lora_bias", "tokens", "tokens of both"]
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_peft_reads_what_was_written_again(kind: str, tmp_path: Path) -> None:
+    """Through loratool and back into PEFT: the same merged model."""
+    make, config = KINDS[kind]
+    torch.manual_seed(0)
+    first = make()
+    modules = {path for path, module in first.named_modules() if hasattr(module, "weight")}
+    adapted = randomised(first, config)
+    adapted.save_pretrained(tmp_path / "first")
+    tensors, side_files = peft.encode(lt.open_adapter(tmp_path / "first"), modules)
+    second = tmp_path / "second"
+    second.mkdir()
+    save_file({key: tensor.read() for key, tensor in tensors.items()}, second / peft.WEIGHTS_FILE)
+    for file, content in side_files.items():
+        (second / file).write_bytes(content)
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(make(), str(second))
+    assert not [str(w.message) for w in caught if "keys" in str(w.message)]
+    expected = dict(adapted.merge_and_unload().named_parameters())
+    for name, value in loaded.merge_and_unload().named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
 class Convolutions(nn.Module):
