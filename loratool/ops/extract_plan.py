@@ -164,7 +164,7 @@ def plan_extract(
         chosen &= targeted(targets, {pair.name: pair.kind for pair in pairs})
     select(names, list(rules.special), ())  # a pattern that matches nothing is an error
     stored = _adapter_dtype(dtype, tuned_side)
-    treated = treatments(alignment, base_side, rules)
+    treated = treatments(alignment, base_side, rules, chosen)
     jobs = [
         ExtractJob(
             index,

@@ -50,8 +50,9 @@ class Rules:
         if self.convolutions and not any(job.pair.kind is ModuleKind.CONV for job in factorised):
             raise NothingMatches(
                 "--conv-rank: there is no convolution to factorise",
-                hint="grouped ones are stored whole; --targets may have left all out "
-                "(try --targets all-linear,all-conv)",
+                hint="grouped ones, and those beside a bare parameter (a class token) unless "
+                "--exclude names that, are stored whole; --targets may have left all out (try "
+                "all-linear,all-conv)",
             )
         for pattern, rule in self.special.items():
             if rule and not any(matches(pattern, job.pair.name) for job in factorised):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from loratool.adapter import ModuleKind, module_of
 from loratool.layouts.convolutions import is_grouped
@@ -21,10 +21,12 @@ LOW_RANK_KINDS = (
 _STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION)
 
 
-def treatments(alignment: Alignment, base: Model, rules: Rules) -> dict[str, Treatment]:
-    """The treatment of every pair, by name."""
+def treatments(
+    alignment: Alignment, base: Model, rules: Rules, chosen: Collection[str]
+) -> dict[str, Treatment]:
+    """The treatment of every pair, by name. chosen: those that are not left out."""
     found = {pair.name: _treatment(pair, alignment, base, rules) for pair in alignment.pairs}
-    for owner, members in _owners_of_bare_parameters(alignment.pairs):
+    for owner, members in _owners_of_bare_parameters(alignment.pairs, chosen):
         apart = [
             pair
             for pair in members
@@ -56,13 +58,15 @@ def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> T
     return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
 
 
-def _owners_of_bare_parameters(pairs: Sequence[Pair]) -> Iterator[tuple[str, list[Pair]]]:
+def _owners_of_bare_parameters(
+    pairs: Sequence[Pair], chosen: Collection[str]
+) -> Iterator[tuple[str, list[Pair]]]:
     """Modules with parameters that are no weight or bias, and all pairs inside each: PEFT stores
     such a parameter with its whole module."""
     owners = {
         module_of(pair.name)
         for pair in pairs
-        if pair.kind is ModuleKind.OTHER and pair.base.dtype.is_float
+        if pair.kind is ModuleKind.OTHER and pair.base.dtype.is_float and pair.name in chosen
     }
     for owner in owners:
         yield owner, [pair for pair in pairs if pair.name.startswith(f"{owner}.")]

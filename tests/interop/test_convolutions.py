@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,23 @@ from tests.ops.builders import load_folder
 
 Pair = tuple[Path, Path]
 
-WITH_CONVOLUTIONS = ("deberta-v2 convolution", "vit", "clip", "whisper")
+WITH_CONVOLUTIONS: dict[str, tuple[str, ...]] = {
+    "deberta-v2 convolution": (),
+    "vit": ("*.cls_token", "*.position_embeddings"),
+    "clip": ("*.class_embedding", "logit_scale"),
+    "whisper": (),
+}
+"""Families, and their bare parameters, which do not change here."""
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 @pytest.mark.parametrize("rank", ["3", "full"])
 @pytest.mark.parametrize("name", WITH_CONVOLUTIONS)
 def test_convolutions_of_transformers(name: str, rank: str, tmp_path: Path) -> None:
-    family = FAMILIES[name]
+    family = replace(FAMILIES[name], raw=WITH_CONVOLUTIONS[name])
     base, tuned = save_pair(family, tmp_path)
-    report = lt.extract(base, tuned, tmp_path / "adapter", rank=rank, conv_rank="same")
+    options = {"rank": rank, "conv_rank": "same", "exclude": family.raw}
+    report = lt.extract(base, tuned, tmp_path / "adapter", **options)  # type: ignore[arg-type]
     assert {str(r.status) for r in report.rows if r.kind == "convolution"} == {"low-rank"}
     lt.merge(base, tmp_path / "adapter", tmp_path / "merged")
     merged = answer(family, load(family, tmp_path / "merged"))
@@ -43,6 +51,13 @@ def test_convolutions_of_transformers(name: str, rank: str, tmp_path: Path) -> N
     if rank == "full":
         trained = answer(family, load(family, tuned))
         torch.testing.assert_close(merged, trained, rtol=1e-4, atol=2e-5)
+
+
+def test_a_convolution_beside_a_class_token_goes_with_its_module(tmp_path: Path) -> None:
+    base, tuned = save_pair(FAMILIES["vit"], tmp_path, raw=True)
+    with pytest.raises(NothingMatches, match="no convolution to factorise") as caught:
+        lt.extract(base, tuned, tmp_path / "a", rank=3, conv_rank=3)
+    assert "beside a bare parameter" in (caught.value.hint or "")
 
 
 # A UNet ---------------------------------------------------------------------------------------
