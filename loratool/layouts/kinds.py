@@ -40,6 +40,22 @@ _EXPERT = re.compile(r"(?:.*\.)?experts\.(?:[^.]+\.)?[^.]+")
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 
+_VOCABULARY_HEADS = {
+    "lm_head",
+    "predictions",
+    "embed_out",
+    "proj_out",
+    "decoder",
+    "vocab_projector",
+}
+"""Last names of output heads over the vocabulary."""
+
+
+def is_over_vocabulary(name: str, kind: ModuleKind) -> bool:
+    """Whether the rows of a parameter are tokens."""
+    return kind is ModuleKind.EMBEDDING or _last(name) in _VOCABULARY_HEADS
+
+
 def classify(
     shapes: Shapes, config: ModelConfig, *, adapter_says_conv1d: bool = False
 ) -> dict[str, ModuleKind]:

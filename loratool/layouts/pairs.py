@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from loratool.adapter import ModuleKind, module_of
+from loratool.adapter import ModuleKind
 from loratool.errors import NothingMatches, ShapeMismatch, Unplaced
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.experts import Experts, by_expert, find_experts, has_stacked
 from loratool.layouts.fused import refit
-from loratool.layouts.kinds import classify
+from loratool.layouts.kinds import classify, is_over_vocabulary
 from loratool.layouts.names import head_model_prefix, match_names, near_misses
 from loratool.layouts.renames import module_names
 from loratool.layouts.ties import Tie, find_ties, same_values
@@ -35,10 +35,6 @@ _HEADS = (
     "pre_classifier.",
 )
 """What a head model keeps outside the part that bears its prefix."""
-_VOCABULARY_HEADS = frozenset(
-    {"lm_head", "predictions", "embed_out", "proj_out", "decoder", "vocab_projector"}
-)
-"""Last names of output heads over the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -262,10 +258,9 @@ def _full_names(found: Mapping[str, str], config: ModelConfig) -> tuple[dict[str
 
 def _with_added_rows(pair: Pair) -> Pair:
     """A table over the vocabulary with tokens added: its old rows are the pair."""
-    last = module_of(pair.name).rpartition(".")[2]
     rows = pair.base.rows
     if (
-        (pair.kind is ModuleKind.EMBEDDING or last in _VOCABULARY_HEADS)
+        is_over_vocabulary(pair.name, pair.kind)
         and pair.base.shape[1:] == pair.tuned.shape[1:]
         and pair.tuned.rows > rows
     ):

@@ -66,7 +66,7 @@ class Placement:
 
     notes: guesses made. added: updates of biases that the base does not have, by the name that
     they would be stored under; they start from zero. untied: a name to be stored beside the one
-    that it was tied to and starts from.
+    that it was tied to and starts from. grown: rows of tables that get tokens.
     """
 
     updates: dict[str, tuple[PlacedUpdate, ...]]
@@ -74,3 +74,4 @@ class Placement:
     notes: tuple[str, ...]
     added: dict[str, tuple[PlacedUpdate, ...]] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
+    grown: dict[str, int] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from loratool.layouts.placed import PlacedUpdate, Placement, TieChoice, describe
 from loratool.layouts.renames import module_names
 from loratool.layouts.tied_updates import settle_tie, share_token_rows, without_head
 from loratool.layouts.ties import find_ties
+from loratool.layouts.vocabulary import grown_tables
 from loratool.storage.tensors import LazyTensor, TensorInfo
 
 __all__ = ["PlacedUpdate", "Placement", "TieChoice", "describe", "place"]
@@ -36,12 +37,14 @@ def place(
     *,
     add_bias: bool = False,
     ties: TieChoice = TieChoice.REFUSE,
+    grow: bool = False,
 ) -> Placement:
     """Find the tensor of every update of the adapters, each of which has a weight.
 
     Updates of different adapters on one tensor are summed. add_bias: whether a trained bias may
     be for a module that has none in the base. ties: what becomes of a tie that an adapter changes
-    on one side. Raises NothingMatches naming updates
+    on one side. grow: whether tables may get tokens that the base does not have. Raises
+    NothingMatches naming updates
     without a tensor and what looks like them, ShapeMismatch, and DisagreementError for an adapter
     that changes one side of a tied pair or two that cannot be summed; UsageError for a weight on
     replaced values.
@@ -50,9 +53,11 @@ def place(
     copies: dict[str, tuple[LazyTensor, ...]] = {}
     added: dict[str, tuple[PlacedUpdate, ...]] = {}
     untied: dict[str, str] = {}
+    grown: dict[str, int] = {}
     notes: list[str] = []
     for index, (adapter, weight) in enumerate(adapters):
-        one = _place_one(adapter, tensors, config, add_bias, ties)
+        one = _place_one(adapter, tensors, config, add_bias, ties, grow)
+        grown |= one.grown
         untied |= one.untied
         for name, placed in one.added.items():
             ours = tuple(replace(update, weight=weight, adapter=index) for update in placed)
@@ -65,7 +70,7 @@ def place(
         notes += [note for note in one.notes if note not in notes]
     for name, placed in updates.items():
         _check_summable(name, placed)
-    return Placement(updates, copies, tuple(notes), added, untied)
+    return Placement(updates, copies, tuple(notes), added, untied, grown)
 
 
 def _check_summable(name: str, placed: Sequence[PlacedUpdate]) -> None:
@@ -90,6 +95,7 @@ def _place_one(
     config: ModelConfig,
     add_bias: bool,
     choice: TieChoice,
+    grow: bool,
 ) -> Placement:
     if not adapter.updates:
         raise NothingMatches("the adapter holds no update", hint="was everything excluded?")
@@ -136,10 +142,17 @@ def _place_one(
             stored_as[head], shapes[head], kinds[head] = head, shapes[main], ModuleKind.LINEAR
     for tie in ties:
         notes += settle_tie(tie, by_target, infos, share=choice is TieChoice.BOTH)
+    grown: dict[str, int] = {}
+    if grow:
+        grown = grown_tables({name: u for name, (_, u) in by_target.items()}, shapes, kinds)
+    for target, rows in grown.items():
+        notes.append(f"{stored_as[target]} grows from {shapes[target][0]} to {rows} tokens")
     placed: dict[str, tuple[PlacedUpdate, ...]] = {}
     for target, (source, update) in by_target.items():
-        name = stored_as[target]
-        placed[name] = (oriented(source, name, update, shapes[target], kinds[target]),)
+        name, shape = stored_as[target], shapes[target]
+        if target in grown:
+            shape = (grown[target], *shape[1:])
+        placed[name] = (oriented(source, name, update, shape, kinds[target]),)
     for offered, (source, update) in in_pieces.items():
         notes += [offers[offered].note] * (offers[offered].note not in notes)
         for piece in offers[offered].pieces:
@@ -158,7 +171,8 @@ def _place_one(
     added: dict[str, tuple[PlacedUpdate, ...]] = {
         update.target: (update,) for update in new_biases.values()
     }
-    return Placement(placed, copies, tuple(notes), added, untied)
+    by_name = {stored_as[target]: rows for target, rows in grown.items()}
+    return Placement(placed, copies, tuple(notes), added, untied, by_name)
 
 
 def _check_apart(name: str, placed: Sequence[PlacedUpdate]) -> None:

@@ -10,7 +10,7 @@ import torch
 from loratool.adapter import LowRankUpdate, ModuleKind, Update
 from loratool.formats.peft_experts import parameter_of
 from loratool.layouts.pairs import Pair
-from loratool.profiles.padding import PaddedColumns, PaddedRows
+from loratool.profiles.padding import padded
 from loratool.storage.tensors import MemoryTensor
 
 
@@ -30,17 +30,7 @@ def complete_experts(updates: dict[str, Update], pairs: Mapping[str, Pair]) -> N
         for pair in stack:
             update = updates.get(pair.name) or _nothing(like)
             if isinstance(update, LowRankUpdate):
-                updates[pair.name] = _padded(update, rank, pair.name)
-
-
-def _padded(update: LowRankUpdate, rank: int, key: str) -> LowRankUpdate:
-    extra = rank - update.rank
-    return replace(
-        update,
-        b=PaddedColumns(update.b, extra) if extra else update.b,
-        a=PaddedRows(update.a, extra, key) if extra else update.a,
-        alpha=update.scale * rank,
-    )
+                updates[pair.name] = padded(update, rank, pair.name)
 
 
 def _nothing(like: LowRankUpdate) -> LowRankUpdate:

@@ -127,15 +127,25 @@ def plan_merge(
         add_bias=add_bias,
         ties=ties,
         asked=asked,
+        grow=True,
     )
+    grown = merging.placement.grown
+    if grown and receipt:
+        raise UsageError(
+            f"--receipt: {next(iter(grown))} gets tokens that the base does not have",
+            hint="such a merge cannot be undone; leave out --receipt, and keep the base",
+        )
     wanted = dtype_named(dtype) if dtype is not None else None
     layout = lay_out(
         model.checkpoint,
         dtype=wanted,
         added=merging.added,
+        grown=grown,
         max_shard_bytes=_bytes_of(max_shard_size),
     )
-    side_files = find_side_files(model, wanted, untied=ties is TieChoice.APART)
+    side_files = find_side_files(
+        model, wanted, untied=ties is TieChoice.APART, tokens=_tokens(merging)
+    )
     path = plan_receipt(receipt, model, output, overwrite=overwrite)
     plan = MergePlan(merging, output, layout, side_files, link, path, overwrite)
     if plan.writes_single_file and len(layout.files) > 1:
@@ -179,6 +189,14 @@ def run_merge(
             report = MergeReport.of({**known, "receipt": left}, rows)
         staging.publish(overwrite=plan.overwrite, only_file=only_file)
         return report
+
+
+def _tokens(merging: Merging) -> tuple[int, int] | None:
+    """Sizes of the vocabulary before and after, where it grows."""
+    stored = merging.base.checkpoint.tensors
+    for name, rows in merging.placement.grown.items():
+        return stored[merging.placement.untied.get(name, name)].rows, rows
+    return None
 
 
 def _bytes_of(size: str | None) -> int | None:

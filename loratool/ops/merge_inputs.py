@@ -138,11 +138,12 @@ def plan_merging(
     add_bias: bool = False,
     ties: TieChoice = TieChoice.REFUSE,
     asked: Asked = NOTHING_MORE,
+    grow: bool = False,
 ) -> Merging:
     """Read the adapters' headers and place every update.
 
     ``scale`` multiplies every weight. ``base_check`` makes it an error when what an adapter
-    records of its base is not this base. add_bias, ties: see ``place``. Raises InputError,
+    records of its base is not this base. add_bias, ties, grow: see ``place``. Raises InputError,
     DisagreementError or UsageError.
     """
     target = resolve_device(device)
@@ -163,6 +164,7 @@ def plan_merging(
         model.config,
         add_bias=add_bias,
         ties=ties,
+        grow=grow,
     )
     if placement.added:
         notes.append(

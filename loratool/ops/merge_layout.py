@@ -12,7 +12,7 @@ from loratool.storage.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoin
 from loratool.storage.dtypes import DType
 from loratool.storage.safetensors_file import encode_header, tensor_bytes
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.views import Stored
+from loratool.storage.views import Lengthened, Stored
 from loratool.storage.writing import OutputSlot
 
 _CONVERTED = ("F64", "F32", "F16", "BF16")
@@ -86,23 +86,33 @@ def lay_out(
     *,
     dtype: DType | None = None,
     added: Mapping[str, Added] | None = None,
+    grown: Mapping[str, int] | None = None,
     max_shard_bytes: int | None = None,
 ) -> Layout:
     """The base's own files, or new shards of at most ``max_shard_bytes``.
 
-    dtype: what every float tensor becomes. added: tensors that the base has not, by name. Raises
-    UnsupportedInput for floats that ``dtype`` cannot be had from.
+    dtype: what every float tensor becomes. added: tensors that the base has not, by name.
+    grown: tensors that get this many rows. Raises UnsupportedInput
+    for floats that ``dtype`` cannot be had from.
     """
+    rows = grown or {}
     files = {
-        file.path: [_planned(info.name, info, dtype) for info in _in_order(file)]
+        file.path: [
+            _planned(info.name, _lengthened(info, rows.get(info.name)), dtype)
+            for info in _in_order(file)
+        ]
         for file in checkpoint.files
     }
     for name, new in (added or {}).items():
-        files[new.file].append(_planned(name, new.source, dtype))
+        files[new.file].append(_planned(name, _lengthened(new.source, rows.get(name)), dtype))
     if max_shard_bytes is not None:
         return _resharded(checkpoint, [t for part in files.values() for t in part], max_shard_bytes)
     made = [_like(checkpoint, file, files[file.path]) for file in checkpoint.files]
     return Layout(tuple(made), _index(checkpoint, made))
+
+
+def _lengthened(source: Stored, rows: int | None) -> Stored:
+    return source if rows is None else Lengthened(source, rows)
 
 
 def _in_order(file: WeightFile) -> list[TensorInfo]:
@@ -124,7 +134,8 @@ def _like(checkpoint: Checkpoint, file: WeightFile, tensors: Sequence[_Planned])
     """The output's version of one file of the base, with the base's header where it still fits."""
     name = _safetensors_name(file.path.relative_to(checkpoint.folder))
     as_stored = len(tensors) == len(file.tensors) and all(
-        tensor.dtype == tensor.source.dtype for tensor in tensors
+        tensor.dtype == tensor.source.dtype and isinstance(tensor.source, TensorInfo)
+        for tensor in tensors
     )
     if file.raw_header is not None and as_stored:
         placed = (

@@ -63,9 +63,16 @@ class SideFiles:
                 path.write_bytes(self.config)
 
 
-def find_side_files(model: Model, dtype: DType | None, *, untied: bool) -> SideFiles:
-    """Plan them. dtype: what the config shall say, if it changes; untied: likewise."""
-    config, notes = _new_config(model.config.values, dtype, untied)
+def find_side_files(
+    model: Model,
+    dtype: DType | None,
+    *,
+    untied: bool,
+    tokens: tuple[int, int] | None = None,
+) -> SideFiles:
+    """Plan them. dtype: what the config shall say, if it changes; untied: likewise; tokens: the
+    size of the vocabulary before and after, if it grows."""
+    config, notes = _new_config(model.config.values, dtype, untied, tokens)
     folder, found, skipped = model.checkpoint.folder, [], []
     for path in _beside(model):
         if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
@@ -102,7 +109,7 @@ def _beside(model: Model) -> Iterator[Path]:
 
 
 def _new_config(
-    values: Mapping[str, Any], dtype: DType | None, untied: bool
+    values: Mapping[str, Any], dtype: DType | None, untied: bool, tokens: tuple[int, int] | None
 ) -> tuple[bytes | None, list[str]]:
     """The config's new text, or None where it may stay as it is."""
     if not values:
@@ -115,10 +122,27 @@ def _new_config(
         new = {"tie_word_embeddings": False} | new | {"tie_word_embeddings": False}
         if "tie_word_embeddings" in (text := new.get("text_config") or {}):
             new["text_config"] = text | {"tie_word_embeddings": False}
+    sized = new if tokens is None else _with_vocabulary(new, *tokens)
     notes = [f"left out of config.json: {key}, a trace of an adapter" for key in traces]
+    if tokens is not None and sized == new:
+        notes.append(f"config.json names no vocabulary of {tokens[0]} tokens: check its vocab_size")
+    new = sized
     if new == dict(values):
         return None, notes
     return (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode(), notes
+
+
+def _with_vocabulary(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """The config and its parts with vocab_size raised where it is ``before``."""
+    new: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "vocab_size" and value == before:
+            new[key] = after
+        elif key.endswith("_config") and isinstance(value, dict):
+            new[key] = _with_vocabulary(value, before, after)
+        else:
+            new[key] = value
+    return new
 
 
 def _is_adapter_hub(key: str, value: object) -> bool:

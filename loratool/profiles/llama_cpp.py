@@ -3,5 +3,10 @@
 from loratool.profiles.limits import Limits
 
 LIMITS = Limits(
-    one_rank=True, whole_modules=False, biases=False, convolutions=False, other_kinds=False
+    one_rank=True,
+    whole_modules=False,
+    biases=False,
+    experts=False,
+    convolutions=False,
+    other_kinds=False,
 )

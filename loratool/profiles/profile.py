@@ -54,6 +54,8 @@ def fit(adapter: Adapter, profile: Profile, key: str) -> Fitted:
     the way, naming it.
     """
     _check(adapter, profile)
+    if not profile.limits.experts:
+        adapter = replace(adapter, as_parameters=frozenset())
     if not profile.limits.one_rank or not adapter.low_rank:
         return Fitted(adapter, ())
     ranks = sorted({update.rank for update in adapter.low_rank.values()})
@@ -80,8 +82,6 @@ def _check(adapter: Adapter, profile: Profile) -> None:
     for name, other in adapter.others.items():
         if not limits.other_kinds:
             in_the_way.append(f"{name}: {other.describe()}")
-    if not limits.whole_modules:
-        in_the_way += [f"{name}: {other.describe()}" for name, other in adapter.others.items()]
     for name, update in adapter.low_rank.items():
         last = name.split(".")[-2] if "." in name else name
         if update.is_embedding and not limits.embeddings:
@@ -90,6 +90,8 @@ def _check(adapter: Adapter, profile: Profile) -> None:
             in_the_way.append(f"{name}: an update of a convolution")
         elif limits.one_rank and not math.isclose(update.scale, scale, rel_tol=1e-12):
             in_the_way.append(f"{name}: scale {update.scale:g} where others have {scale:g}")
+        elif not limits.experts and not name.endswith(".weight"):
+            in_the_way.append(f"{name}: an update of an expert")
         elif last in limits.refused_modules:
             in_the_way.append(f"{name}: an update of {last}")
     if in_the_way:

@@ -6,6 +6,7 @@ LIMITS = Limits(
     one_rank=True,
     whole_modules=False,
     biases=False,
+    experts=False,
     embeddings=False,
     convolutions=False,
     other_kinds=False,

@@ -7,6 +7,7 @@ LIMITS = Limits(
     ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
     whole_modules=False,
     biases=False,
+    experts=False,
     embeddings=False,
     convolutions=False,
     other_kinds=False,

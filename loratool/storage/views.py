@@ -224,6 +224,27 @@ class Reshaped(_View):
         return self.source.read().reshape(self.new_shape)[start:stop]
 
 
+@dataclass(frozen=True)
+class Lengthened(_View):
+    """A tensor with rows of zeros behind its own."""
+
+    source: LazyTensor
+    length: int
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.length, *self.source.shape[1:])
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        end = self.source.shape[0]
+        own = self.source.read_rows(min(start, end), min(stop, end))
+        return torch.cat([own, own.new_zeros(stop - start - len(own), *self.shape[1:])])
+
+
 def rows_of(source: LazyTensor, start: int, stop: int) -> Stored:
     """Rows ``start:stop``; of a plainly stored tensor a tensor of its own."""
     if isinstance(source, TensorInfo) and source.strides is None and source.shape:
@@ -251,7 +272,7 @@ def files_of(tensor: LazyTensor) -> set[Path]:
     if isinstance(tensor, TensorInfo):
         return {tensor.path}
     sources: Iterable[LazyTensor] = ()
-    if isinstance(tensor, _Rows | _Member | Columns | Flattened | Reshaped):
+    if isinstance(tensor, _Rows | _Member | Columns | Lengthened | Flattened | Reshaped):
         sources = (tensor.source,)
     elif isinstance(tensor, Joined | Interleaved):
         sources = tensor.parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
+from loratool.errors import Unplaced
 from tests.interop.families import EXPERT_FAMILIES
 from tests.interop.test_families import answer, load, save_pair, under_peft
 
@@ -72,4 +74,26 @@ def test_experts_of_unequal_rank_are_padded(tmp_path: Path) -> None:
         answer(family, load(family, tuned)),
         rtol=1e-4,
         atol=2e-5,
+    )
+
+
+def test_servers_get_no_experts(tmp_path: Path) -> None:
+    base, tuned = save_pair(EXPERT_FAMILIES["qwen2-moe"], tmp_path)
+    apart = ["embed_tokens", "lm_head"]
+    with pytest.raises(Unplaced) as caught:
+        lt.extract(base, tuned, tmp_path / "a", rank=2, profile="vllm", drop_rest=True)
+    assert any("an update of an expert" in detail for detail in caught.value.details)
+    lt.extract(
+        base,
+        tuned,
+        tmp_path / "a",
+        rank=2,
+        profile="vllm",
+        drop_rest=True,
+        exclude=["*.experts.*", *apart],
+    )
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert "target_parameters" not in config
+    assert any(
+        "shared_expert.gate_proj" in name for name in lt.open_adapter(tmp_path / "a").updates
     )

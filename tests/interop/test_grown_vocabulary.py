@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from loratool.adapter import Replacement, TokenRows
+from loratool.errors import DisagreementError, ShapeMismatch, UsageError
 from tests.interop.families import FAMILIES, Family
 from tests.interop.test_families import answer, load, save_pair
 
@@ -41,6 +44,10 @@ def grown(family: Family, folder: Path, old_rows: str) -> tuple[Path, Path]:
     return base, folder / "grown"
 
 
+def load_table(folder: Path, name: str) -> torch.Tensor:
+    return load_file(folder / "model.safetensors")[name]
+
+
 @pytest.mark.parametrize("old_rows", ["changed", "unchanged"])
 @pytest.mark.parametrize("name", TABLES)
 def test_the_adapter_on_the_resized_base_is_the_tuned_model(
@@ -60,13 +67,19 @@ def test_the_adapter_on_the_resized_base_is_the_tuned_model(
             assert update.indices == tuple(range(64, 71))
         else:
             assert isinstance(update, Replacement)
+    merge = lt.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    assert any("grows from 64 to 71 tokens" in note for note in merge.to_json()["notes"])
+    merged = load(family, tmp_path / "merged")
+    assert merged.config.vocab_size == 71
     model = load(family, base)
     model.resize_token_embeddings(71, mean_resizing=False)
     peft = PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
     asked = Family(family.make, lambda: {"input_ids": torch.arange(50, 71).reshape(1, 21)})
-    torch.testing.assert_close(
-        answer(asked, peft), answer(asked, load(family, tuned)), rtol=1e-4, atol=2e-5
-    )
+    wanted = answer(asked, load(family, tuned))
+    torch.testing.assert_close(answer(asked, peft), wanted, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(answer(asked, merged), wanted, rtol=1e-4, atol=2e-5)
+    for table in TABLES[name]:
+        assert torch.equal(*(load_table(folder, table) for folder in (tmp_path / "merged", tuned)))
 
 
 def test_only_new_tokens(tmp_path: Path) -> None:
@@ -79,3 +92,26 @@ def test_only_new_tokens(tmp_path: Path) -> None:
     report = lt.extract(base, tmp_path / "grown", tmp_path / "adapter")
     assert report.adapter_parameters == 2 * 2 * 32
     assert report.relative_error == 0
+
+
+def test_growth_is_all_or_nothing(tmp_path: Path) -> None:
+    """Tables of different lengths, an undoable merge, a merge in place: none of them."""
+    base, tuned = grown(FAMILIES["llama"], tmp_path, "unchanged")
+    adapter = tmp_path / "adapter"
+    lt.extract(base, tuned, adapter, rank=2)
+    with pytest.raises(DisagreementError, match="adds tokens to some tables"):
+        lt.merge(base, adapter, tmp_path / "m", exclude=["lm_head"])
+    with pytest.raises(UsageError, match="--receipt"):
+        lt.merge(base, adapter, tmp_path / "m", receipt=True)
+    with pytest.raises(ShapeMismatch, match="the adapter trained token 70"):
+        lt.merge_in_place(base, adapter)
+    holes = load_file(adapter / "adapter_model.safetensors")
+    for key in [key for key in holes if "token_adapter" in key]:
+        holes[key] = holes[key][1:].contiguous()
+    save_file(holes, adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for indices in config["trainable_token_indices"].values():
+        del indices[0]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ShapeMismatch, match="the adapter trained token 70, the base has 64"):
+        lt.merge(base, adapter, tmp_path / "m")

@@ -16,6 +16,7 @@ from loratool.storage.views import (
     Columns,
     Interleaved,
     Joined,
+    Lengthened,
     Stored,
     files_of,
     member_of,
@@ -59,6 +60,10 @@ CASES: list[tuple[Callable[[Tensors], Stored], Tensor]] = [
     (
         lambda t: Interleaved((t["matrix"], t["other"])),
         torch.stack([VALUES["matrix"], VALUES["other"]], dim=2).reshape(7, 12),
+    ),
+    (
+        lambda t: Lengthened(t["matrix"], 9),
+        torch.cat([VALUES["matrix"], torch.zeros(2, 6)]),
     ),
 ]
 
