@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loratool.adapter import Adapter, LowRankUpdate
+from loratool.adapter import Adapter, LowRankUpdate, TokenRows
 from loratool.algebra.lowrank import LowRank
 from loratool.errors import NonFiniteValues, RangeOverflow, UnsupportedInput, UsageError
 from loratool.formats import peft
@@ -61,13 +61,14 @@ def dtype_of_factors(text: str | None, factors: Iterable[LazyTensor]) -> DType:
 
 def refuse_other_updates(label: str, adapter: Adapter) -> None:
     """Raises UnsupportedInput for updates that are neither low-rank nor absolute values."""
-    others = adapter.others
+    others = {n: u for n, u in adapter.others.items() if not isinstance(u, TokenRows)}
     if others:
         raise UnsupportedInput(
             f"{label}: {len(others)} updates are not low-rank: they can be merged, not combined or "
             "resized",
             details=[f"{name}: {update.describe()}" for name, update in list(others.items())[:12]],
-            hint="combine --exclude leaves them out",
+            hint="combine --exclude leaves them out; or merge the adapter into its base and "
+            "extract a plain one",
         )
 
 

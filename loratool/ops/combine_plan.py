@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratool.adapter import Adapter, LowRankUpdate, Replacement, Update
+from loratool.adapter import Adapter, LowRankUpdate, Replacement, TokenRows, Update
 from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
 from loratool.combining.method import Method, Value
 from loratool.combining.registry import DEFAULT, find_method
@@ -26,6 +26,7 @@ from loratool.layouts.patterns import select
 from loratool.ops.adapter_folder import dtype_of_factors, refuse_other_updates
 from loratool.ops.combine_jobs import CombineJob
 from loratool.ops.combine_saved import Saved, combine_saved
+from loratool.ops.combine_tokens import combine_tokens
 from loratool.ops.combine_weights import Source, WeightRule, parse_rule, weights_of
 from loratool.ops.sources import adapter_sha256, open_adapters
 from loratool.storage.dtypes import DType
@@ -93,7 +94,7 @@ class CombinePlan:
     overwrite: bool
     adapters: tuple[Adapter, ...]
     jobs: tuple[CombineJob, ...]
-    replaced: Mapping[str, Replacement]
+    replaced: Mapping[str, Replacement | TokenRows]
     notes: tuple[str, ...]
     nested: Mapping[int, CombinePlan] = field(default_factory=dict)
 
@@ -191,7 +192,9 @@ def plan_combine(
     )
     adapters = tuple(_only(adapter, chosen) for adapter in adapters)
     groups = _groups(asked.sources, adapters)
-    replaced, saved_notes = combine_saved(asked.sources, adapters, asked.saved)
+    whole, saved_notes = combine_saved(asked.sources, adapters, asked.saved)
+    tokens, token_notes = combine_tokens(asked.sources, adapters, asked.saved)
+    replaced = _disjoint(whole, tokens)
     _refuse_both(asked.sources, groups, replaced)
     weights = weights_of(list(groups), asked.sources, asked.rules)
     dtype = dtype_of_factors(
@@ -213,7 +216,7 @@ def plan_combine(
         )
         for index, (name, group) in enumerate(groups.items())
     ]
-    notes = (*_notes(asked.sources, adapters), *saved_notes)
+    notes = (*_notes(asked.sources, adapters), *saved_notes, *token_notes)
     plan = CombinePlan(
         asked,
         output,
@@ -355,10 +358,22 @@ def _refuse_other_names(sources: Sequence[Source], adapters: Sequence[Adapter]) 
                     )
 
 
+def _disjoint(
+    whole: Mapping[str, Replacement], tokens: Mapping[str, TokenRows]
+) -> dict[str, Replacement | TokenRows]:
+    for name in whole:
+        if name in tokens:
+            raise DisagreementError(
+                f"{name}: one adapter stores it whole, another some of its rows",
+                hint="use --saved drop, or --exclude",
+            )
+    return {**whole, **tokens}
+
+
 def _refuse_both(
     sources: Sequence[Source],
     groups: Mapping[str, Sequence[LowRankUpdate | None]],
-    replaced: Mapping[str, Replacement],
+    replaced: Mapping[str, Replacement | TokenRows],
 ) -> None:
     for name in replaced:
         if name in groups:
@@ -391,6 +406,6 @@ def _notes(sources: Sequence[Source], adapters: Sequence[Adapter]) -> list[str]:
     return notes
 
 
-def _nbytes(update: Replacement) -> int:
+def _nbytes(update: Replacement | TokenRows) -> int:
     value = update.value
     return torch.Size(value.shape).numel() * value.dtype.bits // 8

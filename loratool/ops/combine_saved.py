@@ -97,7 +97,7 @@ def combine_saved(
         elif all(equal_values(values[0], value) for value in values[1:]) or saved is Saved.FIRST:
             kept[name] = Replacement(values[0])
         elif saved is Saved.MEAN:
-            kept[name] = Replacement(_mean(name, values, [sources[i].weight for i in who]))
+            kept[name] = Replacement(weighted_mean(name, values, [sources[i].weight for i in who]))
         else:
             open_names.append(f"{name}: in {', '.join(sources[i].label for i in who)}")
     if open_names:
@@ -114,7 +114,10 @@ def combine_saved(
     return kept, notes
 
 
-def _mean(name: str, values: Sequence[LazyTensor], weights: Sequence[float]) -> WeightedMean:
+def weighted_mean(
+    name: str, values: Sequence[LazyTensor], weights: Sequence[float]
+) -> WeightedMean:
+    """Σ wᵢVᵢ / Σ wᵢ of the parameter of that name. Raises UsageError where Σ wᵢ is zero."""
     if sum(weights) == 0:
         raise UsageError(f"{name}: its adapters' weights add up to zero, so it has no mean")
     return WeightedMean(tuple(values), tuple(weights))

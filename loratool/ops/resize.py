@@ -352,6 +352,7 @@ def _adapter(plan: ResizePlan, results: Sequence[ResizeResult]) -> tuple[Adapter
         top = max(update.rank for update in low_rank.values())
         low_rank = {name: padded(u, top, f"{key}:{name}") for name, u in low_rank.items()}
     low_rank = completed(low_rank, [job.name for job in plan.jobs], key)
-    updates: dict[str, Update] = {**plan.adapter.replacements, **low_rank}
+    whole = {n: u for n, u in plan.adapter.updates.items() if n not in plan.adapter.low_rank}
+    updates: dict[str, Update] = {**whole, **low_rank}
     adapter = replace(plan.adapter, updates=updates, format=peft.NAME, base_copies={})
     return adapter, notes

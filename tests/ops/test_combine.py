@@ -19,6 +19,7 @@ from loratool.errors import (
     OutputExists,
     RangeOverflow,
     ShapeMismatch,
+    UnsupportedInput,
     UsageError,
 )
 from tests.builders import random_tensor, snapshot
@@ -247,6 +248,59 @@ def test_saved_parameters_that_differ_are_a_decision(tmp_path: Path) -> None:
         assert torch.equal(kept, torch.full((2, 3), value))
     lt.combine(paths, tmp_path / "drop", saved="drop")
     assert not lt.open_adapter(tmp_path / "drop").replacements
+
+
+def trained(path: Path, rows: dict[int, float], seed: int = 0) -> Path:
+    """An adapter with trained tokens, each row of one value."""
+    value = torch.tensor(list(rows.values()))[:, None].expand(-1, 6).contiguous()
+    key = "base_model.model.embed.token_adapter.trainable_tokens_delta"
+    indices = {"embed": list(rows)}
+    return adapter(path, seed=seed, extra={key: value}, trainable_token_indices=indices)
+
+
+def tokens(path: Path) -> dict[int, float]:
+    config = json.loads((path / "adapter_config.json").read_text())
+    key = "base_model.model.embed.token_adapter.trainable_tokens_delta"
+    value = load_file(path / "adapter_model.safetensors")[key]
+    assert torch.equal(value, value[:, :1].expand(-1, 6))
+    return dict(zip(config["trainable_token_indices"]["embed"], value[:, 0].tolist(), strict=True))
+
+
+def test_trained_tokens_are_put_together(tmp_path: Path) -> None:
+    paths = [
+        trained(tmp_path / "a", {7: 1.0, 3: 2.0}),
+        trained(tmp_path / "b", {5: 4.0, 3: 2.0}, 9),
+    ]
+    lt.combine(paths, tmp_path / "out", weights=[0.5, 0.1])
+    assert tokens(tmp_path / "out") == {3: 2.0, 5: 4.0, 7: 1.0}
+    lt.resize(tmp_path / "out", tmp_path / "small", rank=2)
+    assert tokens(tmp_path / "small") == {3: 2.0, 5: 4.0, 7: 1.0}
+
+
+def test_tokens_that_collide_are_a_decision(tmp_path: Path) -> None:
+    paths = [trained(tmp_path / "a", {7: 1.0, 3: 2.0}), trained(tmp_path / "b", {3: 6.0}, 9)]
+    with pytest.raises(DisagreementError, match="1 tokens were trained to different") as raised:
+        lt.combine(paths, tmp_path / "out")
+    assert raised.value.details[0].startswith("token 3: in ")
+    for choice, value in (("mean", 3.0), ("first", 2.0)):
+        lt.combine(paths, tmp_path / choice, weights=[3, 1], saved=choice)
+        assert tokens(tmp_path / choice) == {3: value, 7: 1.0}
+    lt.combine(paths, tmp_path / "drop", saved="drop")
+    assert not lt.open_adapter(tmp_path / "drop").others
+
+
+def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
+    key = f"base_model.model.{Q}.lora_magnitude_vector"
+    dora = adapter(
+        tmp_path / "a", modules={Q: MODULES[Q]}, extra={key: torch.ones(20)}, use_dora=True
+    )
+    for run in (
+        lambda: lt.combine([dora], tmp_path / "out"),
+        lambda: lt.resize(dora, tmp_path / "out", rank=2),
+    ):
+        with pytest.raises(UnsupportedInput, match="1 updates are not low-rank") as raised:
+            run()
+        assert raised.value.details[0].startswith(f"{Q}.weight: DoRA")
 
 
 def test_updated_here_and_saved_there_is_refused(tmp_path: Path) -> None:
