@@ -6,7 +6,8 @@ sides and of the updates, and for each changed tensor the corrections: what must
 the weights that follow from the merged ones alone (``algebra.corrections``), block by block.
 
 It is a safetensors file: ``record`` is JSON, ``header.N`` the header of the base's Nth file,
-``file.NAME`` a small file's bytes, ``corrections.NAME`` the corrections of one tensor. Like every
+``file.NAME`` a small file's bytes, ``corrections.NAME`` the corrections of one tensor,
+``norms.NAME`` the norms of its lines where a DoRA needs them. Like every
 input it may lie: sizes are checked before anything is allocated, and what is rebuilt counts only
 if its hash is the recorded one.
 """
@@ -47,10 +48,11 @@ BLOCK_ELEMENTS = 2**20
 _MOST_RECORD_BYTES = 500_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-METHODS = ("same", "subtract", "keep")
+METHODS = ("same", "subtract", "lines", "keep")
 """How the base's values are guessed, before corrections: ``same``: they are the merged ones.
-``subtract``: the merged ones less the updates, rounded once. ``keep``: the merged ones cast to the
-base's dtype, or zeros where there are none of that shape."""
+``subtract``: the merged ones less the updates, rounded once. ``lines``: a DoRA is taken off, by the
+norms of its lines (``algebra.dora_inverse``). ``keep``: the merged ones cast to the base's dtype,
+or zeros where there are none of that shape."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class TensorRecord:
     """One tensor of the base. Hashes are of the values' bytes, row-major.
 
     merged_sha256: empty where the merged checkpoint has no such tensor of that shape. misses: how
-    many values the guess gets wrong. corrections: where those lie.
+    many values the guess gets wrong. corrections: where those lie. norms: what ``lines`` needs.
     """
 
     method: str
@@ -99,6 +101,7 @@ class TensorRecord:
     updates: tuple[UpdateRecord, ...] = ()
     misses: int = 0
     corrections: TensorInfo | None = None
+    norms: LazyTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -161,14 +164,16 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
     for name, tensor in receipt.tensors.items():
         if tensor.corrections is not None:
             tensors[f"corrections.{name}"] = tensor.corrections
+        if tensor.norms is not None:
+            tensors[f"norms.{name}"] = tensor.norms
     write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "sha256": seal})
 
 
 def _seal(tensors: Mapping[str, LazyTensor]) -> str:
-    """SHA-256 of all but the corrections, which the hash of what they restore vouches for."""
+    """SHA-256 of all but what is vouched for by the hash of the tensor it restores."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        if not name.startswith("corrections."):
+        if not name.startswith(_VOUCHED_FOR):
             digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
             digest.update(bit_patterns(tensors[name].read()).data)
     return digest.hexdigest()
@@ -219,8 +224,9 @@ class _Reader:
         self._tensors = tensors
         self._used = {"record"}
         for name, info in tensors.items():
-            if info.dtype.name != "U8" or len(info.shape) != 1:
-                raise MalformedFile(f"{name} is not a row of bytes")
+            kind = "F64" if name.startswith("norms.") else "U8"
+            if info.dtype.name != kind or len(info.shape) != 1:
+                raise MalformedFile(f"{name} is not a row of {kind} values")
         if sum(info.nbytes for info in self._sealed(tensors).values()) > _MOST_RECORD_BYTES:
             raise MalformedFile("holds more than a record, headers and small files")
         if _seal(self._sealed(tensors)) != seal:
@@ -229,7 +235,7 @@ class _Reader:
 
     @staticmethod
     def _sealed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        return {n: info for n, info in tensors.items() if not n.startswith("corrections.")}
+        return {n: info for n, info in tensors.items() if not n.startswith(_VOUCHED_FOR)}
 
     def receipt(self) -> Receipt:
         adapters = tuple(self._adapter(entry) for entry in self._list(self._record, "adapters"))
@@ -292,8 +298,18 @@ class _Reader:
                 raise MalformedFile(f"lacks the corrections of {name}")
             self._used.add(key)
             corrections = self._tensors[key]
+        norms = None
+        if method == "lines":
+            norms = self._tensors.get(f"norms.{name}")
+            if norms is None:
+                raise MalformedFile(f"lacks the norms of {name}")
+            self._used.add(f"norms.{name}")
+        if method in ("subtract", "lines") and not updates:
+            raise MalformedFile(f"takes off {name} what it does not name")
         misses = self._count(entry, "misses")
-        return TensorRecord(method, self._sha256(entry, name), merged, updates, misses, corrections)
+        return TensorRecord(
+            method, self._sha256(entry, name), merged, updates, misses, corrections, norms
+        )
 
     def _update(self, name: str, entry: object, adapters: Sequence[AdapterRecord]) -> UpdateRecord:
         adapter = self._count(entry, "adapter")
@@ -461,6 +477,7 @@ class Corrections:
             ) from None
 
 
+_VOUCHED_FOR = ("corrections.", "norms.")
 _DAMAGED = "the receipt is damaged; only the one that the merge wrote can restore the base"
 
 

@@ -18,9 +18,8 @@ from loratool.layouts.placing import PlacedUpdate
 from loratool.ops.merge_inputs import Merging
 from loratool.ops.merge_sides import side_files_of
 from loratool.ops.restoring import (
-    Guess,
     Recorder,
-    guess_method,
+    guess_for_record,
     value_sha256,
 )
 from loratool.ops.sources import Model
@@ -235,14 +234,7 @@ def _record(job: _RecordJob) -> TensorRecord:
         ours = value_sha256(base)
         if not job.updates and ours == value_sha256(merged):
             return TensorRecord("same", ours, ours)
-    guess = Guess(
-        guess_method(job.updates, merged, base.shape),
-        base.dtype,
-        base.shape,
-        merged if merged is not None and merged.shape == base.shape else None,
-        job.updates,
-        job.device,
-    )
+    guess = guess_for_record(base, merged, job.updates, job.device, job.parked)
     recorder = Recorder(base.name, guess, job.parked)
     for start, stop in blocks_of(base.shape):
         after = guess.merged.read_rows(start, stop) if guess.merged is not None else None

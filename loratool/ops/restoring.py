@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loratool.adapter import DoraUpdate
 from loratool.algebra.corrections import encode_block, neighbour
+from loratool.algebra.dora_inverse import DoraInverse, add_squares, change_of
 from loratool.algebra.rounding import Rounder, round_once
+from loratool.errors import MalformedFile
 from loratool.layouts.placing import PlacedUpdate
-from loratool.ops.rounders import rounder_of
+from loratool.ops.rounders import dora_lines, rounder_of
 from loratool.receipt import (
     Corrections,
     TensorRecord,
@@ -27,6 +30,7 @@ from loratool.receipt import (
 from loratool.storage.disk import disk_errors
 from loratool.storage.dtypes import BY_NAME, DType
 from loratool.storage.tensors import LazyTensor, TensorInfo, read_into
+from loratool.storage.writing import park
 
 _HASHED_BYTES = 8 * 2**20
 
@@ -35,9 +39,31 @@ def guess_method(
     updates: Sequence[PlacedUpdate], merged: LazyTensor | None, shape: tuple[int, ...]
 ) -> str:
     """How a base tensor of ``shape`` is guessed from the merged one: a receipt's method."""
-    if merged is not None and merged.shape == shape and updates and all_additive(updates):
+    if merged is None or merged.shape != shape or not updates:
+        return "keep"
+    if all_additive(updates):
         return "subtract"
-    return "keep"
+    (first, *more) = updates
+    return "lines" if isinstance(first.update, DoraUpdate) and not more else "keep"
+
+
+def line_norms(placed: PlacedUpdate, base: LazyTensor) -> Tensor:
+    """‖W0 + s·B·A‖ of each line of a tensor that a DoRA changes, float64."""
+    rows = base.shape[0]
+    magnitude, by_column = dora_lines(placed)
+    change = _change_alone(placed, base, rows)
+    norms = torch.zeros(len(magnitude), dtype=torch.float64)
+    for start, stop in blocks_of(base.shape):
+        before = base.read_rows(start, stop).reshape(stop - start, -1)
+        add_squares(norms, before, change_of(change, before.shape, start), start, by_column)
+    return norms.sqrt()
+
+
+def _change_alone(placed: PlacedUpdate, base: LazyTensor, rows: int) -> Rounder:
+    """What adds the s·B·A inside a DoRA. On the CPU: what follows runs there."""
+    assert isinstance(placed.update, DoraUpdate)
+    inner = replace(placed, update=placed.update.low_rank, weight=1.0)
+    return rounder_of([inner], base, 0, rows, device=torch.device("cpu"))
 
 
 def all_additive(updates: Sequence[PlacedUpdate]) -> bool:
@@ -50,7 +76,8 @@ class Guess:
     """The base's values as they follow from the merged ones alone, the same on every machine.
 
     dtype, shape: of the base's tensor. updates: what was merged, with the weights it had then.
-    merged: the merged tensor, or None where there is none of that shape.
+    merged: the merged tensor, or None where there is none of that shape. norms: of the lines, for
+    the method that needs them.
     """
 
     method: str
@@ -59,12 +86,27 @@ class Guess:
     merged: LazyTensor | None
     updates: tuple[PlacedUpdate, ...]
     device: torch.device
+    norms: LazyTensor | None = None
 
     def rounder(self) -> Rounder | None:
         """What takes the updates off, for the whole tensor; None where nothing does."""
+        if self.method == "lines":
+            return self._dora_inverse()
         if self.method != "subtract":
             return None
         return self._rounder([replace(u, weight=-u.weight) for u in self.updates])
+
+    def _dora_inverse(self) -> Rounder:
+        (placed, *more) = self.updates
+        assert self.merged is not None
+        assert self.norms is not None
+        if more or not isinstance(placed.update, DoraUpdate):
+            raise MalformedFile(f"{placed.target}: the receipt has norms, the adapter no DoRA")
+        magnitude, by_column = dora_lines(placed)
+        if self.norms.shape != tuple(magnitude.shape):
+            raise MalformedFile(f"{placed.target}: the receipt has norms for another shape")
+        change = _change_alone(placed, self.merged, self.shape[0])
+        return DoraInverse(change, magnitude, self.norms.read(), placed.weight, by_column)
 
     def adder(self) -> Rounder:
         """What puts the updates on again."""
@@ -113,6 +155,23 @@ def uncertain(
     return int(certain.size - np.count_nonzero(certain))
 
 
+def guess_for_record(
+    base: LazyTensor,
+    merged: LazyTensor | None,
+    updates: tuple[PlacedUpdate, ...],
+    device: torch.device,
+    parked: Path,
+) -> Guess:
+    """The guess that a new receipt's corrections start from. parked: a name for files beside it."""
+    method = guess_method(updates, merged, base.shape)
+    fitting = merged if merged is not None and merged.shape == base.shape else None
+    norms = None
+    if method == "lines":
+        values = {"norms": line_norms(updates[0], base)}
+        norms = park(parked.with_name(parked.name + "-norms"), values)["norms"]
+    return Guess(method, base.dtype, base.shape, fitting, updates, device, norms)
+
+
 class Recorder:
     """Collects what a receipt says of one changed tensor, block by block, in order.
 
@@ -155,6 +214,7 @@ class Recorder:
             describe_updates(self._guess.updates),
             self._misses,
             where,
+            self._guess.norms,
         )
 
 

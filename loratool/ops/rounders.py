@@ -207,16 +207,25 @@ def _in_place(matrix: ExactMatrix, placed: PlacedUpdate) -> ExactMatrix:
 def _dora(placed: PlacedUpdate) -> Dora:
     update = placed.update
     assert isinstance(update, DoraUpdate)
-    magnitude = checked(update.magnitude.read()).double().reshape(-1)
-    if placed.places is not None:
-        places = torch.tensor(placed.places)
-        magnitude = torch.where(places >= 0, magnitude[places.clamp(min=0)], torch.nan)
+    magnitude, by_column = dora_lines(placed)
     return Dora(
         _in_place(low_rank_matrix(update.low_rank.load()), placed),
         magnitude,
         placed.weight,
-        by_column=placed.transposed or update.low_rank.is_embedding,
+        by_column=by_column,
     )
+
+
+def dora_lines(placed: PlacedUpdate) -> tuple[Tensor, bool]:
+    """A DoRA's magnitudes for each line of the stored tensor, float64, NaN for lines that it does
+    not touch; and whether lines are columns."""
+    update = placed.update
+    assert isinstance(update, DoraUpdate)
+    magnitude = checked(update.magnitude.read()).double().reshape(-1)
+    if placed.places is not None:
+        places = torch.tensor(placed.places)
+        magnitude = torch.where(places >= 0, magnitude[places.clamp(min=0)], torch.nan)
+    return magnitude, placed.transposed or update.low_rank.is_embedding
 
 
 def _plain() -> None:

@@ -18,7 +18,7 @@ from loratool.ops.merge_inputs import Merging, plan_merging
 from loratool.ops.merge_jobs import merge_block
 from loratool.ops.merge_receipt import plan_receipt, receipt_facts, receipt_place
 from loratool.ops.merge_report import MergeReport, MergeRow
-from loratool.ops.restoring import Guess, Recorder, RestoredTensor, guess_method, value_sha256
+from loratool.ops.restoring import Recorder, RestoredTensor, guess_for_record, value_sha256
 from loratool.ops.rounders import rounder_of
 from loratool.ops.unmerge import (
     RestoreJob,
@@ -259,14 +259,7 @@ def _merged(job: _SwapJob, base: LazyTensor) -> tuple[TensorRecord, MergeRow]:
     assert record is not None
     target = restore.target
     rounder = rounder_of(job.updates, base, 0, target.rows, device=job.device)
-    guess = Guess(
-        guess_method(job.updates, target, target.shape),
-        target.dtype,
-        target.shape,
-        target,
-        job.updates,
-        job.device,
-    )
+    guess = guess_for_record(base, target, job.updates, job.device, job.parked)
     recorder = Recorder(target.name, guess, job.parked)
     row = MergeRow(target.name, describe(job.updates), 0, 0, 0, 0)
     seen, made = hashlib.sha256(), hashlib.sha256()

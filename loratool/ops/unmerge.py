@@ -101,7 +101,8 @@ class UnmergePlan:
         method = record.method if record else without
         if method == "same":
             return RestoreJob(name, merged, target, record, None)
-        guess = Guess(method, target.dtype, target.shape, merged, updates, self.device)
+        norms = record.norms if record else None
+        guess = Guess(method, target.dtype, target.shape, merged, updates, self.device, norms)
         return RestoreJob(name, merged, target, record, guess)
 
     def to_json(self) -> dict[str, Any]:

@@ -354,10 +354,10 @@ def edit(made: Path, change) -> None:  # type: ignore[no-untyped-def]
 
 
 def seal_of(tensors: State) -> str:
-    """As the format has it: of names, shapes and bytes of all but the corrections."""
+    """As the format has it: of names, shapes and bytes of all but corrections and norms."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        if not name.startswith("corrections."):
+        if not name.startswith(("corrections.", "norms.")):
             digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
             digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
@@ -368,6 +368,11 @@ def _forge(key: str, value: object):  # type: ignore[no-untyped-def]
         record["tensors"][Q][key] = value
 
     return change
+
+
+def _norms(record: dict, tensors: dict) -> None:  # type: ignore[type-arg]
+    record["tensors"][Q]["method"] = "lines"
+    tensors[f"norms.{Q}"] = torch.ones(24, dtype=torch.float64)
 
 
 def _outside(record: dict, tensors: dict) -> None:  # type: ignore[type-arg]
@@ -409,6 +414,8 @@ def _weight(record: dict, tensors: dict) -> None:  # type: ignore[type-arg]
 
 FORGERIES = {
     "unknown method": (_forge("method", "divine"), MalformedFile, "unknown method"),
+    "no norms": (_forge("method", "lines"), MalformedFile, "lacks the norms"),
+    "foreign norms": (_norms, MalformedFile, "has norms, the adapter no DoRA"),
     "no hash": (_forge("base_sha256", "abc"), MalformedFile, "no SHA-256"),
     "wrong base hash": (_forge("base_sha256", "0" * 64), DisagreementError, "is not the base"),
     "wrong merged hash": (_forge("merged_sha256", "0" * 64), DisagreementError, "not those"),
