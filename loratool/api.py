@@ -148,6 +148,7 @@ def merge(
     base_check: bool = False,
     lost: bool = False,
     allow_overflow: bool = False,
+    allow_lossy: bool = False,
     ties: Literal["refuse", "both", "apart"] = "refuse",
     add_bias: bool = False,
     link: bool = False,
@@ -179,6 +180,7 @@ def merge(
         max_shard_size=max_shard_size,
         base_check=base_check,
         asked=Asked(lost, allow_overflow),
+        allow_lossy=allow_lossy,
         ties=TieChoice(ties),
         add_bias=add_bias,
         link=link,
@@ -200,6 +202,7 @@ def merge_in_place(
     base_check: bool = False,
     lost: bool = False,
     allow_overflow: bool = False,
+    allow_lossy: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -218,6 +221,7 @@ def merge_in_place(
         exclude=exclude,
         base_check=base_check,
         asked=Asked(lost, allow_overflow),
+        allow_lossy=allow_lossy,
     )
     return _merge_in_place.run_in_place(plan, _engine(jobs), progress)
 

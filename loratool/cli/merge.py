@@ -84,6 +84,11 @@ class _MergeCommand(click.Command):
     help="Let values beyond the dtype's range become infinite, and count them.",
 )
 @click.option(
+    "--allow-lossy",
+    is_flag=True,
+    help="Merge into 8-bit weights that have no scales, for most updates too coarse.",
+)
+@click.option(
     "--tied",
     "ties",
     flag_value="both",
@@ -133,6 +138,7 @@ def merge_command(
     base_check: bool,
     lost: bool,
     allow_overflow: bool,
+    allow_lossy: bool,
     ties: str | None,
     add_bias: bool,
     link: bool,
@@ -165,7 +171,7 @@ def merge_command(
 
     engine = Engine(jobs) if jobs else Engine()
     asked = Asked(lost, allow_overflow)
-    values = Values(scale, alpha, device, include, exclude, base_check, asked)
+    values = Values(scale, alpha, device, include, exclude, base_check, asked, allow_lossy)
     if in_place:
         _refuse_with_in_place(
             {
@@ -210,6 +216,7 @@ class Values(NamedTuple):
     exclude: tuple[str, ...]
     base_check: bool
     asked: Asked
+    allow_lossy: bool
 
 
 class Form(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratool.algebra.budget import parse_size
 from loratool.engine import Engine, NoProgress, Progress
-from loratool.errors import UsageError
+from loratool.errors import UnsupportedInput, UsageError
 from loratool.layouts.placing import TieChoice
 from loratool.ops.merge_inputs import Merging, check_base_copies, plan_merging
 from loratool.ops.merge_jobs import NOTHING_MORE, WAITING, Asked
@@ -99,6 +99,7 @@ def plan_merge(
     add_bias: bool = False,
     ties: TieChoice = TieChoice.REFUSE,
     asked: Asked = NOTHING_MORE,
+    allow_lossy: bool = False,
     link: bool = False,
     receipt: bool | Path = False,
     overwrite: bool = False,
@@ -128,12 +129,18 @@ def plan_merge(
         ties=ties,
         asked=asked,
         grow=True,
+        allow_lossy=allow_lossy,
     )
     grown = merging.placement.grown
     if grown and receipt:
         raise UsageError(
             f"--receipt: {next(iter(grown))} gets tokens that the base does not have",
             hint="such a merge cannot be undone; leave out --receipt, and keep the base",
+        )
+    if receipt is not False and merging.scaled:
+        raise UnsupportedInput(
+            f"{next(iter(merging.scaled))}: is stored in 8 bits, for which there are no receipts",
+            hint="keep the base, or leave out --receipt",
         )
     wanted = dtype_named(dtype) if dtype is not None else None
     layout = lay_out(

@@ -111,6 +111,7 @@ def plan_in_place(
     exclude: Sequence[str] = (),
     base_check: bool = False,
     asked: Asked = NOTHING_MORE,
+    allow_lossy: bool = False,
 ) -> InPlacePlan:
     """Read headers and place every update of the adapters. Nothing is written.
 
@@ -129,6 +130,7 @@ def plan_in_place(
         exclude=exclude,
         base_check=base_check,
         asked=asked,
+        allow_lossy=allow_lossy,
     )
     options = {
         "base": os.path.relpath(base, model.checkpoint.folder),
@@ -140,6 +142,7 @@ def plan_in_place(
         "exclude": list(exclude),
         "lost": asked.lost,
         "allow_overflow": asked.allow_overflow,
+        "allow_lossy": allow_lossy,
     }
     return InPlacePlan(merging, tuple(_jobs(merging, model)), options)
 
@@ -155,6 +158,7 @@ def plan_again(folder: Path, asked: Mapping[str, Any]) -> InPlacePlan:
         include=asked["include"],
         exclude=asked["exclude"],
         asked=Asked(asked["lost"], asked["allow_overflow"]),
+        allow_lossy=asked["allow_lossy"],
     )
 
 
@@ -222,7 +226,15 @@ def _jobs(merging: Merging, model: Model) -> list[InPlaceJob]:
             )
             slot = tensor.slot(info.path)
             rows = MergeJob(
-                info, updates, start, stop, slot, merging.device, compiled, merging.asked
+                info,
+                updates,
+                start,
+                stop,
+                slot,
+                merging.device,
+                compiled,
+                merging.asked,
+                merging.scaled.get(name),
             )
             jobs.append(InPlaceJob(block, rows))
     return jobs

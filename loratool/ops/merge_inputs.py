@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loratool.adapter import Adapter, Replacement, TokenRows, module_of
+from loratool.adapter import (
+    Adapter,
+    DenseUpdate,
+    HadamardUpdate,
+    KroneckerUpdate,
+    LowRankUpdate,
+    Replacement,
+    TokenRows,
+    module_of,
+)
+from loratool.algebra.certified_scaled import EIGHT_BITS
 from loratool.algebra.rounding import MERGEABLE
 from loratool.engine.devices import resolve_device
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
 from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, Placement, TieChoice, describe, place
+from loratool.layouts.scales import ScaledBy, scaled_by
 from loratool.ops.base_check import check_base
 from loratool.ops.merge_jobs import BLOCK_ELEMENTS, NOTHING_MORE, WAITING, Asked
 from loratool.ops.merge_layout import Added
 from loratool.ops.sources import Model, open_adapter
 from loratool.storage.tensors import equal_values
 from loratool.storage.views import Zeros
+
+_SUMMED = (LowRankUpdate, DenseUpdate, HadamardUpdate, KroneckerUpdate)
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class Merging:
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
     asked: Asked = NOTHING_MORE
+    scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
 
     @property
     def updates(self) -> dict[str, tuple[PlacedUpdate, ...]]:
@@ -139,6 +153,7 @@ def plan_merging(
     ties: TieChoice = TieChoice.REFUSE,
     asked: Asked = NOTHING_MORE,
     grow: bool = False,
+    allow_lossy: bool = False,
 ) -> Merging:
     """Read the adapters' headers and place every update.
 
@@ -171,7 +186,8 @@ def plan_merging(
             f"{len(placement.added)} biases are added that the base has not: a model class that "
             "has none there would ignore them (attention_bias in config.json, for example)"
         )
-    _check_dtypes(placement, model)
+    scaled = _scaled(placement, model, allow_lossy)
+    _check_dtypes(placement, model, scaled)
     return Merging(
         model,
         tuple(opened),
@@ -181,6 +197,7 @@ def plan_merging(
         left_out,
         (*notes, *placement.notes),
         asked,
+        scaled,
     )
 
 
@@ -219,8 +236,39 @@ def _check_scale(scale: float, adapters: Sequence[WeightedAdapter]) -> None:
         )
 
 
-def _check_dtypes(placement: Placement, model: Model) -> None:
+def _scaled(placement: Placement, model: Model, allow_lossy: bool) -> dict[str, ScaledBy]:
+    """How the 8-bit tensors that change are scaled. Raises UnsupportedInput."""
+    tensors, scaled = model.checkpoint.tensors, {}
     for name, placed in placement.updates.items():
+        info = tensors.get(name)
+        if info is None or info.dtype.torch not in EIGHT_BITS:
+            continue
+        other = [
+            update.describe()
+            for update in placed
+            if not isinstance(update.update, _SUMMED) or update.member is not None
+        ]
+        if other or len(info.shape) != 2:
+            raise UnsupportedInput(
+                f"{name}: is stored in 8 bits, to which only sums of matrices can be added",
+                details=other,
+                hint="convert the base to 16 bits first",
+            )
+        found = scaled_by(name, tensors, model.config)
+        if found is None and not allow_lossy:
+            raise UnsupportedInput(
+                f"{name}: is stored in 8 bits without scales, too coarse for most updates",
+                hint="convert the base to 16 bits first, or --allow-lossy",
+            )
+        shape = (info.shape[0], info.shape[1])
+        scaled[name] = found or ScaledBy(None, shape, shape)
+    return scaled
+
+
+def _check_dtypes(placement: Placement, model: Model, scaled: Mapping[str, ScaledBy]) -> None:
+    for name, placed in placement.updates.items():
+        if name in scaled:
+            continue
         dtype = model.checkpoint.tensors[placement.untied.get(name, name)].dtype
         calculated = any(not isinstance(update.update, Replacement) for update in placed)
         if calculated and dtype.torch not in MERGEABLE:

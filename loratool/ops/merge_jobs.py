@@ -10,9 +10,10 @@ from torch import Tensor
 from loratool.algebra.rounding import RoundedBlock, Rounder
 from loratool.errors import NonFiniteValues, RangeOverflow
 from loratool.layouts.placing import PlacedUpdate, describe
+from loratool.layouts.scales import ScaledBy
 from loratool.ops.merge_report import MergeRow
-from loratool.ops.rounders import rounder_of
-from loratool.storage.dtypes import F32, DType
+from loratool.ops.rounders import rounder_of, scaled_rounder_of
+from loratool.storage.dtypes import BF16, F16, DType
 from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot
 
@@ -48,6 +49,7 @@ class MergeJob:
     device: torch.device
     compiled: bool
     asked: Asked = NOTHING_MORE
+    scaled: ScaledBy | None = None
 
     @property
     def cost(self) -> int:
@@ -58,9 +60,13 @@ def merge_rows(job: MergeJob) -> MergeRow:
     """Do it, and say what that took. Raises NonFiniteValues and RangeOverflow."""
     source, target = job.source, job.updates[0].target
     row = MergeRow(target, describe(job.updates), 0, 0, 0, 0)
-    rounder = rounder_of(
-        job.updates, source, job.start, job.stop, device=job.device, compiled=job.compiled
-    )
+    rounder: Rounder
+    if job.scaled is not None:
+        rounder = scaled_rounder_of(job.updates, job.scaled, job.start)
+    else:
+        rounder = rounder_of(
+            job.updates, source, job.start, job.stop, device=job.device, compiled=job.compiled
+        )
     columns = max(1, source.numel // max(1, source.rows))
     step = max(1, BLOCK_ELEMENTS // columns)
     for start in range(job.start, job.stop, step):
@@ -84,7 +90,7 @@ def merge_rows(job: MergeJob) -> MergeRow:
             block.level3,
             overflowed=block.overflowed,
         )
-        if job.asked.lost and job.slot.dtype != F32:
+        if job.asked.lost and job.slot.dtype in (F16, BF16):
             lost, energy = _energies(rounder, before, start - job.start, block.values, job.device)
             row = row.plus(0, 0, 0, 0, lost_energy=lost, update_energy=energy)
     return row

@@ -52,7 +52,15 @@ def _jobs(file: OutFile, path: Path, merging: Merging) -> Iterator[Job]:
         if name in updates:
             for start, stop in row_ranges(tensor, JOB_BYTES):
                 yield MergeJob(
-                    source, updates[name], start, stop, slot, merging.device, compiled, asked
+                    source,
+                    updates[name],
+                    start,
+                    stop,
+                    slot,
+                    merging.device,
+                    compiled,
+                    asked,
+                    merging.scaled.get(name),
                 )
         elif tensor.dtype != source.dtype:
             for start, stop in row_ranges(tensor, JOB_BYTES):

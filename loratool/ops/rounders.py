@@ -18,6 +18,7 @@ from loratool.adapter import (
     TokenRows,
     Update,
 )
+from loratool.algebra.certified_scaled import CertifiedScaled
 from loratool.algebra.certified_terms import CertifiedTerms
 from loratool.algebra.dora import CertifiedDora, Dora
 from loratool.algebra.exact_matrix import ExactMatrix, Scaled, Spread, checked, low_rank_matrix
@@ -26,6 +27,7 @@ from loratool.algebra.lowrank import LowRank
 from loratool.algebra.rounding import CertifiedSum, RoundedBlock, Rounder, round_once
 from loratool.errors import NonFiniteValues, UnsupportedInput
 from loratool.layouts.placing import PlacedUpdate
+from loratool.layouts.scales import ScaledBy
 from loratool.storage.tensors import LazyTensor
 
 _BLOCK_ELEMENTS = 2**20
@@ -65,6 +67,19 @@ def rounder_of(
     except (NonFiniteValues, UnsupportedInput) as error:
         sources = " + ".join(dict.fromkeys(update.source for update in updates))
         raise type(error)(f"{sources}: {error.message}") from None
+
+
+def scaled_rounder_of(updates: Sequence[PlacedUpdate], scaled: ScaledBy, start: int) -> Rounder:
+    """The rounder for rows of an 8-bit tensor from ``start`` on, which keeps its scales.
+
+    Raises NonFiniteValues and UnsupportedInput naming the update.
+    """
+    try:
+        terms = [_in_place(_scaled(one.update, one.weight), one) for one in updates]
+    except (NonFiniteValues, UnsupportedInput) as error:
+        sources = " + ".join(dict.fromkeys(update.source for update in updates))
+        raise type(error)(f"{sources}: {error.message}") from None
+    return CertifiedScaled(terms, scaled.rows, start)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_TORCH = {dtype.torch: dtype for dtype in _TABLE if dtype.torch is not None}
 
 F32 = BY_NAME["F32"]
+F16 = BY_NAME["F16"]
+BF16 = BY_NAME["BF16"]
 
 USER_NAMES = {
     "float32": BY_NAME["F32"],
