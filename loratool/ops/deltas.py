@@ -62,7 +62,30 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
         return None if torch.equal(pair.base.read(), pair.tuned.read()) else _NOT_NUMBERS
     rows, columns = matrix_shape(pair.base.shape)
     matrix = large_matrix(rows, columns, torch.float32, device)
-    step = max(1, min(rows, _BLOCK_ELEMENTS // max(1, columns)))
+    return _compared(pair, device, matrix, lambda start, stop: matrix[start:stop])
+
+
+def measure_delta(pair: Pair, device: torch.device) -> Delta | None:
+    """As ``read_delta``, but only what is said of the change is kept: its matrix has no rows."""
+    if not pair.base.dtype.is_float:
+        return read_delta(pair, device)
+    _, columns = matrix_shape(pair.base.shape)
+    nothing = torch.empty(0, columns, device=device)
+    block = torch.empty(_block_rows(pair), columns, device=device)
+    return _compared(pair, device, nothing, lambda start, stop: block[: stop - start])
+
+
+def _block_rows(pair: Pair) -> int:
+    rows, columns = matrix_shape(pair.base.shape)
+    return max(1, min(rows, _BLOCK_ELEMENTS // max(1, columns)))
+
+
+def _compared(
+    pair: Pair, device: torch.device, matrix: Tensor, target: Callable[[int, int], Tensor]
+) -> Delta | None:
+    """The change with ``matrix`` for its own; ``target`` is where D's rows start:stop are put."""
+    rows, columns = matrix_shape(pair.base.shape)
+    step = _block_rows(pair)
     read_base, read_tuned = (_reader(side, step) for side in (pair.base, pair.tuned))
     single, wide = (
         torch.empty(step, columns, dtype=dtype, device=device)
@@ -75,27 +98,33 @@ def read_delta(pair: Pair, device: torch.device) -> Delta | None:
         stop = min(start + step, rows)
         before = read_base(start, stop).reshape(stop - start, columns).to(device)
         after = read_tuned(start, stop).reshape(stop - start, columns).to(device)
-        block, buffer = matrix[start:stop], wide[: stop - start]
+        block, buffer = target(start, stop), wide[: stop - start]
         before32 = single[: stop - start]
         if torch.float64 in (before.dtype, after.dtype):
             block.copy_(after.double() - before.double())
         else:
             block.copy_(after).sub_(before32.copy_(before))
         base_energy += _squares(buffer.copy_(before))
-        energy += _squares(buffer.copy_(block))
+        part = _squares(buffer.copy_(block))
+        if not math.isfinite(part):
+            raise _non_finite(pair, start, block)
+        energy += part
         changed += _count_nonzero(block)
         noise.add(after)
-    if not math.isfinite(energy):
-        where = torch.nonzero(~torch.isfinite(matrix))[0].tolist()
-        index = where if len(pair.base.shape) == 2 else where[1:]
-        raise NonFiniteValues(
-            f"{pair.name}: NaN or infinity at {index} in base or tuned",
-            hint="the checkpoint is broken, or its training diverged",
-        )
     if energy == 0:
         return None
-    share = changed / matrix.numel()
+    share = changed / (rows * columns)
     return Delta(matrix, energy, float(base_energy**0.5), noise.floor(), share)
+
+
+def _non_finite(pair: Pair, first_row: int, block: Tensor) -> NonFiniteValues:
+    row, column = torch.nonzero(~torch.isfinite(block))[0].tolist()
+    flat = (first_row + row) * block.shape[1] + column
+    index = [int(part) for part in np.unravel_index(flat, pair.base.shape)]
+    return NonFiniteValues(
+        f"{pair.name}: NaN or infinity at {index} in base or tuned",
+        hint="the checkpoint is broken, or its training diverged",
+    )
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from loratool.algebra.stacking import at_scale, stacked
 from loratool.errors import RangeOverflow
 from loratool.layouts.pairs import Pair
 from loratool.ops.adapter_folder import load_update, stored_value
-from loratool.ops.deltas import Delta, matrix_shape, read_delta
+from loratool.ops.deltas import Delta, matrix_shape, measure_delta, read_delta
 from loratool.ops.extract_dora import dora_value
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.stopwatch import Stopwatch
@@ -98,10 +98,16 @@ class ExtractJob:
         return f"{self.seed}:{self.pair.name}"
 
     @property
+    def uses_matrix(self) -> bool:
+        """Whether the change itself is worked on, not only its size."""
+        worked_on = (Treatment.LOW_RANK, Treatment.DIFFERENCE)
+        return self.treatment in worked_on or self.start is not None
+
+    @property
     def memory_bytes(self) -> int:
         """Working memory of the job: its change in float32, as much again to factorise it, and
         what is left of it where it continues from an update. A DoRA needs both sides too."""
-        float32 = 4 * self.pair.base.numel
+        float32 = 4 * self.pair.base.numel * self.uses_matrix
         copies = 1 + (self.treatment is Treatment.LOW_RANK) + (self.start is not None)
         copies += 3 * self.dora
         return copies * float32
@@ -150,7 +156,8 @@ def extract_tensor(job: ExtractJob, stopwatch: Stopwatch | None = None) -> Extra
         status=Status.UNCHANGED,
     )
     with stopwatch.stage("read"):
-        delta = read_delta(job.pair, job.device)
+        read = read_delta if job.uses_matrix else measure_delta
+        delta = read(job.pair, job.device)
     if delta is None and not job.pair.added_rows:
         return ExtractResult(row)
     if delta is None:

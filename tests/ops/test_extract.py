@@ -333,3 +333,36 @@ def test_stage_times_are_told_but_do_not_travel(tmp_path: Path) -> None:
     assert report.timed_json()["seconds"] == report.seconds
     stored = json.loads((tmp_path / "adapter" / "loratool_report.json").read_text())
     assert "seconds" not in stored
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_stored_whole_is_measured_like_what_is_factorised(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Only the size of its change is needed, so that is all that is kept in memory."""
+    base = save_folder(llama_like(dtype), tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(llama_like(dtype)), tmp_path / "tuned", LLAMA)
+    factorised = lt.extract(base, tuned, tmp_path / "a", rank=4)
+    whole = lt.extract(base, tuned, tmp_path / "b", rank=4, exclude=["*.mlp.*", "*embed*"])
+    left_out = {row.name: row for row in whole.rows if row.status == "excluded"}
+    assert len(left_out) == 5
+    for row in factorised.rows:
+        if row.name in left_out:
+            other = left_out[row.name]
+            assert (row.delta_norm, row.base_norm) == (other.delta_norm, other.base_norm)
+            assert (row.noise_floor, row.changed_share) == (other.noise_floor, other.changed_share)
+    sick = moved(llama_like(dtype))
+    sick["model.embed_tokens.weight"][37, 5] = float("nan")
+    broken = save_folder(sick, tmp_path / "sick", LLAMA)
+    with pytest.raises(NonFiniteValues, match=r"embed_tokens.weight: .* at \[37, 5\]"):
+        lt.extract(base, broken, tmp_path / "c", rank=4, exclude=["*embed*"])
+
+
+def test_no_number_in_a_kernel_is_placed_in_the_kernel(tmp_path: Path) -> None:
+    state = llama_like() | {"conv.weight": torch.randn(300, 40, 5, 5)}
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    sick = moved(state)
+    sick["conv.weight"][281, 7, 3, 2] = float("inf")
+    tuned = save_folder(sick, tmp_path / "tuned", LLAMA)
+    with pytest.raises(NonFiniteValues, match=r"conv.weight: .* at \[281, 7, 3, 2\]"):
+        lt.extract(base, tuned, tmp_path / "a", rank=4)
