@@ -14,7 +14,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loratool.algebra.ranks import RankLimits
-from loratool.combining.registry import DEFAULT
+from loratool.combining.registry import DEFAULT, find_method
 from loratool.errors import InputMissing, MalformedFile, OutputError, OutputExists, UsageError
 from loratool.ops.combine_plan import Combination
 from loratool.ops.combine_saved import parse_saved
@@ -163,6 +163,7 @@ def _asked(body: Mapping[str, Any], sources: tuple[Source, ...]) -> Combination:
     if isinstance(rank, bool) or not isinstance(rank, str | int | None):
         raise UsageError(f"rank {rank!r} is neither a number nor a rule")
     alpha = body.get("alpha")
+    find_method(typed("method", str, DEFAULT)).check(typed("parameters", dict, {}), len(sources))
     limits = RankLimits(
         typed("min_rank", int, 1), typed("max_rank", int, None), typed("multiple_of", int, 1)
     )

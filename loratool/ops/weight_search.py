@@ -171,10 +171,9 @@ class _Log:
 
     def __init__(self, path: Path, key: str):
         self._path = path
+        self._key = key
         self.scores: dict[Point, float] = {}
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"search": key}) + "\n")
             return
         try:
             head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -194,5 +193,8 @@ class _Log:
         )
 
     def add(self, weights: Point, score: float) -> None:
+        is_new = not self._path.exists()
         with open(self._path, "a") as file:
+            if is_new:
+                file.write(json.dumps({"search": self._key}) + "\n")
             file.write(json.dumps({"weights": weights, "score": _finite(score)}) + "\n")
