@@ -10,7 +10,7 @@ rationals, which tells when such a sum is rational and could lie on a rounding b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -132,9 +132,7 @@ class CertifiedDora:
         count, columns = dora.change.shape
         norm = torch.zeros(columns, dtype=torch.float64)
         error = torch.zeros_like(norm)
-        step = max(1, _BLOCK_ELEMENTS // max(1, columns))
-        for first in range(0, count, step):
-            base = self._read_rows(first, min(first + step, count))
+        for first, base in self._blocks(count, columns):
             finite_or_error(base, first)
             rows = torch.arange(len(base)) + first
             v, dv = total(base.double(), [dora.change.block(rows)])
@@ -142,6 +140,12 @@ class CertifiedDora:
             norm = norm + part
             error = error + dpart + U64 * norm
         return norm, error
+
+    def _blocks(self, rows: int, columns: int) -> Iterator[tuple[int, Tensor]]:
+        """The base tensor a part at a time, with each part's first row."""
+        step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+        for first in range(0, rows, step):
+            yield first, self._read_rows(first, min(first + step, rows))
 
     # Exactly -----------------------------------------------------------------------------------
 
@@ -175,7 +179,7 @@ class CertifiedDora:
             height, width = dora.change.shape
             if dora.by_column:
                 rows, columns = torch.arange(height), torch.full((height,), line)
-                base = self._read_rows(0, height)[:, line]
+                base = torch.cat([part[:, line].clone() for _, part in self._blocks(height, width)])
             else:
                 rows, columns = torch.full((width,), line), torch.arange(width)
                 base = base_row
