@@ -119,11 +119,12 @@ def _show_adapter(out: Output, report: AdapterReport) -> None:
                 spark(strongest.values[:_BARS]),
             ]
         )
-    out.table(
-        f"adapter {report.name} ({report.format}), base: {report.base_model or 'not recorded'}",
-        ["module", "tensors", "rank", "alpha", "scale", "‖ΔW‖", "stable rank", "spectrum"],
-        cells,
-    )
+    title = f"adapter {report.name} ({report.format}), base: {report.base_model or 'not recorded'}"
+    if cells:
+        columns = ["module", "tensors", "rank", "alpha", "scale", "‖ΔW‖", "stable rank", "spectrum"]
+        out.table(title, columns, cells)
+    else:
+        out.line(title)
     for other in report.others[:12]:
         out.line(f"{other['name']}: {other['update']}")
     if len(report.others) > 12:
@@ -136,7 +137,8 @@ def _show_adapter(out: Output, report: AdapterReport) -> None:
             + (f", … {more} more" if more > 0 else "")
         )
     out.line(f"{report.parameters:,} values, {size_text(report.nbytes)}")
-    out.line("spectrum: singular values of the strongest update of each row, largest first")
+    if cells:
+        out.line("spectrum: singular values of the strongest update of each row, largest first")
 
 
 def _show_pair(out: Output, report: PairReport) -> None:

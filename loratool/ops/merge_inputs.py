@@ -35,6 +35,8 @@ from loratool.storage.tensors import equal_values
 from loratool.storage.views import Zeros
 
 _SUMMED = (LowRankUpdate, DenseUpdate, HadamardUpdate, KroneckerUpdate)
+IN_FLOAT64 = 150
+"""Bytes for each value of a block that is calculated in float64: every kind but low-rank ones."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Merging:
         return sum(tensors[name].numel for name in self.placement.updates if name in tensors)
 
     def peak_bytes(self, workers: int) -> int:
-        """Working memory: blocks in float32 beside the factors, per worker."""
+        """Working memory: blocks in float32, or float64, beside the factors, per worker."""
         factors = [
             sum(
                 sum(4 * math.prod(t.shape) for t in update.update.tensors)
@@ -103,7 +105,13 @@ class Merging:
             )
             for placed in self.updates.values()
         ]
-        return (workers + WAITING) * (16 * BLOCK_ELEMENTS + 3 * max(factors, default=0))
+        plain = all(
+            isinstance(update.update, LowRankUpdate | Replacement | TokenRows)
+            for placed in self.updates.values()
+            for update in placed
+        )
+        block = BLOCK_ELEMENTS * (16 if plain else IN_FLOAT64)
+        return (workers + WAITING) * (block + 3 * max(factors, default=0))
 
     def to_json(self, workers: int) -> dict[str, Any]:
         """What a plan says of the values."""
