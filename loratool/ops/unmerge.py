@@ -16,6 +16,7 @@ from loratool.algebra.rounding import MERGEABLE
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
+from loratool.layouts.placed import TieChoice
 from loratool.layouts.placing import PlacedUpdate, place
 from loratool.ops.merge_receipt import receipt_beside
 from loratool.ops.merge_sides import side_files_of
@@ -146,6 +147,7 @@ def plan_unmerge(
         [(adapter, weight) for _, weight, adapter in opened],
         model.checkpoint.tensors,
         model.config,
+        ties=TieChoice.BOTH if known else TieChoice.REFUSE,  # a receipt tells what was done
     )
     if known is None:
         updates: Mapping[str, tuple[PlacedUpdate, ...]] = placement.updates

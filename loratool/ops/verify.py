@@ -14,6 +14,7 @@ from loratool.adapter import Adapter
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import UsageError
+from loratool.layouts.placed import TieChoice
 from loratool.layouts.placing import PlacedUpdate, describe, place
 from loratool.ops.receipt_match import given_as_recorded
 from loratool.ops.restoring import value_sha256
@@ -75,7 +76,7 @@ def plan_verify(
             "without --base there is nothing to compare with",
             hint="name the base; with --fast, a receipt can stand for it",
         )
-    placement = place(weighted, origin.checkpoint.tensors, origin.config)
+    placement = place(weighted, origin.checkpoint.tensors, origin.config, ties=TieChoice.BOTH)
     updates: Mapping[str, tuple[PlacedUpdate, ...]] = placement.updates
     if known is not None:
         assert found is not None

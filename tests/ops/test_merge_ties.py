@@ -175,6 +175,8 @@ def test_a_receipt_undoes_what_was_added(tmp_path: Path) -> None:
     adapter = save_sides(tmp_path / "adapter", {HEAD: factors(50, 24)})
     lt.merge(head, adapter, tmp_path / "m1", ties="apart", receipt=True)
     lt.merge(head, bias, tmp_path / "m2", add_bias=True, receipt=True)
-    for merged, used in (("m1", adapter), ("m2", bias)):
+    lt.merge(head, adapter, tmp_path / "m3", ties="both", receipt=True)
+    assert not lt.verify(tmp_path / "m3", head, adapter).differs
+    for merged, used in (("m1", adapter), ("m2", bias), ("m3", adapter)):
         lt.unmerge(tmp_path / merged, used, tmp_path / f"{merged}-base")
         assert bytes_of(tmp_path / f"{merged}-base") == bytes_of(head)
