@@ -315,7 +315,10 @@ def _show(out: Output, report: ExtractReport, output: Path) -> None:
         rows = [row for row in report.rows if row.status is status]
         if rows:
             share = _share(sum(row.energy for row in rows), report)
-            out.line(f"{status}: {_kinds(rows)} ({percent(share)} of the change's energy)")
+            what = f"{percent(share)} of the change's energy"
+            if status is Status.NEW_ROWS:
+                what = f"{rows[0].added_rows} tokens added"
+            out.line(f"{status}: {_kinds(rows)} ({what})")
     if unchanged := report.count(Status.UNCHANGED):
         out.line(f"unchanged: {unchanged} tensors")
     out.line(

@@ -150,3 +150,16 @@ def _count_nonzero(block: Tensor) -> int:
     if block.device.type != "cpu":
         return int(torch.count_nonzero(block))
     return int(np.count_nonzero(block.numpy() != 0))  # numpy counts flags several times faster
+
+
+def check_finite_rows(pair: Pair) -> None:
+    """Raises NonFiniteValues where a token that the tuned side added holds NaN or infinity."""
+    first, last = pair.tuned.rows, pair.whole.rows
+    step = max(1, _BLOCK_ELEMENTS * last // max(1, pair.whole.numel))
+    for start in range(first, last, step):
+        rows = pair.whole.read_rows(start, min(start + step, last))
+        if not bool(torch.isfinite(rows).all()):
+            raise NonFiniteValues(
+                f"{pair.name}: NaN or infinity in the tokens from {start} on of tuned",
+                hint="the checkpoint is broken, or its training diverged",
+            )

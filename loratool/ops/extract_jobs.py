@@ -21,7 +21,13 @@ from loratool.algebra.stacking import at_scale, stacked
 from loratool.errors import RangeOverflow
 from loratool.layouts.pairs import Pair
 from loratool.ops.adapter_folder import load_update, stored_value
-from loratool.ops.deltas import Delta, matrix_shape, measure_delta, read_delta
+from loratool.ops.deltas import (
+    Delta,
+    check_finite_rows,
+    matrix_shape,
+    measure_delta,
+    read_delta,
+)
 from loratool.ops.extract_dora import dora_value
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.stopwatch import Stopwatch
@@ -156,6 +162,7 @@ def extract_tensor(job: ExtractJob, stopwatch: Stopwatch | None = None) -> Extra
         status=Status.UNCHANGED,
     )
     with stopwatch.stage("read"):
+        check_finite_rows(job.pair)
         read = read_delta if job.uses_matrix else measure_delta
         delta = read(job.pair, job.device)
     if delta is None and not job.pair.added_rows:

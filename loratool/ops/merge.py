@@ -219,7 +219,8 @@ def facts(plan: MergePlan) -> dict[str, Any]:
     """What the report repeats of the plan."""
     known = plan.merging.facts()
     notes = [*known["notes"], *plan.side_files.notes]
-    return {**known, "skipped_files": list(plan.side_files.skipped), "notes": notes}
+    grown = dict(plan.merging.placement.grown)
+    return {**known, "grown": grown, "skipped_files": list(plan.side_files.skipped), "notes": notes}
 
 
 def _write_weights(

@@ -274,6 +274,13 @@ def _(folder: Path) -> list[object]:
     return merge(folder)
 
 
+@failure("parts of fused layers for PEFT", 2, "UsageError", "PEFT loads none of them")
+def _(folder: Path) -> list[object]:
+    base(folder)
+    write_checkpoint(folder / "tuned", gpt2_weights(), GPT2_CONFIG)
+    return extract(folder, "--split-fused")
+
+
 @failure("shapes that disagree, extracting", 4, "ShapeMismatch", "tensors differ in shape")
 def _(folder: Path) -> list[object]:
     base(folder)

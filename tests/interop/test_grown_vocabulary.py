@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from loratool.adapter import Replacement, TokenRows
-from loratool.errors import DisagreementError, ShapeMismatch, UsageError
+from loratool.errors import DisagreementError, NonFiniteValues, ShapeMismatch, UsageError
 from tests.interop.families import FAMILIES, Family
 from tests.interop.test_families import answer, load, save_pair
 
@@ -115,3 +115,12 @@ def test_growth_is_all_or_nothing(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ShapeMismatch, match="the adapter trained token 70, the base has 64"):
         lt.merge(base, adapter, tmp_path / "m")
+
+
+def test_a_new_token_that_is_no_number(tmp_path: Path) -> None:
+    base, tuned = grown(FAMILIES["llama"], tmp_path, "unchanged")
+    state = load_file(tuned / "model.safetensors")
+    state["lm_head.weight"][68, 3] = float("nan")
+    save_file(state, tuned / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteValues, match=r"lm_head\.weight: NaN"):
+        lt.extract(base, tuned, tmp_path / "adapter", rank=2)
