@@ -5,12 +5,13 @@ The quick tests take every few steps, the slow ones all of them.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import loratool as lt
 from loratool.ops import merge_in_place, merge_work
 from loratool.storage import outputs
 from loratool.storage.in_place import JOURNAL
+from tests.cli.invoke import invoke
 from tests.faults.killing import COUNT_ONLY, bytes_of, run
 from tests.ops.builders import LLAMA, llama_like, save_folder, save_peft
 from tests.ops.test_merge import DOWN1, Q0, factors
@@ -77,6 +79,60 @@ def test_a_merge_killed_at_any_step_is_resumed(
         if code is not None and die_at > killed * every:
             break
     assert killed >= (30 if every == 1 else 2)
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_a_merge_killed_at_random_moments_is_resumed(
+    inputs: tuple[Path, Path], tmp_path: Path, moments: int
+) -> None:
+    """Killed again and again at random moments, each time a little further or from the start."""
+    base, adapter = inputs
+    before, out = bytes_of(base), tmp_path / "out"
+    began = time.perf_counter()
+    assert run(("merge", base, adapter, "-o", tmp_path / "whole", "--jobs", 2))[0] == 0
+    lasts = time.perf_counter() - began
+    expected = bytes_of(tmp_path / "whole")
+    generator = random.Random(moments)
+    killed = 0
+    for _ in range(moments):
+        command = ("merge", base, adapter, "-o", out, "--jobs", 2)
+        code, _ = run(command, die_after=lasts * generator.random())
+        killed += code is None
+        assert bytes_of(base) == before
+        if out.exists():
+            assert bytes_of(out) == expected
+            shutil.rmtree(out)
+    assert run(("merge", base, adapter, "-o", out, "--jobs", 2))[0] == 0
+    assert bytes_of(out) == expected
+    assert killed > moments // 4
+
+
+def test_a_base_that_cannot_be_read(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The n-th reading fails as on a broken disk, whichever n: an error, and nothing is left."""
+    before, failed = bytes_of(tmp_path), 0
+    preadv = os.preadv
+    for fails_at in range(1, 200, 4):
+        calls = [0]
+
+        def failing(*words: Any, calls: list[int] = calls, at: int = fails_at) -> int:
+            calls[0] += 1
+            if calls[0] == at:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return preadv(*words)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", failing)
+            ended = invoke("merge", *inputs, "-o", tmp_path / "out", "--jobs", "1")
+        if ended.code == 0:
+            break
+        failed += 1
+        assert ended.code == 3
+        assert "Input/output error" in ended.err
+        assert "Traceback" not in ended.err
+        assert bytes_of(tmp_path) == before
+    assert failed > 3
 
 
 @pytest.mark.parametrize("every", EVERY)
