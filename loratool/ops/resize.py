@@ -286,8 +286,7 @@ def resize_update(job: ResizeJob) -> ResizeResult:
     row = UpdateRow(job.name, job.shape, (value.rank,), (1.0,), 0, norm, 1.0, "core SVD")
     if not wanted or not cut.value.rank:
         return ResizeResult(replace(row, relative_error=1.0 if norm else 0.0), None)
-    is_lossless = cut.value.rank == len(cut.spectrum.values)
-    if is_lossless and wanted >= value.rank and not job.balance and job.scale == value.scale:
+    if wanted >= value.rank and not job.balance and job.scale == value.scale:
         kept, how = value, "factors kept"
     else:
         kept, how = in_scale(cut.value, job.scale), "core SVD"

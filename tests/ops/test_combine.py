@@ -221,6 +221,18 @@ def test_experts_keep_one_rank(tmp_path: Path, method: str) -> None:
         assert torch.allclose(value, factor * (one[name] + two[name]), atol=1e-5)
 
 
+def test_experts_keep_one_scale(tmp_path: Path) -> None:
+    """Where equal scales stay outside the factors, and one expert has another weight."""
+    paths = [experts(tmp_path / "a", 2, 0), experts(tmp_path / "b", 2, 40)]
+    rules = ["experts.gate_up_proj.1=0.5"]
+    lt.combine(paths, tmp_path / "out", method="cat", weight_rules=rules)
+    found = expert_updates(tmp_path / "out")
+    one, two = (expert_updates(path) for path in paths)
+    for name, value in found.items():
+        factor = 0.5 if name.endswith("gate_up_proj.1") else 1
+        assert torch.allclose(value, factor * (one[name] + two[name]), atol=1e-5)
+
+
 # What adapters hold besides ---------------------------------------------------------------------
 
 
@@ -272,7 +284,7 @@ def test_trained_tokens_are_put_together(tmp_path: Path) -> None:
         trained(tmp_path / "b", {5: 4.0, 3: 2.0}, 9),
     ]
     lt.combine(paths, tmp_path / "out", weights=[0.5, 0.1])
-    assert tokens(tmp_path / "out") == {3: 2.0, 5: 4.0, 7: 1.0}
+    assert list(tokens(tmp_path / "out").items()) == [(3, 2.0), (5, 4.0), (7, 1.0)]
     lt.resize(tmp_path / "out", tmp_path / "small", rank=2)
     assert tokens(tmp_path / "small") == {3: 2.0, 5: 4.0, 7: 1.0}
 

@@ -51,10 +51,9 @@ def test_what_was_written_makes_the_same_bytes(here: Path) -> None:
         "seed": 7,
         "exclude": ["layers.1.mlp"],
     }
-    lt.combine(["a", "b", "c"], "out", write_recipe="r.yaml", **options)
     (here / "elsewhere").mkdir()
-    (here / "r.yaml").rename(here / "r2.yaml")
-    lt.combine_recipe("r2.yaml", "elsewhere/out")
+    lt.combine(["a", "b", "c"], "out", write_recipe="elsewhere/r.yaml", **options)
+    lt.combine_recipe("elsewhere/r.yaml", "elsewhere/out")
     assert weights_file(here / "out") == weights_file(here / "elsewhere" / "out")
     lt.combine(["a", "b", "c"], "other", method="dare_ties", seed=8, density=0.4)
     assert weights_file(here / "out") != weights_file(here / "other")
@@ -89,6 +88,18 @@ def test_recipes_in_recipes(here: Path) -> None:
             expected = one[module] - 0.5 * (2 * two[module] + three[module])
             assert torch.allclose(value, expected, rtol=1e-5, atol=1e-5)
     assert weights_file(here / "out-file") == weights_file(here / "out-inline")
+
+
+def test_what_lies_between_is_not_rounded_to_16_bits(here: Path) -> None:
+    paths = [adapter(here / name, 2, seed, dtype=torch.bfloat16) for seed, name in enumerate("de")]
+    rows = [{"path": path.name, "weight": 0.3 + i} for i, path in enumerate(paths)]
+    inner = {"method": "cat", "adapters": rows}
+    body = {"method": "cat", "dtype": "float32", "adapters": [{"recipe": inner}]}
+    lt.combine_recipe(write(here / "r.yaml", body), "out")
+    one, two = (updates(path) for path in paths)
+    for module, value in updates(here / "out").items():
+        expected = 0.3 * one[module] + 1.3 * two[module]
+        assert float((value - expected).norm()) < 1e-6 * float(expected.norm())
 
 
 def test_a_nested_recipe_is_written_out(here: Path) -> None:

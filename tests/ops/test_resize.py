@@ -136,6 +136,16 @@ def test_uniform_is_one_rank_and_one_scale(
     assert len(set(ranks(tmp_path / "out").values())) == 1
 
 
+def test_uniform_where_some_factors_stay_and_others_are_cut(tmp_path: Path) -> None:
+    low = lora_factors(Q, 20, 24, 4)
+    low[f"base_model.model.{Q}.lora_B.weight"][:, 2:] = 0
+    path = adapter(tmp_path / "a", 4, extra=low, lora_alpha=12)
+    lt.resize(path, tmp_path / "out", rank="full", uniform=True)
+    assert same(path, tmp_path / "out")
+    assert config(tmp_path / "out")["lora_alpha"] == 12
+    assert "alpha_pattern" not in config(tmp_path / "out")
+
+
 def test_a_profile_decides_the_form(tmp_path: Path) -> None:
     path = adapter(tmp_path / "a", 4)
     lt.resize(path, tmp_path / "out", rank=6, profile="vllm")
