@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import loratool as lt
 from loratool.errors import (
@@ -22,7 +23,7 @@ from loratool.ops import merge_in_place
 from loratool.storage.in_place import JOURNAL, Journal
 from tests.cli.invoke import invoke
 from tests.faults.killing import bytes_of
-from tests.ops.builders import LLAMA, llama_like, save_folder, save_peft
+from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, save_folder, save_peft
 from tests.ops.test_merge import DOWN1, Q0, factors
 
 
@@ -230,4 +231,29 @@ def test_the_command_line(base: Path, adapter: Path, tmp_path: Path) -> None:
     done = invoke("merge", base, adapter, "--in-place")
     assert done.code == 0
     assert f"merged into {base}: 2 of" in done.out
+    assert bytes_of(base) == bytes_of(tmp_path / "merged")
+
+
+def test_an_update_that_needs_the_whole_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DoRA on a weight stored (in, out): its norms run over rows that are changed one by one."""
+    monkeypatch.setattr(merge_in_place, "BLOCK_BYTES", 100)
+    monkeypatch.setattr("loratool.ops.merge_jobs.BLOCK_ELEMENTS", 64)
+    base = save_folder(gpt2_like(torch.bfloat16), tmp_path / "base", GPT2)
+    a, b = factors(48, 16)
+    name = "base_model.model.h.0.attn.c_attn"
+    tensors = {
+        f"{name}.lora_A.weight": a,
+        f"{name}.lora_B.weight": b,
+        f"{name}.lora_magnitude_vector": torch.linspace(0.5, 1.5, 48),
+    }
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "use_dora": True}
+    config |= {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    lt.merge(base, adapter, tmp_path / "merged")
+    lt.merge_in_place(base, adapter)
     assert bytes_of(base) == bytes_of(tmp_path / "merged")
