@@ -413,6 +413,82 @@ def _(folder: Path) -> list[object]:
     return merge_setup(folder, "--alpha", "8")
 
 
+# Estimating and starting ----------------------------------------------------------------------
+
+
+def config_only(folder: Path, **changes: object) -> Path:
+    path = folder / "config.json"
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 16, "n_positions": 12}
+    path.write_text(json.dumps(GPT2_CONFIG | sizes | changes))
+    return path
+
+
+@failure("a config without a size, estimating", 3, "UnsupportedInput", "lacks n_embd")
+def _(folder: Path) -> list[object]:
+    return ["estimate", config_only(folder, n_embd=None)]
+
+
+@failure("a config of a size that is none", 3, "MalformedFile", "n_layer is -2")
+def _(folder: Path) -> list[object]:
+    return ["estimate", config_only(folder, n_layer=-2)]
+
+
+@failure("a config of an unknown type", 3, "UnsupportedInput", "model type 'bear'")
+def _(folder: Path) -> list[object]:
+    return ["estimate", config_only(folder, model_type="bear")]
+
+
+@failure("a model of no known name", 3, "InputMissing", "gpt5: no such file")
+def _(folder: Path) -> list[object]:
+    return ["estimate", "gpt5"]
+
+
+@failure("targets that match nothing, estimating", 4, "NothingMatches", "'c_atn' matches nothing")
+def _(folder: Path) -> list[object]:
+    return ["estimate", base(folder), "--targets", "c_atn"]
+
+
+@failure("rank 0, estimating", 2, "UsageError", "rank 0 is not positive")
+def _(folder: Path) -> list[object]:
+    return ["estimate", base(folder), "--rank", "0"]
+
+
+@failure("a rank above the smaller side, estimating", 2, "UsageError", "above the smaller side")
+def _(folder: Path) -> list[object]:
+    return ["estimate", base(folder), "--rank", "9", "--targets", "c_attn"]
+
+
+def init(folder: Path, *more: object) -> list[object]:
+    base(folder)
+    return ["init", folder / "base", "-o", folder / "out", *more]
+
+
+@failure("targets that match nothing, starting", 4, "NothingMatches", "'c_atn' matches nothing")
+def _(folder: Path) -> list[object]:
+    return init(folder, "--targets", "c_atn")
+
+
+@failure("rank 0, starting", 2, "UsageError", "rank 0 is not positive")
+def _(folder: Path) -> list[object]:
+    return init(folder, "--rank", "0")
+
+
+@failure("a rank above the smaller side, starting", 2, "UsageError", "above the smaller side")
+def _(folder: Path) -> list[object]:
+    return init(folder, "--rank", "9")
+
+
+@failure("an adapter as the base to start on", 3, "UnsupportedInput", "is an adapter")
+def _(folder: Path) -> list[object]:
+    return ["init", adapter(folder), "-o", folder / "out"]
+
+
+@failure("a start in the base's own place", 5, "OutputError", "base: is one of the inputs")
+def _(folder: Path) -> list[object]:
+    base(folder)
+    return ["init", folder / "base", "-o", folder / "base", "--overwrite"]
+
+
 # Outputs --------------------------------------------------------------------------------------
 
 

@@ -25,20 +25,20 @@ MOST_BYTES_WRITTEN = 256 * 2**20
 
 
 @contextlib.contextmanager
-def small_files_only() -> Iterator[None]:
+def small_files_only(most: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES_WRITTEN, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def invoke(*arguments: object) -> Ended:
-    """Run ``loratool ARGUMENTS`` and wait for its exit."""
+def invoke(*arguments: object, most: int = MOST_BYTES_WRITTEN) -> Ended:
+    """Run ``loratool ARGUMENTS`` and wait for its exit. most: bytes of any one file written."""
     out, err = io.StringIO(), io.StringIO()
     redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with small_files_only(), redirected[0], redirected[1]:
+    with small_files_only(most), redirected[0], redirected[1]:
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as ended:

@@ -13,6 +13,7 @@ import transformers
 from loratool.algebra.cost import lora_parameters, svd_flops, training_memory
 from loratool.errors import InputMissing, MalformedFile, NothingMatches, UsageError
 from loratool.ops.estimate import estimate, known_models
+from tests.builders import llama_weights, write_checkpoint
 from tests.cli.invoke import invoke
 
 PAPER = [
@@ -123,6 +124,12 @@ def test_targets_that_match_nothing_show_near_misses(small_gpt2: Path) -> None:
     with pytest.raises(NothingMatches) as error:
         estimate(str(small_gpt2), targets="c_atn")
     assert "c_attn" in " ".join(error.value.details)
+
+
+def test_an_unknown_type_is_counted_by_its_shapes(tmp_path: Path) -> None:
+    """Where the config is not understood the headers are enough."""
+    base = write_checkpoint(tmp_path / "base", llama_weights(), {"model_type": "bear"})
+    assert estimate(str(base), rank=2, targets="q,v").trained == 2 * (8 + 8) + 2 * (8 + 4)
 
 
 def test_an_unknown_name_lists_the_known() -> None:
