@@ -11,6 +11,7 @@ from loratool.adapter import Adapter
 from loratool.algebra.ranks import RankLimits
 from loratool.engine import Engine, Progress
 from loratool.layouts.placing import TieChoice
+from loratool.ops import catalogue as _catalogue
 from loratool.ops import combine as _combine
 from loratool.ops import combine_plan as _combine_plan
 from loratool.ops import combine_weights as _combine_weights
@@ -31,6 +32,7 @@ from loratool.ops import unmerge as _unmerge
 from loratool.ops import verify as _verify
 from loratool.ops import verify_claim as _claim
 from loratool.ops import weight_search as _weight_search
+from loratool.ops.catalogue import CatalogueReport
 from loratool.ops.combine_report import UpdatesReport
 from loratool.ops.combine_saved import parse_saved
 from loratool.ops.compare_report import CompareReport
@@ -510,6 +512,30 @@ def inspect(
             Path(path), alpha=alpha, engine=_engine(jobs), progress=progress
         )
     return _inspect.inspect_checkpoint(Path(path))
+
+
+def list_models(
+    *paths: PathArg,
+    only: Sequence[str] = (),
+    kind: str | None = None,
+    sort: str = "name",
+    checksum: bool = False,
+    progress: Progress | None = None,
+) -> CatalogueReport:
+    """Every adapter and checkpoint below folders, from headers and configs alone.
+
+    only: globs over names. kind: "adapter" or "checkpoint". checksum: read those that may be
+    duplicates, to be sure. What is wrong with an entry is in its ``health``. Raises a
+    LoratoolError subclass.
+    """
+    return _catalogue.list_models(
+        [Path(path) for path in paths or (".",)],
+        only=only,
+        kind=kind,
+        sort=sort,
+        checksum=checksum,
+        progress=progress,
+    )
 
 
 def compare(

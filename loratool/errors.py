@@ -46,6 +46,10 @@ class MalformedFile(InputError):
     """A file's bytes contradict its format: truncated, overlapping, lying about sizes."""
 
 
+class TruncatedFile(MalformedFile):
+    """A file ends before what its header promises."""
+
+
 class UnsupportedInput(InputError):
     """A well-formed input that loratool does not handle."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,13 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
     Two checkpoints with equal layout and different values share it, hence its label.
     """
+    return fingerprint_of(checkpoint.files)
+
+
+def fingerprint_of(files: Iterable[WeightFile]) -> str:
+    """What ``fingerprint`` is of a checkpoint's files, in this order."""
     digest = hashlib.sha256()
-    for file in checkpoint.files:
+    for file in files:
         digest.update(file.raw_header or _description(file))
         digest.update(str(file.path.stat().st_size).encode())
     return f"headers-sha256:{digest.hexdigest()}"

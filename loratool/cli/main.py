@@ -27,6 +27,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "resize": "An adapter at another rank.",
     },
     "Look": {
+        "list": "Every adapter and checkpoint below folders.",
         "inspect": "What a checkpoint, an adapter or a fine-tune consists of.",
         "verify": "Is a merge, or an adapter, what it should be?",
         "compare": "How alike adapters are, and what combining them would do.",

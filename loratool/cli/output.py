@@ -50,6 +50,11 @@ class Output:
                 printable(text), markup=False, highlight=False, soft_wrap=True
             )
 
+    @property
+    def width(self) -> int:
+        """Columns that a line of the result has."""
+        return _console(sys.stdout).width
+
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1
     ) -> None:
@@ -178,6 +183,11 @@ def _console(stream: IO[str]) -> Console:
 
     width = None if stream.isatty() else int(os.environ.get("COLUMNS", _PIPE_WIDTH))
     return Console(file=stream, width=width, soft_wrap=False, emoji=False)
+
+
+def counted(count: int, what: str, plural: str | None = None) -> str:
+    """(1, 'file') → '1 file'; (2, 'file') → '2 files'."""
+    return f"{count:,} {what if count == 1 else plural or what + 's'}"
 
 
 def size_text(nbytes: int) -> str:

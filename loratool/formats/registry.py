@@ -10,6 +10,7 @@ from loratool.adapter import Adapter
 from loratool.errors import UnsupportedInput
 from loratool.formats import loralib, peft
 from loratool.formats.hints import NOTHING, Hints
+from loratool.formats.unread import unread_format
 from loratool.storage.tensors import LazyTensor
 
 
@@ -43,36 +44,18 @@ class Codec(Protocol):
 CODECS: tuple[Codec, ...] = (peft, loralib)
 
 
-_UNREAD_MARKS = (
-    "lora_down",
-    "lora_up",
-    ".lora.",
-    "lora_a",
-    "lora_b",
-    "lora_A",
-    "lora_B",
-    "hada_w1",
-    "lokr_w",
-    "oft_blocks",
-    "unet:",
-    "text_encoder:",
-    ".linear_in.",
-)
-"""What keys of adapter formats look like that have no codec here."""
-
-
 def refuse_unread_format(label: str, keys: frozenset[str]) -> None:
     """An adapter in a format without a codec must not pass for a checkpoint.
 
     Raises UnsupportedInput naming a key.
     """
-    for key in sorted(keys):
-        if any(mark in key for mark in _UNREAD_MARKS):
-            raise UnsupportedInput(
-                f"{label}: looks like an adapter in a format that loratool does not read",
-                details=[f"for example: {key}"],
-                hint="it reads: " + ", ".join(codec.NAME for codec in CODECS),
-            )
+    found = unread_format(keys)
+    if found is not None:
+        raise UnsupportedInput(
+            f"{label}: looks like an adapter in a format that loratool does not read",
+            details=[f"for example: {found.key}"],
+            hint="it reads: " + ", ".join(codec.NAME for codec in CODECS),
+        )
 
 
 def looks_like_adapter(keys: frozenset[str], side_files: Mapping[str, bytes]) -> bool:

@@ -31,7 +31,7 @@ PIPELINE_FILE = "model_index.json"
 """What a folder of several models (a diffusers pipeline) holds instead of weights."""
 MAX_JSON_BYTES = 100_000_000
 
-_ENTRY_FILES = (
+ENTRY_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
@@ -40,6 +40,7 @@ _ENTRY_FILES = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
+"""What a folder's checkpoint is called: the first of these that is there."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def _entry_of_folder(folder: Path) -> Path:
-    for name in _ENTRY_FILES:
+    for name in ENTRY_FILES:
         if (folder / name).is_file():
             return folder / name
     candidates = sorted(

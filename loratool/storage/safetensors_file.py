@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import MalformedFile
+from loratool.errors import MalformedFile, TruncatedFile
 from loratool.storage.dtypes import BY_NAME, DType
 from loratool.storage.tensors import TensorInfo
 
@@ -199,7 +199,7 @@ def _check_coverage(path: Path, tensors: Iterable[TensorInfo], data_start: int, 
             raise _bad(path, f"tensor {info.name!r} {kind}")
         position += info.nbytes
     if position > size:
-        raise MalformedFile(
+        raise TruncatedFile(
             f"{path}: is truncated: its header promises {position:,} bytes, it has {size:,}",
             hint="the download or copy did not finish; fetch it again",
         )

@@ -151,7 +151,7 @@ def _(folder: Path) -> list[object]:
     return merge(folder)
 
 
-@failure("a truncated checkpoint", 3, "MalformedFile", "model.safetensors: is truncated")
+@failure("a truncated checkpoint", 3, "TruncatedFile", "model.safetensors: is truncated")
 def _(folder: Path) -> list[object]:
     arguments = merge_setup(folder)
     path = folder / "base" / "model.safetensors"
@@ -159,7 +159,7 @@ def _(folder: Path) -> list[object]:
     return arguments
 
 
-@failure("a truncated adapter", 3, "MalformedFile", "adapter_model.safetensors: is truncated")
+@failure("a truncated adapter", 3, "TruncatedFile", "adapter_model.safetensors: is truncated")
 def _(folder: Path) -> list[object]:
     arguments = merge_setup(folder)
     path = folder / "adapter" / "adapter_model.safetensors"
