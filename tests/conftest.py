@@ -13,6 +13,7 @@ torch.set_num_threads(1)  # tests run side by side; threads of theirs would only
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.pop("COLUMNS", None)  # test runners set it for their workers; output would follow
 
 # New cases are found while developing; a change is judged on the same ones every time.
 # No test is timed: a busy machine is not a fault.
