@@ -171,7 +171,7 @@ def _against(value: float | None, chance: float | None) -> str:
 
 
 def _show_modules(out: Output, report: CompareReport, pair: PairTotals) -> None:
-    from loratool.ops.inspect import family_of, layer_of
+    from loratool.layouts.families import family_of, layer_of
 
     families: dict[str, list[ModuleRow]] = defaultdict(list)
     for row in report.shared:
@@ -285,7 +285,7 @@ def _show_advice(out: Output, report: CompareReport, adapters: Sequence[Path]) -
 
 
 def _show_alone(out: Output, report: CompareReport) -> None:
-    from loratool.ops.inspect import family_of
+    from loratool.layouts.families import family_of
 
     for position, adapter in enumerate(report.adapters):
         if not adapter.alone:

@@ -363,7 +363,7 @@ def _stages(seconds: Mapping[str, float]) -> str:
 
 
 def _family_rows(rows: list[TensorRow], report: ExtractReport) -> list[list[str]]:
-    from loratool.ops.inspect import family_of
+    from loratool.layouts.families import family_of
 
     families: dict[str, list[TensorRow]] = defaultdict(list)
     for row in rows:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, counted, size_text
+from loratool.cli.output import Output, counted, size_text, span
 
 if TYPE_CHECKING:
     from loratool.ops.catalogue import CatalogueReport
@@ -132,8 +132,8 @@ def _row(entry: Entry, alike: str, columns: list[str]) -> list[str]:
         "name": entry.name,
         "format": entry.format if entry.read else f"unread: {entry.format}",
         "base or class": entry.base or entry.architecture or "",
-        "rank": _span(entry.ranks),
-        "alpha": _span(entry.alphas),
+        "rank": span(entry.ranks),
+        "alpha": span(entry.alphas),
         "targets": _targets(entry),
         "parameters": "" if entry.parameters is None else _short(entry.parameters),
         "size": size_text(entry.size_bytes),
@@ -148,13 +148,6 @@ def _targets(entry: Entry) -> str:
     names = [name.removesuffix("_proj") for name in entry.targets]
     more = f" +{len(names) - _TARGETS}" if len(names) > _TARGETS else ""
     return ",".join(names[:_TARGETS]) + more
-
-
-def _span(values: tuple[int, ...] | tuple[float, ...]) -> str:
-    if not values:
-        return ""
-    low, high = values[0], values[-1]
-    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
 def _short(count: int) -> str:

@@ -221,3 +221,11 @@ def spark(values: Sequence[float], top: float | None = None) -> str:
     if peak <= 0:
         return bars[0] * len(values)
     return "".join(bars[min(7, int(8 * max(value, 0.0) / peak))] for value in values)
+
+
+def span(values: Sequence[float]) -> str:
+    """[8, 8] → '8'; [4, 8] → '4–8'; nothing of nothing."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if low == high else f"{low:.3g}–{high:.3g}"

@@ -43,8 +43,8 @@ def show_updates(out: Output, report: UpdatesReport, title: str, output: Path) -
 
 
 def _families(report: UpdatesReport) -> list[list[str]]:
+    from loratool.layouts.families import family_of
     from loratool.ops.combine_report import error_of
-    from loratool.ops.inspect import family_of
 
     families: dict[str, list[UpdateRow]] = defaultdict(list)
     for row in report.rows:

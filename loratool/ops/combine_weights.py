@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import NothingMatches, UsageError
+from loratool.layouts.families import layer_of
 from loratool.layouts.patterns import matches, select
-from loratool.ops.inspect import layer_of
 
 if TYPE_CHECKING:
     from loratool.ops.combine_plan import Combination

@@ -24,10 +24,10 @@ from loratool.errors import InputMissing, NothingMatches, UsageError
 from loratool.layouts.architectures import parameters_of
 from loratool.layouts.architectures.paper import NAMED
 from loratool.layouts.config import ModelConfig
+from loratool.layouts.families import family_of
 from loratool.layouts.fused import split_fused
 from loratool.layouts.kinds import classify
 from loratool.layouts.targets import targeted
-from loratool.ops.inspect import family_of
 from loratool.ops.sources import open_model
 from loratool.provenance import document
 from loratool.storage.checkpoint import read_json_file

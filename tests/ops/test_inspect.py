@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import loratool as lt
-from loratool.ops.inspect import AdapterReport, CheckpointReport, PairReport, family_of, layer_of
+from loratool.layouts.families import family_of, layer_of
+from loratool.ops.inspect import AdapterReport, CheckpointReport, PairReport
 from tests.ops.builders import (
     GPT2,
     LLAMA,
