@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from loratool.adapter import Adapter
 from loratool.algebra.ranks import RankLimits
 from loratool.engine import Engine, Progress
+from loratool.errors import UsageError
 from loratool.layouts.placing import TieChoice
+from loratool.ops import amplification as _amplification
 from loratool.ops import catalogue as _catalogue
 from loratool.ops import combine as _combine
 from loratool.ops import combine_plan as _combine_plan
@@ -59,7 +61,12 @@ PathArg = str | PathLike[str]
 Adapters = PathArg | Sequence[PathArg | tuple[PathArg, float]]
 """One path, or several, each alone or with a weight."""
 
-InspectReport = _inspect.CheckpointReport | _inspect.AdapterReport | _inspect.PairReport
+InspectReport = (
+    _inspect.CheckpointReport
+    | _inspect.AdapterReport
+    | _inspect.PairReport
+    | _amplification.AmplificationReport
+)
 
 
 def extract(
@@ -494,6 +501,7 @@ def inspect(
     path: PathArg,
     tuned: PathArg | None = None,
     *,
+    base: PathArg | None = None,
     alpha: float | None = None,
     device: str = "auto",
     jobs: int | None = None,
@@ -501,8 +509,20 @@ def inspect(
 ) -> InspectReport:
     """Describe a checkpoint or an adapter; with ``tuned``, the change between two checkpoints.
 
-    Raises a LoratoolError subclass.
+    With ``base``, the checkpoint that an adapter is for: what the adapter amplifies in it. Raises a
+    LoratoolError subclass.
     """
+    if base is not None:
+        if tuned is not None:
+            raise UsageError("--base is for an adapter; of two checkpoints the first is the base")
+        return _amplification.amplification(
+            Path(path),
+            Path(base),
+            alpha=alpha,
+            device=device,
+            engine=_engine(jobs),
+            progress=progress,
+        )
     if tuned is not None:
         return _inspect.inspect_pair(
             Path(path), Path(tuned), device=device, engine=_engine(jobs), progress=progress

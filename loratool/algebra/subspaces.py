@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from loratool.algebra.blocks import float64_blocks
+
 
 def principal_angles(x: Tensor, y: Tensor) -> Tensor:
     """Angles between the spans of two orthonormal bases, radians, ascending, float64.
@@ -71,3 +73,22 @@ def row_basis(factor: Tensor) -> Tensor:
 def degrees(angles: Tensor) -> list[float]:
     """Radians to degrees."""
     return [math.degrees(angle) for angle in angles.tolist()]
+
+
+def projected_norm(matrix: Tensor, u: Tensor, v: Tensor) -> float:
+    """‖Uᵀ·M·V‖_F: what a matrix (m, n) has in the directions U (m, k), V (n, k). In float64.
+
+    Hu et al. (2022), §7.3, the denominator of the amplification factor.
+    """
+    inside = torch.zeros(u.shape[1], v.shape[1], dtype=torch.float64, device=matrix.device)
+    for start, block in float64_blocks(matrix):
+        inside += u[start : start + len(block)].T @ (block @ v)
+    return float(torch.linalg.matrix_norm(inside))
+
+
+def projected_norm_by_chance(norm: float, k: int, shape: tuple[int, int]) -> float:
+    """Root mean square of ‖Uᵀ·M·V‖_F over random k-dimensional U and V: ‖M‖_F · k / √(m·n).
+
+    E[U·Uᵀ] = (k/m)·I and E[V·Vᵀ] = (k/n)·I for uniform subspaces.
+    """
+    return norm * k / math.sqrt(shape[0] * shape[1])

@@ -1,0 +1,218 @@
+"""Where an adapter's updates lie in the weights they are added to: Hu et al. (2022), §7.3."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loratool.adapter import LowRankUpdate
+from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.factorize import factorize
+from loratool.algebra.lowrank import LowRank
+from loratool.algebra.ranks import parse_rank_rule
+from loratool.algebra.subspaces import (
+    phi_expected,
+    phi_grid,
+    projected_norm,
+    projected_norm_by_chance,
+)
+from loratool.engine import Engine, NoProgress, Progress
+from loratool.engine.devices import resolve_device
+from loratool.errors import NonFiniteValues, NothingMatches, UnsupportedInput
+from loratool.layouts.placing import PlacedUpdate, place
+from loratool.ops.sources import open_adapter, open_model
+from loratool.provenance import document
+from loratool.storage.tensors import TensorInfo
+
+SCHEMA_VERSION = 1
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class AmplificationRow:
+    """One update ΔW beside its weight W, both as (out, in).
+
+    rank: r, the numerical rank of ΔW. inside: ‖UᵀWV‖_F with U and V the r left and right singular
+    vectors of ΔW; inside_own: the same with those of W, its r largest; inside_by_chance: with
+    random ones. phi_left, phi_right: φ(r, r) between ΔW's spaces and those of W's r largest
+    singular values, 1 where they are the same; None for an update of zero.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    delta_norm: float
+    base_norm: float
+    inside: float
+    inside_own: float
+    inside_by_chance: float
+    phi_left: float | None
+    phi_right: float | None
+
+    @property
+    def amplification(self) -> float | None:
+        """‖ΔW‖_F / ‖UᵀWV‖_F; None where the weight has nothing in those directions."""
+        return self.delta_norm / self.inside if self.inside else None
+
+    @property
+    def phi_by_chance(self) -> tuple[float, float]:
+        """Left and right φ of unrelated spaces."""
+        rows, columns = self.shape
+        return phi_expected(self.rank, self.rank, rows), phi_expected(self.rank, self.rank, columns)
+
+    def to_json(self) -> dict[str, Any]:
+        left, right = self.phi_by_chance
+        return {
+            **vars(self),
+            "shape": list(self.shape),
+            "amplification": self.amplification,
+            "phi_left_by_chance": left,
+            "phi_right_by_chance": right,
+        }
+
+
+@dataclass(frozen=True)
+class AmplificationReport:
+    """What an adapter strengthens in its base."""
+
+    adapter: str
+    base: str
+    device: str
+    rows: tuple[AmplificationRow, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        body = {
+            "what": "amplification",
+            "adapter": self.adapter,
+            "base": self.base,
+            "device": self.device,
+            "updates": [row.to_json() for row in self.rows],
+            "notes": list(self.notes),
+        }
+        return document("inspect", SCHEMA_VERSION, body)
+
+
+@dataclass(frozen=True)
+class _Job:
+    placed: PlacedUpdate
+    name: str
+    base: TensorInfo
+    device: torch.device
+
+    @property
+    def cost(self) -> int:
+        return self.base.nbytes
+
+
+def amplification(
+    adapter: Path,
+    base: Path,
+    *,
+    alpha: float | None = None,
+    device: str = "auto",
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> AmplificationReport:
+    """Lay every low-rank update of ``adapter`` over the weight it is for, one weight at a time.
+
+    Norms and projections are float64 sums over the weight in float32. W's own singular vectors come
+    from the method that extract uses. Raises InputError, DisagreementError, NothingMatches where
+    no update is low-rank, UnsupportedInput for a weight that is not a plain float tensor, and
+    NonFiniteValues.
+    """
+    target = resolve_device(device)
+    value, model = open_adapter(adapter, alpha), open_model(base)
+    tensors = model.checkpoint.tensors
+    placement = place([(value, 1.0)], tensors, model.config)
+    jobs = []
+    for name, together in placement.updates.items():
+        for placed in together:
+            if isinstance(placed.update, LowRankUpdate):
+                label = name if len(together) == 1 else f"{name} ({placed.source})"
+                jobs.append(_Job(placed, label, _plain(tensors[name]), target))
+    if not jobs:
+        raise NothingMatches(
+            f"{adapter}: holds no low-rank update", hint="other kinds have no directions to compare"
+        )
+    others = sum(len(together) for together in placement.updates.values()) - len(jobs)
+    left_out = f"{others} updates that are not low-rank are left out"
+    rows = (engine or Engine()).map(
+        _measure,
+        jobs,
+        cost=lambda job: job.cost,
+        progress=progress or NoProgress(),
+        what="measuring",
+    )
+    return AmplificationReport(
+        adapter.resolve().name,
+        base.resolve().name,
+        str(target),
+        tuple(rows),
+        (*placement.notes, *([left_out] if others else [])),
+    )
+
+
+def _plain(info: TensorInfo) -> TensorInfo:
+    if info.dtype.name not in _FLOATS:
+        raise UnsupportedInput(
+            f"{info.name}: is {info.dtype.name}; only weights of 16, 32 or 64 bits are measured",
+            hint="name the checkpoint that it was quantised from",
+        )
+    return info
+
+
+def _measure(job: _Job) -> AmplificationRow:
+    weight, value = _on_weight(job)
+    u, values, v = value.svd()
+    rank = len(values)
+    norm = math.sqrt(sum_of_squares(weight))
+    chance = projected_norm_by_chance(norm, rank, value.shape)
+    row = AmplificationRow(
+        job.name, value.shape, rank, float(values.norm()), norm, 0.0, 0.0, chance, None, None
+    )
+    if not rank or not norm:
+        return row
+    own = factorize(weight, parse_rank_rule(str(rank)), key=f"0:{job.name}")
+    phi = [
+        float(phi_grid(ours.T @ theirs.double())[-1, -1])
+        for ours, theirs in ((u, own.u), (v, own.v))
+    ]
+    return AmplificationRow(
+        job.name,
+        value.shape,
+        rank,
+        row.delta_norm,
+        norm,
+        projected_norm(weight, u, v),
+        float(own.spectrum.values[:rank].norm()),
+        chance,
+        *phi,
+    )
+
+
+def _on_weight(job: _Job) -> tuple[Tensor, LowRank]:
+    """The weight as (out, in·k…), float32, and the update of it; of some rows where it has some."""
+    placed, update = job.placed, job.placed.update
+    assert isinstance(update, LowRankUpdate)
+    value = update.load()
+    if not bool(torch.isfinite(value.b).all()) or not bool(torch.isfinite(value.a).all()):
+        raise NonFiniteValues(f"{placed.source}: the adapter holds NaN or infinity")
+    if placed.member is None:
+        stored = job.base.read()
+    else:
+        stored = job.base.read_rows(placed.member, placed.member + 1)[0]
+    weight = stored.to(job.device).float().flatten(1)
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteValues(f"{job.base.name}: holds NaN or infinity")
+    weight = weight.T.contiguous() if placed.transposed else weight
+    b, a = value.b.to(job.device), value.a.to(job.device)
+    if placed.places is not None:
+        rows = [row for row, place in enumerate(placed.places) if place >= 0]
+        weight, b = weight[rows], b[[placed.places[row] for row in rows]]
+    return weight, LowRank(b, a, value.scale)
