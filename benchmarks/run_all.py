@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -71,6 +72,7 @@ def measure(
         "memory": lambda: peaks(pairs, min(rounds, 3)),
         "receipt": receipt_costs,
     }
+    run([sys.executable, "-m", "compileall", "-q", HERE.parent / "loratool"])  # as pip would
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for stage in stages:
         before = os.getloadavg()[0]

@@ -104,10 +104,14 @@ def framed(function: Command) -> Command:
 
 
 def _load_torch() -> None:
-    """Import torch, which every command needs, without the collector walking its modules."""
+    """Import torch, which every command needs, without the collector walking its modules.
+
+    Frozen, they are not walked later either, which costs a fifth of a second each time.
+    """
     gc.disable()
     try:
         import_module("torch")
+        gc.freeze()
     finally:
         gc.enable()
 
