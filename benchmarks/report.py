@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import report_combine
+
 Row = Sequence[str]
 
 MERGE_OVER_CP, PEFT_OVER_MERGE, PEAK_SHARE = 4.0, 4.0, 1 / 3
@@ -83,6 +85,9 @@ def markdown(results: dict[str, Any]) -> str:
             _rivals(results["extract_mergekit"]),
         ),
         *map(_stages_text, results["extract_mergekit"]),
+        "## Combine and resize",
+        report_combine.INTRO,
+        _table(report_combine.COLUMNS, report_combine.rows(results["combine"])),
         "## Memory and depth",
         "Peak resident memory of the commands, start-up included.",
         _table(["layers", "checkpoint", "merge", "extract"], _memory(results["memory"])),
@@ -118,6 +123,16 @@ def _targets(results: dict[str, Any]) -> list[Row]:
         ),
         *_largest_targets(results["extract_times"]),
         *(target for row in results["extract_mergekit"] for target in _rival_targets(row)),
+        *(
+            _target(
+                f"{rival} ÷ {what}, slowest square matrix",
+                report_combine.slowest(results["combine"], what),
+                report_combine.OVER_RIVAL,
+                "×",
+                least=True,
+            )
+            for what, rival in (("combine", "PEFT"), ("resize", "kohya"))
+        ),
         _target("excess error, decaying spectra", 100 * excess, 100 * EXCESS, " %"),
         _target("violated bounds on the excess", results["extract_bounds"]["violations"], 0, ""),
         _target(f"peak memory, growth from {layers}", 100 * growth, 5.0, " %"),

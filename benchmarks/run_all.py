@@ -35,6 +35,7 @@ STAGES = (
     "extract_mergekit",
     "memory",
     "receipt",
+    "combine",
 )
 PACKAGES = ("loratool", "torch", "safetensors", "peft", "transformers")
 DOCS = HERE.parent / "docs" / "benchmarks.md"
@@ -69,6 +70,7 @@ def measure(
             compare_with_mergekit(_pair(*model), 32, min(rounds, 3)) for model in rival_models
         ],
         "extract_whole": lambda: extract_whole(pairs[1], min(rounds, 3)),
+        "combine": lambda: run(python("bench_combine.py", *(["--quick"] if quick else []))).json(),
         "memory": lambda: peaks(pairs, min(rounds, 3)),
         "receipt": receipt_costs,
     }
