@@ -39,6 +39,13 @@ IN_FLOAT64 = 150
 """Bytes for each value of a block that is calculated in float64: every kind but low-rank ones."""
 
 
+_IN_FLOAT32, _BY_FLOAT64 = 20, 40
+"""Bytes that deciding a plain update takes for each weight of a block, by the level it starts at:
+the estimate, its bounds, what they round to, and the weights themselves."""
+_PER_THREAD = 10 * 2**20
+"""What a thread keeps: the buffer that writes go through, factor entries gathered."""
+
+
 @dataclass(frozen=True)
 class WeightedAdapter:
     """An adapter and what the user multiplies its updates with."""
@@ -110,8 +117,14 @@ class Merging:
             for placed in self.updates.values()
             for update in placed
         )
-        block = BLOCK_ELEMENTS * (16 if plain else IN_FLOAT64)
-        return (workers + WAITING) * (block + 3 * max(factors, default=0))
+        each = _IN_FLOAT32 if plain and self._is_16_bit() else _BY_FLOAT64 if plain else IN_FLOAT64
+        one = each * BLOCK_ELEMENTS + _PER_THREAD + 4 * max(factors, default=0)
+        return (workers + WAITING) * one
+
+    def _is_16_bit(self) -> bool:
+        """Whether float32 decides most weights: no changed tensor is wider than 16 bits."""
+        tensors = self.base.checkpoint.tensors
+        return all(tensors[name].dtype.bits <= 16 for name in self.updates if name in tensors)
 
     def to_json(self, workers: int) -> dict[str, Any]:
         """What a plan says of the values."""
