@@ -42,6 +42,7 @@ from loratool.ops.convert import ConvertReport
 from loratool.ops.estimate import EstimateReport
 from loratool.ops.extract_report import ExtractReport
 from loratool.ops.init import InitReport
+from loratool.ops.inspect_level import Level, parse_level
 from loratool.ops.merge_jobs import Asked
 from loratool.ops.merge_report import MergeReport
 from loratool.ops.recover import RecoverReport
@@ -502,6 +503,9 @@ def inspect(
     tuned: PathArg | None = None,
     *,
     base: PathArg | None = None,
+    level: str | None = None,
+    only: Sequence[str] = (),
+    exact: bool = False,
     alpha: float | None = None,
     device: str = "auto",
     jobs: int | None = None,
@@ -509,29 +513,52 @@ def inspect(
 ) -> InspectReport:
     """Describe a checkpoint or an adapter; with ``tuned``, the change between two checkpoints.
 
-    With ``base``, the checkpoint that an adapter is for: what the adapter amplifies in it. Raises a
-    LoratoolError subclass.
+    With ``base``, the checkpoint that an adapter is for: what the adapter amplifies in it. The
+    base of a checkpoint makes the two a pair, as ``inspect(base, path)`` does.
+
+    level: "headers" reads no tensor, "values" takes one pass, "spectra" also decomposes changes.
+    By default "headers" of one checkpoint, else "spectra". only: globs over names. exact: every
+    singular value of a pair. Raises a LoratoolError subclass.
     """
+    engine = _engine(jobs)
     if base is not None:
         if tuned is not None:
-            raise UsageError("--base is for an adapter; of two checkpoints the first is the base")
-        return _amplification.amplification(
-            Path(path),
-            Path(base),
-            alpha=alpha,
-            device=device,
-            engine=_engine(jobs),
-            progress=progress,
-        )
+            raise UsageError("--base is for one more path; of two checkpoints the first is it")
+        if is_adapter(Path(path)):
+            if only or exact or parse_level(level, Level.SPECTRA) is not Level.SPECTRA:
+                raise UsageError(
+                    "with its base, an adapter is inspected at level spectra, as a whole",
+                    hint="leave --base out for the levels headers and values",
+                )
+            return _amplification.amplification(
+                Path(path), Path(base), alpha=alpha, device=device, engine=engine, progress=progress
+            )
+        path, tuned = base, path
     if tuned is not None:
         return _inspect.inspect_pair(
-            Path(path), Path(tuned), device=device, engine=_engine(jobs), progress=progress
+            Path(path),
+            Path(tuned),
+            parse_level(level, Level.SPECTRA),
+            only=only,
+            exact=exact,
+            device=device,
+            engine=engine,
+            progress=progress,
         )
+    if exact:
+        raise UsageError("exact spectra are of pairs; those of adapters always are")
     if is_adapter(Path(path)):
         return _inspect.inspect_adapter(
-            Path(path), alpha=alpha, engine=_engine(jobs), progress=progress
+            Path(path),
+            parse_level(level, Level.SPECTRA),
+            only=only,
+            alpha=alpha,
+            engine=engine,
+            progress=progress,
         )
-    return _inspect.inspect_checkpoint(Path(path))
+    return _inspect.inspect_checkpoint(
+        Path(path), parse_level(level, Level.HEADERS), only=only, engine=engine, progress=progress
+    )
 
 
 def list_models(

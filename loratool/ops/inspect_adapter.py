@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loratool.adapter import LowRankUpdate
-from loratool.algebra.lowrank import LowRank
+from loratool.adapter import Adapter, DoraUpdate, LowRankUpdate
 from loratool.engine import Engine, NoProgress, Progress
-from loratool.ops.inspect_level import SCHEMA_VERSION
+from loratool.layouts.patterns import select
+from loratool.ops.inspect_level import SCHEMA_VERSION, Level
+from loratool.ops.inspect_values import TensorValues, equal_groups, read_values
 from loratool.ops.sources import open_adapter
 from loratool.provenance import document
+from loratool.storage.tensors import LazyTensor
+
+_B, _A, _MAGNITUDE = " B", " A", " magnitude"
+"""What the parts of a low-rank update are called behind their parameter's name."""
 
 
 @dataclass(frozen=True)
 class UpdateRow:
-    """One low-rank update. norm: ‖ΔW‖_F. values: its singular values."""
+    """One low-rank update. At level spectra norm: ‖ΔW‖_F, and values: its singular values."""
 
     name: str
     shape: tuple[int, int]
     rank: int
     alpha: float
     scale: float
-    norm: float
-    stable_rank: float
-    values: tuple[float, ...]
+    norm: float | None = None
+    stable_rank: float | None = None
+    values: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "shape": list(self.shape), "values": list(self.values)}
@@ -45,10 +51,28 @@ class AdapterReport:
     others: tuple[dict[str, Any], ...]
     parameters: int
     nbytes: int
+    level: Level = Level.SPECTRA
+    values: tuple[TensorValues, ...] = ()
+    """At level values: what one pass over each stored tensor found."""
+
+    @property
+    def zero_b(self) -> tuple[str, ...]:
+        """Updates whose B is zero, as it is before training: they change nothing."""
+        return tuple(
+            row.name.removesuffix(_B)
+            for row in self.values
+            if row.name.endswith(_B) and row.health is not None and row.health.is_zero
+        )
+
+    @property
+    def equal(self) -> tuple[tuple[str, ...], ...]:
+        """Stored tensors of equal values: layers replicated."""
+        return equal_groups(self.values)
 
     def to_json(self) -> dict[str, Any]:
         body = {
             "what": "adapter",
+            "level": str(self.level),
             "name": self.name,
             "format": self.format,
             "base_model": self.base_model,
@@ -58,29 +82,44 @@ class AdapterReport:
             "replaced": list(self.replaced),
             "others": list(self.others),
         }
+        if self.level is Level.VALUES:
+            body["values"] = [row.to_json() for row in self.values]
+            body["equal"] = [list(names) for names in self.equal]
+            body["zero_b"] = list(self.zero_b)
         return document("inspect", SCHEMA_VERSION, body)
 
 
 def inspect_adapter(
     path: Path,
+    level: Level = Level.SPECTRA,
     *,
+    only: Sequence[str] = (),
     alpha: float | None = None,
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> AdapterReport:
-    """Norm and exact spectrum of every update, through the small core.
+    """What an adapter's headers say; at level values what one pass over it finds; at level spectra
+    norm and exact spectrum of every low-rank update, through the small core.
 
-    Without ``alpha``, for formats that do not store it, is a UsageError. Raises InputError.
+    only: globs over names. Without ``alpha``, for formats that do not store it, is a UsageError. Raises InputError.
     """
     adapter = open_adapter(path, alpha)
-    jobs = list(adapter.low_rank.items())
-    rows = (engine or Engine()).map(
-        _update_row,
-        jobs,
-        cost=lambda job: job[1].rank * sum(job[1].shape) * 4,
-        progress=progress or NoProgress(),
-        what="reading the adapter",
+    chosen = select(list(adapter.updates), only, ())
+    adapter = replace(
+        adapter, updates={n: update for n, update in adapter.updates.items() if n in chosen}
     )
+    engine, progress = engine or Engine(), progress or NoProgress()
+    jobs = list(adapter.low_rank.items())
+    if level is Level.SPECTRA:
+        rows = engine.map(
+            _with_spectrum,
+            jobs,
+            cost=lambda job: job[1].rank * sum(job[1].shape) * 4,
+            progress=progress,
+            what="reading the adapter",
+        )
+    else:
+        rows = [_row(name, update) for name, update in jobs]
     sizes = [(torch.Size(tensor.shape).numel(), tensor.dtype.bits) for tensor in adapter.tensors]
     return AdapterReport(
         path.resolve().name,
@@ -97,20 +136,35 @@ def inspect_adapter(
         ),
         sum(numel for numel, _ in sizes),
         sum(numel * bits // 8 for numel, bits in sizes),
+        level,
+        read_values(_stored(adapter), engine, progress) if level is Level.VALUES else (),
     )
 
 
-def _update_row(job: tuple[str, LowRankUpdate]) -> UpdateRow:
+def _row(name: str, update: LowRankUpdate) -> UpdateRow:
+    return UpdateRow(name, update.shape, update.rank, update.alpha, update.scale)
+
+
+def _with_spectrum(job: tuple[str, LowRankUpdate]) -> UpdateRow:
     name, update = job
-    value: LowRank = update.load()
-    spectrum = value.spectrum()
-    return UpdateRow(
-        name,
-        update.shape,
-        update.rank,
-        update.alpha,
-        update.scale,
-        spectrum.norm,
-        spectrum.stable_rank(),
-        tuple(spectrum.values.tolist()),
+    spectrum = update.load().spectrum()
+    return replace(
+        _row(name, update),
+        norm=spectrum.norm,
+        stable_rank=spectrum.stable_rank(),
+        values=tuple(spectrum.values.tolist()),
     )
+
+
+def _stored(adapter: Adapter) -> list[tuple[str, LazyTensor]]:
+    """Every tensor under its parameter's name and its part."""
+    named = []
+    for name, update in adapter.updates.items():
+        low_rank = update.low_rank if isinstance(update, DoraUpdate) else update
+        parts = [_B, _A] if isinstance(low_rank, LowRankUpdate) else []
+        parts += [_MAGNITUDE] if isinstance(update, DoraUpdate) else []
+        if not parts:
+            count = len(update.tensors)
+            parts = [f" {index + 1}" for index in range(count)] if count > 1 else [""]
+        named += [(f"{name}{part}", t) for part, t in zip(parts, update.tensors, strict=True)]
+    return named

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.engine import Engine, NoProgress, Progress
+from loratool.errors import UsageError
 from loratool.layouts.kinds import classify
+from loratool.layouts.patterns import select
+from loratool.layouts.quantised import quantisation
 from loratool.layouts.ties import find_ties
-from loratool.ops.inspect_level import SCHEMA_VERSION
+from loratool.ops.inspect_level import SCHEMA_VERSION, Level
+from loratool.ops.inspect_values import TensorValues, equal_groups, read_values
 from loratool.ops.sources import open_model
 from loratool.provenance import document
 
@@ -37,6 +43,15 @@ class CheckpointReport:
     tied: str | None
     kinds: tuple[KindRow, ...]
     tensors: tuple[dict[str, Any], ...] = field(repr=False)
+    level: Level = Level.HEADERS
+    quantised: str | None = None
+    values: tuple[TensorValues, ...] = field(default=(), repr=False)
+    """At level values: what one pass over each tensor found."""
+
+    @property
+    def equal(self) -> tuple[tuple[str, ...], ...]:
+        """Tensors of equal values: tied, or layers used again."""
+        return equal_groups(self.values)
 
     @property
     def parameters(self) -> int:
@@ -49,22 +64,43 @@ class CheckpointReport:
     def to_json(self) -> dict[str, Any]:
         body = {
             "what": "checkpoint",
+            "level": str(self.level),
             "name": self.name,
             "architecture": self.architecture,
             "files": self.files,
             "tied": self.tied,
+            "quantised": self.quantised,
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "kinds": [row.to_json() for row in self.kinds],
             "tensors": list(self.tensors),
         }
+        if self.level is not Level.HEADERS:
+            body["values"] = [row.to_json() for row in self.values]
+            body["equal"] = [list(names) for names in self.equal]
         return document("inspect", SCHEMA_VERSION, body)
 
 
-def inspect_checkpoint(path: Path) -> CheckpointReport:
-    """Describe a checkpoint from headers and config; no weight is read. Raises InputError."""
+def inspect_checkpoint(
+    path: Path,
+    level: Level = Level.HEADERS,
+    *,
+    only: Sequence[str] = (),
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> CheckpointReport:
+    """Describe a checkpoint from headers and config; at level values also from one pass over it.
+
+    only: globs over names. Raises InputError, and UsageError for spectra, which only changes have here.
+    """
+    if level is Level.SPECTRA:
+        raise UsageError(
+            f"{path}: is one checkpoint; spectra are of changes",
+            hint="name the base as well (inspect TUNED --base BASE), or use --level values",
+        )
     model = open_model(path)
-    tensors = model.checkpoint.tensors
+    chosen = select(list(model.checkpoint.tensors), only, ())
+    tensors = {n: info for n, info in model.checkpoint.tensors.items() if n in chosen}
     kinds = classify({name: info.shape for name, info in tensors.items()}, model.config)
     ties = find_ties(list(tensors), kinds, model.config)
     rows = []
@@ -89,4 +125,9 @@ def inspect_checkpoint(path: Path) -> CheckpointReport:
             }
             for name, info in tensors.items()
         ),
+        level,
+        quantisation(tensors, model.config),
+        read_values(tensors.items(), engine or Engine(), progress or NoProgress())
+        if level is Level.VALUES
+        else (),
     )

@@ -19,10 +19,11 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.layouts.families import layer_of
 from loratool.layouts.pairs import Pair, align, check_floats
-from loratool.ops.deltas import read_delta
+from loratool.layouts.patterns import select
+from loratool.ops.deltas import measure_delta, read_delta
 from loratool.ops.extract_treatments import LOW_RANK_KINDS
 from loratool.ops.findings import lora_summary, noise_warning
-from loratool.ops.inspect_level import SCHEMA_VERSION
+from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.sources import open_model
 from loratool.provenance import document
 
@@ -30,9 +31,14 @@ SPECTRUM_VALUES = 32
 """How many leading singular values a pair's spectra resolve."""
 
 
+SHARES = (0.9, 0.95, 0.99)
+"""Of the energy, for which ranks and adapter sizes are stated."""
+
+
 @dataclass(frozen=True)
 class DeltaRow:
-    """The change of one tensor. spectrum: None for what is no matrix to factorise.
+    """The change of one tensor. spectrum: None for what is no matrix to factorise, or at level
+    values. changed_share: share of entries that differ. bits: of a stored value.
 
     lora_rank, lora_tail, noise_share, near_noise: see ops.findings.
     """
@@ -46,6 +52,23 @@ class DeltaRow:
     noise_share: float = 0.0
     lora_rank: int | None = None
     lora_tail: float | None = None
+    changed_share: float = 1.0
+    bits: int = 16
+
+    def rank_for(self, share: float) -> int | None:
+        """Smallest rank that keeps this share of ‖D‖²; None where it was not resolved."""
+        if self.spectrum is None:
+            return None
+        return parse_rank_rule(f"energy:{share}")(self.spectrum)
+
+    def values_for(self, rank: int) -> int:
+        """Values of the two factors of this rank."""
+        return rank * sum(self.spectrum.shape) if self.spectrum is not None else 0
+
+    @property
+    def above_noise(self) -> int | None:
+        """Singular values above the noise floor; None where those resolved all are."""
+        return parse_rank_rule("auto")(self.spectrum) if self.spectrum is not None else None
 
     @property
     def near_noise(self) -> bool:
@@ -59,6 +82,7 @@ class DeltaRow:
 
     def to_json(self) -> dict[str, Any]:
         spectrum = self.spectrum
+        complete = spectrum is not None and spectrum.is_complete
         return {
             "name": self.name,
             "kind": self.kind,
@@ -66,13 +90,33 @@ class DeltaRow:
             "shape": list(self.shape),
             "delta_norm": self.delta_norm,
             "base_norm": self.base_norm,
+            "changed_share": self.changed_share,
             "singular_values": spectrum.values.tolist() if spectrum else None,
             "stable_rank": spectrum.stable_rank() if spectrum else None,
+            "effective_rank": spectrum.effective_rank() if complete and spectrum else None,
+            "participation_rank": spectrum.participation_ratio() if complete and spectrum else None,
+            "noise_floor": spectrum.noise_floor if spectrum else None,
+            "above_noise": self.above_noise,
+            "gavish_donoho": parse_rank_rule("gavish-donoho")(spectrum)
+            if complete and spectrum
+            else None,
+            "rank_for": {f"{share:g}": self.rank_for(share) for share in SHARES},
             "noise_share": self.noise_share,
             "near_noise": self.near_noise,
             "lora_rank": self.lora_rank,
             "lora_tail": self.lora_tail,
         }
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two tensors of one name. added_rows: tokens that tuned has beyond base's."""
+
+    name: str
+    kind: str
+    base_dtype: str
+    tuned_dtype: str
+    added_rows: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +129,21 @@ class PairReport:
     rows: tuple[DeltaRow, ...]
     unchanged: tuple[str, ...]
     notes: tuple[str, ...]
+    level: Level = Level.SPECTRA
+    paired: tuple[Paired, ...] = ()
+
+    def adapter_bytes(self, share: float) -> tuple[int, bool]:
+        """Size of an adapter that keeps this share of each matrix's energy, and whether it is only
+        a lower bound, because some rank lies beyond what was resolved.
+        """
+        total, beyond = 0, False
+        for row in self.matrices:
+            assert row.spectrum is not None
+            rank = row.rank_for(share)
+            beyond |= rank is None
+            least = len(row.spectrum.values) if rank is None else rank
+            total += row.values_for(least) * row.bits // 8
+        return total, beyond
 
     @property
     def energy(self) -> float:
@@ -103,12 +162,21 @@ class PairReport:
     def to_json(self) -> dict[str, Any]:
         body = {
             "what": "pair",
+            "level": str(self.level),
             "base": self.base,
             "tuned": self.tuned,
             "device": self.device,
             "delta_norm": self.energy**0.5,
             "lora": self.lora_summary(),
             "notes": list(self.notes),
+            "adapter_bytes": {
+                f"{share:g}": {"bytes": size, "at_least": beyond}
+                for share in SHARES
+                for size, beyond in [self.adapter_bytes(share)]
+            }
+            if self.matrices
+            else None,
+            "tensors": [vars(row) for row in self.paired],
             "changed": [row.to_json() for row in self.rows],
             "unchanged": list(self.unchanged),
         }
@@ -118,8 +186,9 @@ class PairReport:
 @dataclass(frozen=True)
 class _DeltaJob:
     pair: Pair
-    rule: RankRule
+    rule: RankRule | None
     device: torch.device
+    exact: bool = False
 
     @property
     def cost(self) -> int:
@@ -129,29 +198,39 @@ class _DeltaJob:
 def inspect_pair(
     base: Path,
     tuned: Path,
+    level: Level = Level.SPECTRA,
     *,
+    only: Sequence[str] = (),
+    exact: bool = False,
     device: str = "auto",
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> PairReport:
-    """Norms and leading singular values of every tensor's change.
+    """What differs between two checkpoints: at level headers in dtypes and tokens; at level values
+    the norms of every tensor's change; at level spectra also its leading singular values.
 
-    Raises InputError, and DisagreementError when the checkpoints do not pair up.
+    only: globs over names. exact: every singular value, by a full decomposition. Raises InputError,
+    NothingMatches, and DisagreementError when the checkpoints do not pair up.
     """
     target = resolve_device(device)
     base_side, tuned_side = open_model(base), open_model(tuned)
     alignment = align(
         base_side.checkpoint, tuned_side.checkpoint, base_side.config, tuned_side.config
     )
-    pairs: Sequence[Pair] = check_floats(list(alignment.pairs))
-    rule = parse_rank_rule(str(SPECTRUM_VALUES))
-    rows = (engine or Engine()).map(
-        _delta_row,
-        [_DeltaJob(pair, rule, target) for pair in pairs],
-        cost=lambda job: job.cost,
-        progress=progress or NoProgress(),
-        what="comparing",
-    )
+    chosen = select([pair.name for pair in alignment.pairs], only, ())
+    pairs: Sequence[Pair] = [pair for pair in alignment.pairs if pair.name in chosen]
+    rows: list[DeltaRow | None] = []
+    if level is not Level.HEADERS:
+        pairs = check_floats(list(pairs))
+        rule = parse_rank_rule("full" if exact else str(SPECTRUM_VALUES))
+        asked = rule if level is Level.SPECTRA else None
+        rows = (engine or Engine()).map(
+            _delta_row,
+            [_DeltaJob(pair, asked, target, exact) for pair in pairs],
+            cost=lambda job: job.cost,
+            progress=progress or NoProgress(),
+            what="comparing",
+        )
     changed = [row for row in rows if row is not None]
     warning = noise_warning([row for row in changed if row.spectrum is not None])
     return PairReport(
@@ -159,14 +238,22 @@ def inspect_pair(
         tuned.resolve().name,
         str(target),
         tuple(changed),
-        tuple(pair.name for pair, row in zip(pairs, rows, strict=True) if row is None),
+        tuple(pair.name for pair, row in zip(pairs, rows, strict=False) if row is None),
         (*alignment.notes, *([warning] if warning else [])),
+        level,
+        tuple(_paired(pair) for pair in pairs),
     )
 
 
+def _paired(pair: Pair) -> Paired:
+    dtypes = pair.base.dtype.name, pair.tuned.dtype.name
+    return Paired(pair.name, str(pair.kind), *dtypes, pair.added_rows)
+
+
 def _delta_row(job: _DeltaJob) -> DeltaRow | None:
-    pair = job.pair
-    delta = read_delta(pair, job.device)
+    pair, rule = job.pair, job.rule
+    has_spectrum = rule is not None and pair.kind in (*LOW_RANK_KINDS, ModuleKind.CONV)
+    delta = (read_delta if has_spectrum else measure_delta)(pair, job.device)
     if delta is None:
         return None
     row = DeltaRow(
@@ -177,10 +264,18 @@ def _delta_row(job: _DeltaJob) -> DeltaRow | None:
         delta.base_norm,
         None,
         delta.noise.share_of(delta.energy),
+        changed_share=delta.changed_share,
+        bits=pair.tuned.dtype.bits,
     )
-    if pair.kind not in (*LOW_RANK_KINDS, ModuleKind.CONV):
+    if rule is None or not has_spectrum:
         return row
-    spectrum = resolve_spectrum(delta.matrix, job.rule, key=f"0:{pair.name}")
+    spectrum = resolve_spectrum(
+        delta.matrix,
+        rule,
+        key=f"0:{pair.name}",
+        exact=job.exact,
+        noise_floor=delta.noise.threshold,
+    )
     answer = lora_rank(spectrum, delta.noise, delta.changed_share)
     return replace(
         row,
