@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,8 +11,13 @@ from loratool.cli import options
 from loratool.cli.inspect_adapter import show_adapter
 from loratool.cli.inspect_amplification import show_amplification
 from loratool.cli.inspect_checkpoint import show_checkpoint
-from loratool.cli.inspect_pair import show_pair
+from loratool.cli.inspect_pair import SORTS, show_pair
 from loratool.cli.output import Output
+from loratool.cli.tables import write_csv
+from loratool.errors import UsageError
+
+_ROWS = {"checkpoint": "tensors", "adapter": "updates", "pair": "changed"}
+"""What is inspected → the field of its document with a row per tensor."""
 
 
 @click.command("inspect")
@@ -20,7 +26,29 @@ from loratool.cli.output import Output
 @click.option(
     "--base",
     type=options.PATH,
-    help="For an adapter: the checkpoint it is for, to measure what its updates amplify there.",
+    help="For an adapter: the checkpoint it is for, to measure what its updates amplify there. "
+    "For a checkpoint: the one it was tuned from.",
+)
+@click.option(
+    "--level",
+    type=click.Choice(["headers", "values", "spectra"]),
+    help="headers: no tensor is read; values: one pass; spectra: singular values of changes. "
+    "Default: headers of a checkpoint, else spectra.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only parameters matching this glob ('c_attn', 'h.0', '*.mlp.*'); repeatable.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice(list(SORTS)),
+    help="Order of a pair's modules, the largest first (default: energy).",
+)
+@click.option("--exact", is_flag=True, help="Every singular value of a pair's changes.")
+@click.option(
+    "--csv", "csv_file", type=options.PATH, metavar="FILE", help="Also write a line per tensor."
 )
 @options.alpha_option
 @options.device_option
@@ -32,6 +60,11 @@ def inspect_command(
     path: Path,
     tuned: Path | None,
     base: Path | None,
+    level: str | None,
+    only: tuple[str, ...],
+    sort: str | None,
+    exact: bool,
+    csv_file: Path | None,
     alpha: float | None,
     device: str,
     jobs: int | None,
@@ -41,21 +74,35 @@ def inspect_command(
 
     \b
     Example:
-      loratool inspect model/
+      loratool inspect model/ --level values
       loratool inspect adapter/
       loratool inspect adapter/ --base base/
       loratool inspect base/ tuned/
+      loratool inspect tuned/ --base base/ --only '*.mlp.*' --csv changes.csv
     """
     from loratool.api import inspect
     from loratool.ops.amplification import AmplificationReport
-    from loratool.ops.inspect import AdapterReport, CheckpointReport
+    from loratool.ops.inspect import AdapterReport, CheckpointReport, PairReport
 
     result = inspect(
-        path, tuned, base=base, alpha=alpha, device=device, jobs=jobs, progress=out.progress()
+        path,
+        tuned,
+        base=base,
+        level=level,
+        only=only,
+        exact=exact,
+        alpha=alpha,
+        device=device,
+        jobs=jobs,
+        progress=out.progress(),
     )
-    out.report_file(report, result.to_json())
+    if sort is not None and not isinstance(result, PairReport):
+        raise UsageError("--sort is for pairs of checkpoints")
+    document = result.to_json()
+    write_csv(csv_file, _rows(document))
+    out.report_file(report, document)
     if out.as_json:
-        out.document(result.to_json())
+        out.document(document)
     elif isinstance(result, CheckpointReport):
         show_checkpoint(out, result)
     elif isinstance(result, AdapterReport):
@@ -63,4 +110,13 @@ def inspect_command(
     elif isinstance(result, AmplificationReport):
         show_amplification(out, result)
     else:
-        show_pair(out, result)
+        if base is not None:
+            out.line(f"the pair {result.base} and {result.tuned}, as inspect BASE TUNED shows it")
+        show_pair(out, result, sort or "energy")
+
+
+def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per tensor, with what was found in its values where they were read."""
+    rows: list[dict[str, Any]] = document.get(_ROWS.get(document["what"], "updates"), [])
+    values = {row["name"]: row for row in document.get("values", [])}
+    return [row | values.get(row["name"], {}) for row in rows]

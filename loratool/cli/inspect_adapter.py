@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from loratool.cli.output import Output, size_text, span, spark
+from loratool.cli.inspect_values import show_values
+from loratool.cli.output import Output, fitting, size_text, span, spark
 
 if TYPE_CHECKING:
     from loratool.ops.inspect import AdapterReport
     from loratool.ops.inspect_adapter import UpdateRow
 
 _BARS = 16
+_ORDER = ("module", "tensors", "rank", "alpha", "scale", "‖ΔW‖", "stable rank", "spectrum")
+_BY_WORTH = ("‖ΔW‖", "spectrum", "scale", "alpha", "tensors", "stable rank")
 
 
 def show_adapter(out: Output, report: AdapterReport) -> None:
@@ -19,28 +22,22 @@ def show_adapter(out: Output, report: AdapterReport) -> None:
 
     families: dict[str, list[UpdateRow]] = defaultdict(list)
     for row in report.rows:
-        families[family_of(row.name)].append(row)
-    cells = []
-    groups = [[row] for row in report.rows] if out.verbose else list(families.values())
-    for rows in groups:
-        name = rows[0].name if out.verbose else family_of(rows[0].name)
-        strongest = max(rows, key=lambda row: row.norm)
-        cells.append(
-            [
-                name.removesuffix(".weight"),
-                str(len(rows)),
-                span([row.rank for row in rows]),
-                span([row.alpha for row in rows]),
-                span([row.scale for row in rows]),
-                span([row.norm for row in rows]),
-                f"{strongest.stable_rank:.1f}",
-                spark(strongest.values[:_BARS]),
-            ]
-        )
+        families[row.name if out.verbose else family_of(row.name)].append(row)
+    lines = [
+        {
+            "module": name.removesuffix(".weight"),
+            "tensors": str(len(rows)),
+            "rank": span([row.rank for row in rows]),
+            "alpha": span([row.alpha for row in rows]),
+            "scale": span([row.scale for row in rows]),
+            **_spectrum_cells(rows),
+        }
+        for name, rows in families.items()
+    ]
     title = f"adapter {report.name} ({report.format}), base: {report.base_model or 'not recorded'}"
-    if cells:
-        columns = ["module", "tensors", "rank", "alpha", "scale", "‖ΔW‖", "stable rank", "spectrum"]
-        out.table(title, columns, cells)
+    columns = fitting(out.width, lines, _ORDER, ("module", "rank"), _BY_WORTH) if lines else []
+    if lines:
+        out.table(title, columns, [[line.get(column, "") for column in columns] for line in lines])
     else:
         out.line(title)
     for other in report.others[:12]:
@@ -55,5 +52,23 @@ def show_adapter(out: Output, report: AdapterReport) -> None:
             + (f", … {more} more" if more > 0 else "")
         )
     out.line(f"{report.parameters:,} values, {size_text(report.nbytes)}")
-    if cells:
+    for name in report.zero_b[:12]:
+        out.line(f"zero B, so that nothing changes: {name}")
+    if len(report.zero_b) > 12:
+        out.line(f"… {len(report.zero_b) - 12} more with a zero B")
+    if report.values:
+        show_values(out, report.values, report.equal)
+    if "spectrum" in columns:
         out.line("spectrum: singular values of the strongest update of each row, largest first")
+
+
+def _spectrum_cells(rows: list[UpdateRow]) -> dict[str, str]:
+    norms = [row.norm for row in rows if row.norm is not None]
+    if not norms:
+        return {}
+    strongest = max(rows, key=lambda row: row.norm or 0.0)
+    return {
+        "‖ΔW‖": span(norms),
+        "stable rank": f"{strongest.stable_rank or 0.0:.1f}",
+        "spectrum": spark(strongest.values[:_BARS]),
+    }

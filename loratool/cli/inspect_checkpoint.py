@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.cli.inspect_values import show_values
 from loratool.cli.output import Output, size_text
 
 if TYPE_CHECKING:
@@ -41,3 +42,7 @@ def show_checkpoint(out: Output, report: CheckpointReport) -> None:
     out.line(f"{report.parameters:,} parameters, {size_text(report.nbytes)}")
     if report.tied:
         out.line(f"tied: {report.tied}")
+    if report.quantised:
+        out.line(f"quantised: {report.quantised}")
+    if report.values:
+        show_values(out, report.values, report.equal)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-from loratool.cli.output import Output, percent, span, spark
+from loratool.cli.heatmap import show_heatmap
+from loratool.cli.output import Output, counted, fitting, percent, size_text, span, spark
 
 if TYPE_CHECKING:
     from loratool.algebra.spectrum import Spectrum
@@ -13,62 +15,235 @@ if TYPE_CHECKING:
     from loratool.ops.inspect_pair import DeltaRow
 
 _BARS = 16
+_ROWS = 40
+"""Modules in the table before -v is asked for."""
+
+SORTS: dict[str, Callable[[list[DeltaRow]], Any]] = {
+    "energy": lambda rows: -sum(row.delta_norm**2 for row in rows),
+    "change": lambda rows: -(_change(rows) or 0.0),
+    "stable-rank": lambda rows: (
+        -max((row.spectrum.stable_rank() for row in rows if row.spectrum), default=0.0)
+    ),
+    "name": lambda rows: rows[0].name,
+}
+"""--sort: field → key of a line of the table."""
 
 
-def show_pair(out: Output, report: PairReport) -> None:
-    from loratool.layouts.families import family_of, layer_of
+def show_pair(out: Output, report: PairReport, sort: str = "energy") -> None:
+    from loratool.ops.inspect_level import Level
 
+    if report.level is Level.HEADERS:
+        _show_headers(out, report)
+        return
     if not report.rows:
         out.line(f"{report.base} and {report.tuned} hold the same values")
         return
+    _summary(out, report)
+    _heatmap(out, report)
+    _table(out, report, sort)
+    out.notes(report.notes)
+
+
+def _show_headers(out: Output, report: PairReport) -> None:
+    kinds = Counter(row.kind for row in report.paired)
+    out.line(f"{report.base} and {report.tuned}: {counted(len(report.paired), 'tensor')} in both")
+    out.line(", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+    _headers(out, report)
+    out.notes(report.notes)
+
+
+def _headers(out: Output, report: PairReport) -> None:
+    """What headers say of the two: dtypes and tokens."""
+    dtypes = Counter(
+        (row.base_dtype, row.tuned_dtype)
+        for row in report.paired
+        if row.base_dtype != row.tuned_dtype
+    )
+    for (before, after), count in dtypes.items():
+        out.line(f"{counted(count, 'tensor')} went from {before} to {after}")
+    for row in report.paired:
+        if row.added_rows:
+            out.line(f"{row.name}: {row.added_rows} tokens added")
+
+
+def _summary(out: Output, report: PairReport) -> None:
+    """What matters, in lines that fit one screen."""
+    base = sum(row.base_norm**2 for row in report.rows) ** 0.5
+    change = percent(report.energy**0.5 / base) if base else "from 0"
+    changed, total = len(report.rows), len(report.rows) + len(report.unchanged)
+    out.line(
+        f"{report.base} → {report.tuned}: {changed} of {counted(total, 'tensor')} changed, "
+        f"by {change} of their norm"
+    )
+    if summary := report.lora_summary():
+        out.line(summary)
+    sizes = []
+    for share in (0.9, 0.95, 0.99) if report.matrices else ():
+        size, beyond = report.adapter_bytes(share)
+        ranks = [rank for row in report.matrices if (rank := row.rank_for(share)) is not None]
+        most = f"rank {span(ranks)}" if ranks else "ranks beyond those resolved"
+        sizes.append(
+            f"{100 * share:.0f} %: {'at least ' if beyond else ''}{size_text(size)} ({most})"
+        )
+    if sizes:
+        out.line(f"an adapter that keeps this share of each matrix's change: {'; '.join(sizes)}")
+    _headers(out, report)
+
+
+def _heatmap(out: Output, report: PairReport) -> None:
+    from loratool.layouts.families import family_of, layer_of
+
+    changed: dict[str, dict[int, list[DeltaRow]]] = defaultdict(lambda: defaultdict(list))
+    for row in report.rows:
+        if (layer := layer_of(row.name)) is not None:
+            changed[family_of(row.name)][layer].append(row)
+    grid: dict[str, dict[int, float]] = {name: {} for name in changed}
+    for pair in report.paired:
+        family, layer = family_of(pair.name), layer_of(pair.name)
+        if family in grid and layer is not None:
+            grid[family][layer] = _change(changed[family][layer]) or 0.0
+    grid = {name.removesuffix(".weight"): values for name, values in grid.items()}
+    layers = sorted({layer for values in grid.values() for layer in values})
+    if len(layers) < 2:
+        return
+    short = _without_common_start(grid)
+    show_heatmap(
+        out,
+        "‖W − W0‖ / ‖W0‖ by layer",
+        {short[name]: values for name, values in sorted(grid.items())},
+        layers,
+    )
+
+
+def _without_common_start(names: Iterable[str]) -> dict[str, str]:
+    """``model.layers.*.mlp.up_proj`` → ``mlp.up_proj``, where all begin alike."""
+    names = list(names)
+    start = names[0].partition("*.")[0] + "*."
+    shared = all(name.startswith(start) for name in names)
+    return {name: name.removeprefix(start) if shared else name for name in names}
+
+
+def _table(out: Output, report: PairReport, sort: str) -> None:
+    from loratool.layouts.families import family_of, layer_of
+
     families: dict[str, list[DeltaRow]] = defaultdict(list)
     for row in report.rows:
         families[row.name if out.verbose else family_of(row.name)].append(row)
     top = max((row.relative_change or 0.0 for row in report.rows), default=0.0)
-    ordered = sorted(families.items(), key=lambda item: -sum(r.delta_norm**2 for r in item[1]))
-    cells = []
-    for name, rows in ordered:
+    ordered = sorted(families.items(), key=lambda item: SORTS[sort](item[1]))
+    lines = []
+    for name, rows in ordered if out.verbose else ordered[:_ROWS]:
         rows = sorted(rows, key=lambda row: layer_of(row.name) or 0)
         energy = sum(row.delta_norm**2 for row in rows)
-        base = sum(row.base_norm**2 for row in rows)
         spectra = [row.spectrum for row in rows if row.spectrum is not None]
-        resolved = max(spectra, key=lambda s: s.total_energy) if spectra else None
-        cells.append(
-            [
-                name.removesuffix(".weight"),
-                str(len(rows)),
-                percent(energy / report.energy),
-                percent((energy / base) ** 0.5) if base else "from 0",
-                spark([row.relative_change or 0.0 for row in rows], top) if len(rows) > 1 else "",
-                spark(resolved.values[:_BARS].tolist()) if resolved else "",
-                *(_energy_at(spectra, rank) for rank in (1, 4, 16)),
-                _lora_answer([row for row in rows if row.spectrum is not None]),
-            ]
-        )
+        changed = sum(row.changed_share * _elements(row) for row in rows)
+        change = _change(rows)
+        line = {
+            "module": name.removesuffix(".weight"),
+            "tensors": str(len(rows)),
+            "energy": percent(energy / report.energy) if report.energy else "",
+            "change": "from 0" if change is None else percent(change),
+            "entries": percent(changed / max(1, sum(_elements(row) for row in rows))),
+        }
+        if report.matrices:
+            line |= _spectrum_cells(rows, spectra)
+        elif len(rows) > 1:
+            line["by layer"] = spark([row.relative_change or 0.0 for row in rows], top)
+        lines.append(line)
+    columns = fitting(out.width, lines, _ORDER, _ALWAYS, _BY_WORTH)
     out.table(
-        f"from {report.base} to {report.tuned}, computed on {report.device}",
-        [
-            "module",
-            "tensors",
-            "energy",
-            "change",
-            "by layer",
-            "spectrum",
-            "r=1",
-            "r=4",
-            "r=16",
-            "LoRA",
-        ],
-        cells,
+        f"by {sort}, computed on {report.device}",
+        columns,
+        [[line.get(column, "") for column in columns] for line in lines],
     )
-    out.line("energy: share of the whole change ‖W − W0‖²; change: ‖W − W0‖ / ‖W0‖")
-    out.line("spectrum: of the matrix that changed most; r=k: energy that rank k would keep")
-    out.line("LoRA: the rank of the LoRA that explains the change to within rounding")
+    if len(lines) < len(ordered):
+        out.line(f"… {len(ordered) - len(lines)} more modules: -v shows all")
+    _legend(out, columns)
     if report.unchanged:
-        out.line(f"unchanged: {len(report.unchanged)} tensors")
-    if summary := report.lora_summary():
-        out.line(summary)
-    out.notes(report.notes)
+        out.line(f"unchanged: {counted(len(report.unchanged), 'tensor')}")
+
+
+_LEGEND = {
+    "energy": "energy: share of the whole change ‖W − W0‖²; change: ‖W − W0‖ / ‖W0‖",
+    "entries": "entries: share of the entries that differ",
+    "spectrum": "spectrum: of the matrix that changed most; r=k: energy that rank k would keep",
+    "stable": "stable, effective, particip.: three counts of the directions that matter",
+    "noise": "noise: singular values above what rounding makes; G–D: above the optimal threshold",
+    "90 %": "90 %, 95 %, 99 %: the rank that keeps this share of a matrix's change",
+    "LoRA": "LoRA: the rank of the LoRA that explains the change to within rounding",
+}
+
+
+def _legend(out: Output, columns: list[str]) -> None:
+    for column, text in _LEGEND.items():
+        if column in columns:
+            out.line(text)
+
+
+_ALWAYS = ("module", "energy", "change")
+_BY_WORTH = (
+    *("LoRA", "spectrum", "90 %", "99 %", "tensors", "r=16", "stable", "r=1", "by layer"),
+    *("95 %", "noise", "entries", "effective", "r=4", "particip.", "G–D"),
+)
+_ORDER = (
+    *("module", "tensors", "energy", "change", "entries", "by layer", "spectrum"),
+    *("r=1", "r=4", "r=16", "90 %", "95 %", "99 %", "stable", "effective", "particip."),
+    *("noise", "G–D", "LoRA"),
+)
+
+
+def _spectrum_cells(rows: list[DeltaRow], spectra: list[Spectrum]) -> dict[str, str]:
+    if not spectra:
+        return {}
+    resolved = max(spectra, key=lambda s: s.total_energy)
+    complete = [s for s in spectra if s.is_complete]
+    matrices = [row for row in rows if row.spectrum is not None]
+    return {
+        "spectrum": spark(resolved.values[:_BARS].tolist()),
+        **{f"r={rank}": _energy_at(spectra, rank) for rank in (1, 4, 16)},
+        **{f"{100 * share:.0f} %": _rank_for(matrices, share) for share in _SHARES},
+        "stable": span([s.stable_rank() for s in spectra]),
+        "effective": span([s.effective_rank() for s in complete]) or "?",
+        "particip.": span([s.participation_ratio() for s in complete]) or "?",
+        "noise": _known([row.above_noise for row in matrices], len(resolved.values)),
+        "G–D": span([rank for s in complete if (rank := _gavish_donoho(s)) is not None]) or "?",
+        "LoRA": _lora_answer(matrices),
+    }
+
+
+_SHARES = (0.9, 0.95, 0.99)
+
+
+def _rank_for(rows: list[DeltaRow], share: float) -> str:
+    most = max(len(row.spectrum.values) for row in rows if row.spectrum is not None)
+    return _known([row.rank_for(share) for row in rows], most)
+
+
+def _known(ranks: list[int | None], resolved: int) -> str:
+    """A span of ranks; ``>32`` where one lies beyond those resolved."""
+    known = [rank for rank in ranks if rank is not None]
+    if len(known) == len(ranks):
+        return span(known)
+    return f"{min(known):g}–>{resolved}" if known else f">{resolved}"
+
+
+def _gavish_donoho(spectrum: Spectrum) -> int | None:
+    from loratool.algebra.ranks import parse_rank_rule
+
+    return parse_rank_rule("gavish-donoho")(spectrum)
+
+
+def _elements(row: DeltaRow) -> int:
+    total = 1
+    for size in row.shape:
+        total *= size
+    return total
+
+
+def _change(rows: list[DeltaRow]) -> float | None:
+    """‖W − W0‖ / ‖W0‖ over all rows; None where the base is zero."""
+    base = sum(row.base_norm**2 for row in rows)
+    return float((sum(row.delta_norm**2 for row in rows) / base) ** 0.5) if base else None
 
 
 def _lora_answer(rows: list[DeltaRow]) -> str:

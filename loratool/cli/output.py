@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 _PIPE_WIDTH = 120
+_PADDING = 3
 _QUIET_SECONDS = 0.7
 
 
@@ -54,6 +55,29 @@ class Output:
     def width(self) -> int:
         """Columns that a line of the result has."""
         return _console(sys.stdout).width
+
+    @property
+    def has_colour(self) -> bool:
+        """Whether the result may be coloured: a terminal that can, and no NO_COLOR."""
+        console = _console(sys.stdout)
+        return console.is_terminal and console.color_system is not None and not console.no_color
+
+    @property
+    def has_unicode(self) -> bool:
+        """Whether block characters can be shown."""
+        encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+        return encoding.startswith("utf")
+
+    def coloured(self, parts: Sequence[tuple[str, str | None]]) -> None:
+        """A line of the result in parts, each with a style or None."""
+        if self.as_json or self.quiet:
+            return
+        from rich.text import Text
+
+        line = Text(no_wrap=True)
+        for text, style in parts:
+            line.append(printable(text), style=style or "")
+        _console(sys.stdout).print(line, soft_wrap=True)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1
@@ -185,6 +209,30 @@ def _console(stream: IO[str]) -> Console:
     return Console(file=stream, width=width, soft_wrap=False, emoji=False)
 
 
+def fitting(
+    width: int,
+    lines: Sequence[Mapping[str, str]],
+    order: Sequence[str],
+    always: Sequence[str],
+    by_worth: Sequence[str],
+) -> list[str]:
+    """The columns that a table of ``lines`` has room for, in ``order``: those of ``always``, and
+    of ``by_worth``, most first, what fits beside them and is not empty throughout.
+    """
+    there = {column for line in lines for column, cell in line.items() if cell}
+
+    def needed(column: str) -> int:
+        return max(len(column), *(len(line.get(column, "")) for line in lines)) + _PADDING
+
+    room = width - 1 - sum(needed(column) for column in always)
+    chosen = set(always)
+    for column in by_worth:
+        if column in there and needed(column) <= room:
+            room -= needed(column)
+            chosen.add(column)
+    return [column for column in order if column in chosen]
+
+
 def counted(count: int, what: str, plural: str | None = None) -> str:
     """(1, 'file') → '1 file'; (2, 'file') → '2 files'."""
     return f"{count:,} {what if count == 1 else plural or what + 's'}"
@@ -227,5 +275,5 @@ def span(values: Sequence[float]) -> str:
     """[8, 8] → '8'; [4, 8] → '4–8'; nothing of nothing."""
     if not values:
         return ""
-    low, high = min(values), max(values)
-    return f"{low:.3g}" if low == high else f"{low:.3g}–{high:.3g}"
+    low, high = (f"{end:.3g}" for end in (min(values), max(values)))
+    return low if low == high else f"{low}–{high}"

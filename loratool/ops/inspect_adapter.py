@@ -70,7 +70,7 @@ class AdapterReport:
         return equal_groups(self.values)
 
     def to_json(self) -> dict[str, Any]:
-        body = {
+        body: dict[str, Any] = {
             "what": "adapter",
             "level": str(self.level),
             "name": self.name,
@@ -101,7 +101,8 @@ def inspect_adapter(
     """What an adapter's headers say; at level values what one pass over it finds; at level spectra
     norm and exact spectrum of every low-rank update, through the small core.
 
-    only: globs over names. Without ``alpha``, for formats that do not store it, is a UsageError. Raises InputError.
+    only: globs over names. Without ``alpha``, for formats that do not store it, is a UsageError.
+    Raises InputError.
     """
     adapter = open_adapter(path, alpha)
     chosen = select(list(adapter.updates), only, ())

@@ -62,7 +62,7 @@ class CheckpointReport:
         return sum(row.nbytes for row in self.kinds)
 
     def to_json(self) -> dict[str, Any]:
-        body = {
+        body: dict[str, Any] = {
             "what": "checkpoint",
             "level": str(self.level),
             "name": self.name,
@@ -91,7 +91,8 @@ def inspect_checkpoint(
 ) -> CheckpointReport:
     """Describe a checkpoint from headers and config; at level values also from one pass over it.
 
-    only: globs over names. Raises InputError, and UsageError for spectra, which only changes have here.
+    only: globs over names. Raises InputError, and UsageError for spectra, which only changes have
+    here.
     """
     if level is Level.SPECTRA:
         raise UsageError(

@@ -29,8 +29,8 @@ RULES = (
 
 @dataclass(frozen=True)
 class TensorValues:
-    """One tensor's values. health: None of integers. digest: SHA-256 of shape, dtype and bytes, None
-    of a dtype that can only be copied."""
+    """One tensor's values. health: None of integers. digest: SHA-256 of shape, dtype and bytes,
+    None of a dtype that can only be copied."""
 
     name: str
     dtype: DType
@@ -89,7 +89,7 @@ class TensorValues:
 def read_values(
     tensors: Iterable[tuple[str, LazyTensor]], engine: Engine, progress: Progress
 ) -> tuple[TensorValues, ...]:
-    """Read every tensor once, in blocks of rows. Raises MalformedFile for a file that ends early."""
+    """Read every tensor once, in blocks of rows. Raises MalformedFile for a file cut short."""
     return tuple(
         engine.map(
             _read,
@@ -121,7 +121,7 @@ def _read(job: tuple[str, LazyTensor]) -> TensorValues:
     digest = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())
     sums = HealthSums() if tensor.dtype.is_float else None
     for block in _blocks(tensor):
-        digest.update(block.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(block.contiguous().view(-1).view(torch.uint8).numpy().data)
         if sums is not None:
             sums.add(block)
     health = sums.health() if sums is not None else None

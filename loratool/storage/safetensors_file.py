@@ -46,7 +46,7 @@ def read_header(path: Path) -> SafetensorsHeader:
     Raises MalformedFile with the first contradiction found.
     """
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:  # a buffer would fetch tensors' bytes as well
         prefix = file.read(8)
         if len(prefix) < 8:
             raise _bad(path, f"is {size} bytes long, too short for a safetensors file")

@@ -1,0 +1,38 @@
+"""What one pass over values found, as ``loratool inspect --level values`` shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loratool.cli.output import Output, counted
+
+if TYPE_CHECKING:
+    from loratool.ops.inspect_values import TensorValues
+
+_SHOWN = 20
+
+
+def show_values(
+    out: Output, values: Sequence[TensorValues], equal: Sequence[tuple[str, ...]]
+) -> None:
+    from loratool.ops.inspect_values import RULES
+
+    found = [(row.name, "; ".join(row.findings())) for row in values if row.findings()]
+    if not found:
+        out.line(f"all {counted(len(values), 'tensor')} read: finite, no outliers, no dead rows")
+    else:
+        shown = found if out.verbose else found[:_SHOWN]
+        out.table(
+            f"findings in {len(found)} of {counted(len(values), 'tensor')}",
+            ["tensor", "finding"],
+            [list(row) for row in shown],
+            text=2,
+        )
+        if len(shown) < len(found):
+            out.line(f"… {len(found) - len(shown)} more: -v shows all")
+        out.line(RULES)
+    for names in equal if out.verbose else equal[:_SHOWN]:
+        out.line(f"equal values: {' = '.join(names)}")
+    if not out.verbose and len(equal) > _SHOWN:
+        out.line(f"… {len(equal) - _SHOWN} more groups of equal tensors: -v shows all")

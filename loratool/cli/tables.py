@@ -1,0 +1,32 @@
+"""Rows of a report as a file of comma-separated values."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import OutputError
+
+
+def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per row, its fields those of the JSON document; lists and maps as JSON.
+
+    Raises OutputError.
+    """
+    if path is None:
+        return
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    try:
+        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _cell(value: object) -> object:
+    return json.dumps(value) if isinstance(value, list | dict | tuple) else value

@@ -1,0 +1,108 @@
+"""``loratool inspect``: its options, files and colours."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loratool.cli.main import main
+from tests.cli.invoke import invoke
+from tests.ops.builders import LLAMA, llama_like, moved, save_folder, save_peft
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    state = llama_like(torch.bfloat16, layers=3)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    return [base, save_folder(moved(state, size=0.05), tmp_path / "tuned", LLAMA)]
+
+
+def test_base_is_another_way_to_name_a_pair(pair: list[Path]) -> None:
+    plain = invoke("inspect", *pair)
+    named = invoke("inspect", pair[1], "--base", pair[0])
+    said = "the pair base and tuned, as inspect BASE TUNED shows it\n"
+    assert named.out == said + plain.out
+    assert invoke("inspect", *pair, "--base", pair[0]).code == 2
+
+
+def test_the_table_is_sorted_as_asked(pair: list[Path]) -> None:
+    def modules(sort: str) -> list[str]:
+        out = invoke("inspect", *pair, "--sort", sort).out
+        return re.findall(r"^  (\S*model\S*|lm_head)", out, re.MULTILINE)
+
+    names = modules("name")
+    assert names == sorted(names)
+    assert modules("energy") != names
+    assert sorted(modules("change")) == names
+    assert invoke("inspect", pair[0], "--sort", "name").code == 2
+
+
+def test_a_line_per_tensor_as_csv(pair: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "changes.csv"
+    ended = invoke("inspect", *pair, "--csv", file, "--only", "mlp", "--json")
+    changed = json.loads(ended.out)["changed"]
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [row["name"] for row in rows] == [row["name"] for row in changed]
+    assert all(".mlp." in row["name"] for row in rows)
+    assert [float(row["delta_norm"]) for row in rows] == [row["delta_norm"] for row in changed]
+    assert json.loads(rows[0]["rank_for"]) == changed[0]["rank_for"]
+    invoke("inspect", pair[0], "--level", "values", "--csv", file)
+    assert {row["nan"] for row in csv.DictReader(file.read_text().splitlines())} == {"0"}
+    assert invoke("inspect", *pair, "--csv", tmp_path / "no" / "x.csv").code == 5
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_map_is_coloured_on_terminals_that_have_colours(
+    plain: bool, pair: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if plain:
+        monkeypatch.setenv("NO_COLOR", "1")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit):
+        main(["inspect", *map(str, pair), "--level", "values"])
+    coloured = re.findall(r"\x1b\[48;5;\d+m", terminal.getvalue())
+    assert bool(coloured) != plain
+    assert ("█" in terminal.getvalue()) == plain or not plain
+
+
+def test_many_layers_share_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    state = llama_like(torch.float32, layers=60)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    state["model.layers.41.self_attn.q_proj.weight"] = (
+        state["model.layers.41.self_attn.q_proj.weight"] + 1
+    )
+    state["model.layers.7.self_attn.q_proj.weight"] = (
+        state["model.layers.7.self_attn.q_proj.weight"] * 1.001
+    )
+    tuned = save_folder(state, tmp_path / "tuned", LLAMA)
+    out = invoke("inspect", base, tuned, "--level", "values", "-v").out
+    assert "(layers 0 to 59, 3 layers to a block)" in out
+    (row,) = [line for line in out.splitlines() if "#" in line and "q_proj" in line]
+    assert row == "f_attn.q_proj ............." + "#......"
+
+
+def test_zero_b_is_said(tmp_path: Path) -> None:
+    factors = {"model.layers.0.self_attn.q_proj": (torch.ones(2, 24), torch.zeros(24, 2))}
+    adapter = save_peft(tmp_path / "a", factors)
+    out = invoke("inspect", adapter, "--level", "values").out
+    assert "zero B, so that nothing changes: model.layers.0.self_attn.q_proj.weight" in out
+    assert "all zero" in out
