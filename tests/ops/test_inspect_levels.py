@@ -20,6 +20,8 @@ from loratool.ops.inspect import AdapterReport, CheckpointReport, PairReport
 from tests.ops.builders import LLAMA, llama_like, moved, save_folder, save_peft
 
 READ_SO_FAR = Path("/proc/self/io")
+OF_THE_MEASUREMENT = 1_000
+"""Bytes that looking at ``READ_SO_FAR`` reads itself, and then some."""
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -261,18 +263,17 @@ def test_headers_reads_no_tensor(what: str, tmp_path: Path) -> None:
     lt.inspect(*paths, level="headers")  # imports are behind us
     before = bytes_read()
     lt.inspect(*paths, level="headers")
-    # each header may be read twice (what is it? what is in it?), and /proc itself is read
-    assert bytes_read() - before <= 2 * sum(map(stored_bytes, paths)) + 20_000
+    assert bytes_read() - before <= sum(map(stored_bytes, paths)) + OF_THE_MEASUREMENT
 
 
 WITHIN = """
-import json, resource, sys
+import json, sys
 import loratool as lt
 read = lambda: int(open("/proc/self/io").read().split("rchar: ")[1].split()[0])
 lt.inspect(sys.argv[1])
 before = read()
 report = lt.inspect(sys.argv[2])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 print(json.dumps([report.parameters, report.files, read() - before, peak]))
 """
 
@@ -286,5 +287,5 @@ def test_400_files_of_175_billion_parameters(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     counted, files, read, peak_kib = json.loads(done.stdout)
     assert (counted, files) == (parameters, 400)
-    assert read <= 2 * stored_bytes(tmp_path / "gpt3") + 20_000
+    assert read <= stored_bytes(tmp_path / "gpt3") + OF_THE_MEASUREMENT
     assert peak_kib * 1024 < 300e6
