@@ -287,5 +287,5 @@ def test_400_files_of_175_billion_parameters(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     counted, files, read, peak_kib = json.loads(done.stdout)
     assert (counted, files) == (parameters, 400)
-    assert read <= stored_bytes(tmp_path / "gpt3") + OF_THE_MEASUREMENT
+    assert read <= 1.1 * stored_bytes(tmp_path / "gpt3"), "4 KiB of each file would be 1.6 MB"
     assert peak_kib * 1024 < 300e6
