@@ -76,6 +76,15 @@ class Shape:
         }
 
 
+def make_decaying(folder: Path, shape: Shape) -> Path:
+    """Make ``folder`` with a base whose weights have leading directions, unless it is complete."""
+    done = folder / "complete-decaying"
+    if not done.exists():
+        _save_checkpoint(folder / "base", shape, decaying_tensor)
+        done.touch()
+    return folder
+
+
 def make(folder: Path, shape: Shape, *, with_tuned: bool = True) -> Path:
     """Make ``folder`` with base, adapter and tuned in it, unless it is complete already."""
     complete = folder / "complete"
@@ -94,6 +103,22 @@ def base_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     return torch.randn(shape, generator=_random(name)).mul_(0.02).bfloat16()
+
+
+def decaying_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A weight of the base's size, bf16, half of whose energy lies in COMPONENTS directions.
+
+    Their singular values fall as 1/√i; the other half is noise.
+    """
+    if len(shape) == 1:
+        return base_tensor(name, shape)
+    noise = base_tensor(name, shape).float().mul_(0.5**0.5)
+    random = _random(f"directions of {name}")
+    decay = torch.arange(1, COMPONENTS + 1).rsqrt()
+    left = torch.randn(shape[0], COMPONENTS, generator=random) * decay
+    right = torch.randn(COMPONENTS, shape[1], generator=random)
+    size = 0.02 * 0.5**0.5 / float(decay.square().sum().sqrt())
+    return noise.addmm_(left, right, alpha=size).bfloat16()
 
 
 def tuned_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -176,8 +201,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--without-tuned", action="store_true", help="what merging needs")
+    parser.add_argument("--decaying", action="store_true", help="only a base, of decaying weights")
     given = parser.parse_args()
     shape = Shape(given.hidden, given.intermediate, given.layers, given.vocabulary)
+    if given.decaying:
+        print(make_decaying(given.folder, shape))
+        return
     print(make(given.folder, shape, with_tuned=not given.without_tuned))
 
 

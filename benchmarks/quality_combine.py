@@ -96,14 +96,22 @@ def turned(line: str) -> str:
     return f"{text}||{meaning}"
 
 
-def train(task: Task, folder: Path, seed: int) -> Path:
-    """A LoRA on attention and MLP, of its own seed."""
+def train(
+    lines: Sequence[str],
+    folder: Path,
+    seed: int,
+    *,
+    rank: int = RANK,
+    modules: Sequence[str] = ("c_attn", "c_proj", "c_fc"),
+    steps: int = STEPS,
+) -> Path:
+    """A LoRA of its own seed, on attention and MLP unless told otherwise."""
     model = load(EXAMPLE / "base")
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        target_modules=["c_attn", "c_proj", "c_fc"],
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=list(modules),
         fan_in_fan_out=True,
     )
     with warnings.catch_warnings():
@@ -111,11 +119,11 @@ def train(task: Task, folder: Path, seed: int) -> Path:
         adapted = get_peft_model(model, config)
     chosen = [value for value in adapted.parameters() if value.requires_grad]
     optimiser = torch.optim.AdamW(chosen, lr=RATE, weight_decay=0.0)
-    rows = packed_rows(task.train, ROW_LENGTH, seed)
+    rows = packed_rows(lines, ROW_LENGTH, seed)
     adapted.train()
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 20) * (1 - 0.9 * step / STEPS)
+            group["lr"] = RATE * min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
         batch = torch.tensor([list(next(rows)) for _ in range(ROWS)])
         starts = torch.randint(N_POSITIONS - ROW_LENGTH + 1, (ROWS, 1))
         positions = starts + torch.arange(ROW_LENGTH)
@@ -261,7 +269,9 @@ def main() -> None:
     all_tasks = tasks()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        adapters = [train(task, work / task.name, seed) for seed, task in enumerate(all_tasks)]
+        adapters = [
+            train(task.train, work / task.name, seed) for seed, task in enumerate(all_tasks)
+        ]
         base = measure(load(EXAMPLE / "base"), all_tasks)
         single = [adapted_losses(adapter, all_tasks) for adapter in adapters]
         found = combine_all(adapters, work, all_tasks)

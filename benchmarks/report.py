@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import report_combine
+import report_pissa
 
 Row = Sequence[str]
 
@@ -88,6 +89,9 @@ def markdown(results: dict[str, Any]) -> str:
         "## Combine and resize",
         report_combine.INTRO,
         _table(report_combine.COLUMNS, report_combine.rows(results["combine"])),
+        "## PiSSA against PEFT",
+        report_pissa.text(results["pissa"]),
+        _table(report_pissa.COLUMNS, report_pissa.rows(results["pissa"])),
         "## Memory and depth",
         "Peak resident memory of the commands, start-up included.",
         _table(["layers", "checkpoint", "merge", "extract"], _memory(results["memory"])),
@@ -132,6 +136,19 @@ def _targets(results: dict[str, Any]) -> list[Row]:
                 least=True,
             )
             for what, rival in (("combine", "PEFT"), ("resize", "kohya"))
+        ),
+        _target(
+            "PEFT's PiSSA alone ÷ init --method pissa, whole command",
+            results["pissa"]["ratio"],
+            report_pissa.PEFT_OVER_INIT,
+            "×",
+            least=True,
+        ),
+        _target(
+            "PiSSA: energy short of the optimum",
+            100 * report_pissa.missed(results["pissa"]),
+            100 * report_pissa.MISSED,
+            " %",
         ),
         _target("excess error, decaying spectra", 100 * excess, 100 * EXCESS, " %"),
         _target("violated bounds on the excess", results["extract_bounds"]["violations"], 0, ""),

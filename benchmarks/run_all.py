@@ -21,6 +21,7 @@ from bench_extract import whole_command as extract_whole
 from bench_memory import peaks
 from bench_merge import compare_merges
 from bench_mergekit import compare as compare_with_mergekit
+from bench_pissa import compare_pissa
 from measure import HERE, WORK, note, python, run
 from receipt_cost import receipt_costs
 from report import markdown
@@ -36,6 +37,7 @@ STAGES = (
     "memory",
     "receipt",
     "combine",
+    "pissa",
 )
 PACKAGES = ("loratool", "torch", "safetensors", "peft", "transformers")
 DOCS = HERE.parent / "docs" / "benchmarks.md"
@@ -51,11 +53,13 @@ def measure(
         largest_model = (1024, 2816, 3, 8000)
         rival_models = [(768, 2048, 1, 2000)]
         shapes, error_shape = ((1024, 1024),), (1024, 1024)
+        to_start = (512, 1024, 1, 1000)
     else:
         pairs = [_pair(2048, 5632, layers, 32000) for layers in (4, 8, 16)]
         largest_model = (2048, 5632, 40, 32000)
         rival_models = [(2048, 5632, 4, 32000), (4096, 11008, 1, 2000)]
         shapes, error_shape = SHAPES, (2048, 2048)
+        to_start = (4096, 11008, 4, 2000)
     work: dict[str, Callable[[], Any]] = {
         "merge": lambda: compare_merges(pairs[1], rounds),
         "merge_large": lambda: compare_merges(
@@ -73,6 +77,7 @@ def measure(
         "combine": lambda: run(python("bench_combine.py", *(["--quick"] if quick else []))).json(),
         "memory": lambda: peaks(pairs, min(rounds, 3)),
         "receipt": receipt_costs,
+        "pissa": lambda: compare_pissa(_pair(*to_start, "--decaying"), min(rounds, 3)),
     }
     run([sys.executable, "-m", "compileall", "-q", HERE.parent / "loratool"])  # as pip would
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -105,7 +110,7 @@ def _processor() -> str:
 
 
 def _pair(hidden: int, intermediate: int, layers: int, vocabulary: int, *flags: str) -> Path:
-    folder = WORK / f"{hidden}x{layers}"
+    folder = WORK / f"{hidden}x{layers}{'-decaying' * ('--decaying' in flags)}"
     note(f"making {folder.name}")
     sizes = {
         "--hidden": hidden,
