@@ -42,6 +42,7 @@ from loratool.ops.convert import ConvertReport
 from loratool.ops.estimate import EstimateReport
 from loratool.ops.extract_report import ExtractReport
 from loratool.ops.init import InitReport
+from loratool.ops.inspect import AdaptersReport
 from loratool.ops.inspect_level import Level, parse_level
 from loratool.ops.merge_jobs import Asked
 from loratool.ops.merge_report import MergeReport
@@ -558,6 +559,28 @@ def inspect(
         )
     return _inspect.inspect_checkpoint(
         Path(path), parse_level(level, Level.HEADERS), only=only, engine=engine, progress=progress
+    )
+
+
+def inspect_adapters(
+    *paths: PathArg,
+    level: str | None = None,
+    only: Sequence[str] = (),
+    alpha: float | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> AdaptersReport:
+    """Two or more adapters side by side, each as ``inspect`` describes it.
+
+    alpha: for those that do not store it. Raises a LoratoolError subclass.
+    """
+    return _inspect.inspect_adapters(
+        [Path(path) for path in paths],
+        parse_level(level, Level.SPECTRA),
+        only=only,
+        alpha=alpha,
+        engine=_engine(jobs),
+        progress=progress,
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool.cli import options
 from loratool.cli.inspect_adapter import show_adapter
+from loratool.cli.inspect_adapters import show_side_by_side
 from loratool.cli.inspect_amplification import show_amplification
 from loratool.cli.inspect_checkpoint import show_checkpoint
 from loratool.cli.inspect_pair import SORTS, show_pair
@@ -16,13 +17,15 @@ from loratool.cli.output import Output
 from loratool.cli.tables import write_csv
 from loratool.errors import UsageError
 
+if TYPE_CHECKING:
+    from loratool.api import InspectReport
+
 _ROWS = {"checkpoint": "tensors", "adapter": "updates", "pair": "changed"}
 """What is inspected → the field of its document with a row per tensor."""
 
 
 @click.command("inspect")
-@click.argument("path", type=options.PATH)
-@click.argument("tuned", type=options.PATH, required=False)
+@click.argument("paths", metavar="PATH...", type=options.PATH, nargs=-1, required=True)
 @click.option(
     "--base",
     type=options.PATH,
@@ -57,8 +60,7 @@ _ROWS = {"checkpoint": "tensors", "adapter": "updates", "pair": "changed"}
 @options.framed
 def inspect_command(
     out: Output,
-    path: Path,
-    tuned: Path | None,
+    paths: tuple[Path, ...],
     base: Path | None,
     level: str | None,
     only: tuple[str, ...],
@@ -70,32 +72,47 @@ def inspect_command(
     jobs: int | None,
     report: Path | None,
 ) -> None:
-    """Look inside PATH, a checkpoint or an adapter; with TUNED, at what fine-tuning changed.
+    """Look inside a checkpoint or an adapter; at what fine-tuning changed from one checkpoint,
+    BASE, to another, TUNED; at several adapters side by side.
 
     \b
     Example:
       loratool inspect model/ --level values
       loratool inspect adapter/
       loratool inspect adapter/ --base base/
+      loratool inspect adapter-a/ adapter-b/ adapter-c/
       loratool inspect base/ tuned/
       loratool inspect tuned/ --base base/ --only '*.mlp.*' --csv changes.csv
     """
-    from loratool.api import inspect
+    from loratool.api import inspect, inspect_adapters
     from loratool.ops.amplification import AmplificationReport
-    from loratool.ops.inspect import AdapterReport, CheckpointReport, PairReport
-
-    result = inspect(
-        path,
-        tuned,
-        base=base,
-        level=level,
-        only=only,
-        exact=exact,
-        alpha=alpha,
-        device=device,
-        jobs=jobs,
-        progress=out.progress(),
+    from loratool.ops.inspect import (
+        AdapterReport,
+        AdaptersReport,
+        CheckpointReport,
+        PairReport,
     )
+    from loratool.ops.sources import is_adapter
+
+    result: InspectReport | AdaptersReport
+    if len(paths) > 2 or (len(paths) == 2 and all(is_adapter(path) for path in paths)):
+        if base is not None or exact:
+            raise UsageError("adapters side by side take neither --base nor --exact")
+        result = inspect_adapters(
+            *paths, level=level, only=only, alpha=alpha, jobs=jobs, progress=out.progress()
+        )
+    else:
+        result = inspect(
+            *paths,
+            base=base,
+            level=level,
+            only=only,
+            exact=exact,
+            alpha=alpha,
+            device=device,
+            jobs=jobs,
+            progress=out.progress(),
+        )
     if sort is not None and not isinstance(result, PairReport):
         raise UsageError("--sort is for pairs of checkpoints")
     document = result.to_json()
@@ -107,6 +124,8 @@ def inspect_command(
         show_checkpoint(out, result)
     elif isinstance(result, AdapterReport):
         show_adapter(out, result)
+    elif isinstance(result, AdaptersReport):
+        show_side_by_side(out, result.adapters)
     elif isinstance(result, AmplificationReport):
         show_amplification(out, result)
     else:
@@ -117,6 +136,10 @@ def inspect_command(
 
 def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per tensor, with what was found in its values where they were read."""
+    if document["what"] == "adapters":
+        return [
+            {"adapter": one["name"]} | row for one in document["adapters"] for row in _rows(one)
+        ]
     rows: list[dict[str, Any]] = document.get(_ROWS.get(document["what"], "updates"), [])
     values = {row["name"]: row for row in document.get("values", [])}
     return [row | values.get(row["name"], {}) for row in rows]

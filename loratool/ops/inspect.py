@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from loratool.ops.inspect_adapter import AdapterReport, inspect_adapter
+from loratool.ops.inspect_adapters import AdaptersReport, inspect_adapters
 from loratool.ops.inspect_checkpoint import CheckpointReport, inspect_checkpoint
 from loratool.ops.inspect_pair import PairReport, inspect_pair
 
 __all__ = [
     "AdapterReport",
+    "AdaptersReport",
     "CheckpointReport",
     "PairReport",
     "inspect_adapter",
+    "inspect_adapters",
     "inspect_checkpoint",
     "inspect_pair",
 ]

@@ -105,6 +105,19 @@ def inspect_adapter(
     Raises InputError.
     """
     adapter = open_adapter(path, alpha)
+    return describe_adapter(path, adapter, level, only=only, engine=engine, progress=progress)
+
+
+def describe_adapter(
+    path: Path,
+    adapter: Adapter,
+    level: Level,
+    *,
+    only: Sequence[str] = (),
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> AdapterReport:
+    """What ``inspect_adapter`` tells of an adapter that is open. Raises InputError."""
     chosen = select(list(adapter.updates), only, ())
     adapter = replace(
         adapter, updates={n: update for n, update in adapter.updates.items() if n in chosen}

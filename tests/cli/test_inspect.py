@@ -106,3 +106,28 @@ def test_zero_b_is_said(tmp_path: Path) -> None:
     out = invoke("inspect", adapter, "--level", "values").out
     assert "zero B, so that nothing changes: model.layers.0.self_attn.q_proj.weight" in out
     assert "all zero" in out
+
+
+def test_adapters_side_by_side(tmp_path: Path) -> None:
+    """Each as it is on its own; the norm of all updates is that of the dense change."""
+    paths, norms = [], []
+    for seed, rank in ((0, 2), (1, 5)):
+        generator = torch.Generator().manual_seed(seed)
+        a, b = (
+            torch.randn(rank, 24, generator=generator),
+            torch.randn(24, rank, generator=generator),
+        )
+        modules = {f"model.layers.{layer}.self_attn.q_proj": (a, b) for layer in range(2)}
+        modules = {name: (x.clone(), y.clone()) for name, (x, y) in modules.items()}
+        paths.append(save_peft(tmp_path / str(seed), modules, lora_alpha=4))
+        norms.append(float((2**0.5 * 4 / rank * b.double() @ a.double()).norm()))
+    document = json.loads(invoke("inspect", *paths, "--json").out)
+    assert document["what"] == "adapters"
+    for path, norm, one in zip(paths, norms, document["adapters"], strict=True):
+        alone = json.loads(invoke("inspect", path, "--json").out)
+        assert one == {key: alone[key] for key in one} | {"name": str(path)}
+        total = sum(row["norm"] ** 2 for row in one["updates"]) ** 0.5
+        assert total == pytest.approx(norm, rel=1e-9)
+        assert f"{norm:.3g}" in invoke("inspect", *paths).out
+    assert invoke("inspect", *paths, "--exact").code == 2
+    assert invoke("inspect", *paths, tmp_path).code == 3

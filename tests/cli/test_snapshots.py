@@ -73,6 +73,7 @@ VIEWS = {
     "checkpoint": ["inspect", "base"],
     "values": ["inspect", "ailing", "--level", "values"],
     "adapter": ["inspect", "second"],
+    "adapters": ["inspect", "first", "second"],
     "pair-headers": ["inspect", "base", "tuned", "--level", "headers"],
     "pair-values": ["inspect", "base", "tuned", "--level", "values"],
     "pair": ["inspect", "tuned", "--base", "base", "--device", "cpu"],
