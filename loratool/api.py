@@ -24,6 +24,7 @@ from loratool.ops import extract as _extract
 from loratool.ops import extract_plan as _extract_plan
 from loratool.ops import init as _init
 from loratool.ops import inspect as _inspect
+from loratool.ops import inspect_forecast as _forecast
 from loratool.ops import merge as _merge
 from loratool.ops import merge_in_place as _merge_in_place
 from loratool.ops import recipe as _recipe
@@ -68,6 +69,7 @@ InspectReport = (
     | _inspect.AdapterReport
     | _inspect.PairReport
     | _amplification.AmplificationReport
+    | _forecast.ForecastReport
 )
 
 
@@ -514,8 +516,9 @@ def inspect(
 ) -> InspectReport:
     """Describe a checkpoint or an adapter; with ``tuned``, the change between two checkpoints.
 
-    With ``base``, the checkpoint that an adapter is for: what the adapter amplifies in it. The
-    base of a checkpoint makes the two a pair, as ``inspect(base, path)`` does.
+    With ``base``, the checkpoint that an adapter is for: what the adapter amplifies in it, and at
+    level values what a merge would lose to rounding. The base of a checkpoint makes the two a
+    pair, as ``inspect(base, path)`` does.
 
     level: "headers" reads no tensor, "values" takes one pass, "spectra" also decomposes changes.
     By default "headers" of one checkpoint, else "spectra". only: globs over names. exact: every
@@ -526,10 +529,22 @@ def inspect(
         if tuned is not None:
             raise UsageError("--base is for one more path; of two checkpoints the first is it")
         if is_adapter(Path(path)):
-            if only or exact or parse_level(level, Level.SPECTRA) is not Level.SPECTRA:
+            depth = parse_level(level, Level.SPECTRA)
+            if depth is Level.VALUES and not exact:
+                return _forecast.forecast(
+                    Path(path),
+                    Path(base),
+                    only=only,
+                    alpha=alpha,
+                    device=device,
+                    engine=engine,
+                    progress=progress,
+                )
+            if only or exact or depth is Level.HEADERS:
                 raise UsageError(
-                    "with its base, an adapter is inspected at level spectra, as a whole",
-                    hint="leave --base out for the levels headers and values",
+                    "with its base, an adapter is inspected at level values, or as a whole at level "
+                    "spectra",
+                    hint="leave --base out for the level headers; --only is for level values",
                 )
             return _amplification.amplification(
                 Path(path), Path(base), alpha=alpha, device=device, engine=engine, progress=progress

@@ -12,6 +12,7 @@ from loratool.cli.inspect_adapter import show_adapter
 from loratool.cli.inspect_adapters import show_side_by_side
 from loratool.cli.inspect_amplification import show_amplification
 from loratool.cli.inspect_checkpoint import show_checkpoint
+from loratool.cli.inspect_forecast import show_forecast
 from loratool.cli.inspect_pair import SORTS, show_pair
 from loratool.cli.output import Output
 from loratool.cli.tables import write_csv
@@ -29,7 +30,8 @@ _ROWS = {"checkpoint": "tensors", "adapter": "updates", "pair": "changed"}
 @click.option(
     "--base",
     type=options.PATH,
-    help="For an adapter: the checkpoint it is for, to measure what its updates amplify there. "
+    help="For an adapter: the checkpoint it is for, to measure what its updates amplify there, or "
+    "at level values what a merge would lose. "
     "For a checkpoint: the one it was tuned from.",
 )
 @click.option(
@@ -92,6 +94,7 @@ def inspect_command(
         CheckpointReport,
         PairReport,
     )
+    from loratool.ops.inspect_forecast import ForecastReport
     from loratool.ops.sources import is_adapter
 
     result: InspectReport | AdaptersReport
@@ -128,6 +131,8 @@ def inspect_command(
         show_side_by_side(out, result.adapters)
     elif isinstance(result, AmplificationReport):
         show_amplification(out, result)
+    elif isinstance(result, ForecastReport):
+        show_forecast(out, result)
     else:
         if base is not None:
             out.line(f"the pair {result.base} and {result.tuned}, as inspect BASE TUNED shows it")

@@ -91,12 +91,14 @@ def merge_rows(job: MergeJob) -> MergeRow:
             overflowed=block.overflowed,
         )
         if job.asked.lost and job.slot.dtype in (F16, BF16):
-            lost, energy = _energies(rounder, before, start - job.start, block.values, job.device)
+            lost, energy = rounding_energies(
+                rounder, before, start - job.start, block.values, job.device
+            )
             row = row.plus(0, 0, 0, 0, lost_energy=lost, update_energy=energy)
     return row
 
 
-def _energies(
+def rounding_energies(
     rounder: Rounder, before: Tensor, first_row: int, merged: Tensor, device: torch.device
 ) -> tuple[float, float]:
     """‖M − Y‖² and ‖Y − W0‖² of a block, with Y to float32. Infinite values do not count."""

@@ -73,6 +73,9 @@ VIEWS = {
     "checkpoint": ["inspect", "base"],
     "values": ["inspect", "ailing", "--level", "values"],
     "adapter": ["inspect", "second"],
+    "forecast": [
+        *("inspect", "second", "--base", "base", "--level", "values", "--device", "cpu"),
+    ],
     "adapters": ["inspect", "first", "second"],
     "pair-headers": ["inspect", "base", "tuned", "--level", "headers"],
     "pair-values": ["inspect", "base", "tuned", "--level", "values"],

@@ -192,8 +192,8 @@ def test_what_cannot_be_asked(pair: tuple[Path, Path], tmp_path: Path) -> None:
         lt.inspect(pair[0], level="deep")
     with pytest.raises(UsageError, match="exact spectra are of pairs"):
         lt.inspect(adapter, exact=True)
-    with pytest.raises(UsageError, match="at level spectra"):
-        lt.inspect(adapter, base=pair[0], level="values")
+    with pytest.raises(UsageError, match="at level values"):
+        lt.inspect(adapter, base=pair[0], level="headers")
 
 
 # Headers -------------------------------------------------------------------------------------
