@@ -542,8 +542,7 @@ def inspect(
                 )
             if only or exact or depth is Level.HEADERS:
                 raise UsageError(
-                    "with its base, an adapter is inspected at level values, or as a whole at level "
-                    "spectra",
+                    "with its base, an adapter is inspected at level values, or spectra as a whole",
                     hint="leave --base out for the level headers; --only is for level values",
                 )
             return _amplification.amplification(
