@@ -245,7 +245,7 @@ def latency_text(latency: Latency) -> str:
     return "\n\n".join(
         [
             f"Forward passes of a random GPT-2 ({sizes}), two rows of {TIMED['n_positions']} "
-            f"tokens, float32 on the CPU, {ROUNDS} rounds in turns; medians, and medians of the "
+            f"tokens, float32 on one thread, {ROUNDS} rounds in turns; medians, and medians of the "
             f"ratios within a round. Modules of base and merged model, by name and class: {graph}. "
             f"Their logits differ from the adapter's by {latency.difference:.1g} at most.",
             table(["model", "forward", "over the base", "parameters", "modules"], rows),
@@ -433,6 +433,7 @@ def main() -> None:
     write = parser.parse_args().write
     if not DATA.is_dir():
         sys.exit("needs ../shared/data (the E2E lines), which this checkout does not have")
+    torch.set_num_threads(1)  # the models are small: threads would wait for each other
     with tempfile.TemporaryDirectory() as name:
         text = page(Path(name))
     if write:

@@ -180,7 +180,7 @@ def _measure(job: _Job) -> AmplificationRow:
         return row
     own = factorize(weight, parse_rank_rule(str(rank)), key=f"0:{job.name}")
     phi = [
-        float(phi_grid(ours.T @ theirs.double())[-1, -1])
+        float(phi_grid((ours.T @ theirs.double()).cpu())[-1, -1])
         for ours, theirs in ((u, own.u), (v, own.v))
     ]
     return AmplificationRow(

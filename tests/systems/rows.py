@@ -291,6 +291,19 @@ def check_inspect(row: Row) -> None:
         exact = float(row.delta(update["name"]).norm())
         assert abs(update["norm"] - exact) < 1e-9 * exact
         assert update["rank"] == row.system.rank
+    check_amplification(row)
+
+
+def check_amplification(row: Row) -> None:
+    """Every update is laid over its weight; the first is measured again by a dense SVD."""
+    report = row.loratool("inspect", row.adapter, "--base", row.base)
+    found = {update["name"]: update["inside"] for update in report["updates"]}
+    assert set(found) == set(row.adapted)
+    name, weight = next((n, value) for n, value in stored(row.base) if n in row.adapted)
+    rank = row.system.rank
+    u, _, vh = torch.linalg.svd(row.delta(name), full_matrices=False)
+    exact = float((u[:, :rank].T @ weight.double() @ vh[:rank].T).norm())
+    assert abs(found[name] - exact) < 1e-5 * exact
 
 
 CHECKS: dict[str, Callable[[Row], None]] = {
