@@ -118,5 +118,7 @@ def _with_contents(entries: list[Entry], progress: Progress) -> list[Entry]:
 def _notes(search: Search) -> list[str]:
     notes = [f"{name}: could not be looked into: {why}" for name, why in search.unreadable]
     if search.no_weights:
-        notes.append(f"{search.no_weights} files are called .bin or .pt and hold no torch weights")
+        notes.append(
+            f"passed over, called .bin, .pt or .pth without torch weights: {search.no_weights}"
+        )
     return notes
