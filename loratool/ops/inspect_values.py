@@ -57,13 +57,15 @@ class TensorValues:
         elif health.zero_rows:
             found.append(f"{health.zero_rows:,} of {health.rows:,} rows zero")
         if health.far is not None:
-            found.append(f"outlier {health.far:.0f}× RMS at {list(self._index(health))}")
+            found.append(f"outlier {health.far:.0f}× RMS at {list(self._index(health) or ())}")
         if health.far_rows:
             found.append(f"{health.far_rows:,} outlier rows")
         return found
 
-    def _index(self, health: Health) -> tuple[int, ...]:
-        """Where the largest value is."""
+    def _index(self, health: Health) -> tuple[int, ...] | None:
+        """Where the largest value is; None where there is no value."""
+        if not health.elements:
+            return None
         row, column = health.at
         flat = row * matrix_shape(self.shape)[1] + column
         return tuple(int(part) for part in np.unravel_index(flat, self.shape))
@@ -78,7 +80,7 @@ class TensorValues:
                 "zero_rows": health.zero_rows,
                 "all_zero": health.is_zero,
                 "largest": health.largest,
-                "largest_at": list(self._index(health)),
+                "largest_at": self._index(health),
                 "rms": health.rms,
                 "outlier": health.far,
                 "outlier_rows": health.far_rows,
@@ -109,7 +111,8 @@ def equal_groups(values: Sequence[TensorValues]) -> tuple[tuple[str, ...], ...]:
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for row in values:
-        if row.digest is not None and (row.health is None or not row.health.constant):
+        telling = row.health is None or (row.health.elements and not row.health.constant)
+        if row.digest is not None and telling:
             groups[row.digest].append(row.name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 

@@ -71,6 +71,28 @@ def test_dtypes_that_can_only_be_copied_are_named(tmp_path: Path) -> None:
     assert row.findings() == ["not read: F8_E8M0"]
 
 
+def test_tensors_of_every_shape(tmp_path: Path) -> None:
+    """Scalars, empty ones, kernels: none is an error, and empty ones are not repeated layers."""
+    kernel = torch.zeros(4, 3, 2, 2)
+    kernel[1, 2, 0, 1] = -5.0
+    state = {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 3),
+        "empty too": torch.zeros(0, 3),
+        "nothing": torch.zeros(0),
+        "kernel": kernel,
+        "counts": torch.arange(5),
+    }
+    save_file(state, tmp_path / "x.safetensors")
+    report = checkpoint(tmp_path / "x.safetensors", level="values")
+    document = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    largest = {row["name"]: row.get("largest_at") for row in document["values"]}
+    assert largest["kernel"] == [1, 2, 0, 1]
+    assert largest["scalar"] == []
+    assert largest["empty"] is None
+    assert report.equal == ()
+
+
 def test_quantised_checkpoints_are_named(tmp_path: Path) -> None:
     save_file({"a.qweight": torch.ones(2, dtype=torch.int32)}, tmp_path / "q.safetensors")
     assert checkpoint(tmp_path / "q.safetensors").quantised == "GPTQ or AWQ"
