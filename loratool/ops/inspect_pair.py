@@ -220,6 +220,7 @@ def inspect_pair(
     chosen = select([pair.name for pair in alignment.pairs], only, ())
     pairs: Sequence[Pair] = [pair for pair in alignment.pairs if pair.name in chosen]
     rows: list[DeltaRow | None] = []
+    passed_over = _passed_over(pairs, alignment.ignored)
     if level is not Level.HEADERS:
         pairs = check_floats(list(pairs))
         rule = parse_rank_rule("full" if exact else str(SPECTRUM_VALUES))
@@ -239,10 +240,20 @@ def inspect_pair(
         str(target),
         tuple(changed),
         tuple(pair.name for pair, row in zip(pairs, rows, strict=False) if row is None),
-        (*alignment.notes, *([warning] if warning else [])),
+        (*alignment.notes, *passed_over, *([warning] if warning else [])),
         level,
         tuple(_paired(pair) for pair in pairs),
     )
+
+
+def _passed_over(pairs: Sequence[Pair], ignored: Sequence[str]) -> list[str]:
+    """What a pair's changes do not speak of."""
+    whole = [pair.name for pair in pairs if not pair.base.dtype.is_float]
+    return [
+        f"{len(names)} {what} not compared ({', '.join(names[:3])}{', …' if names[3:] else ''})"
+        for names, what in ((whole, "tensors of integers"), (ignored, "buffers on one side"))
+        if names
+    ]
 
 
 def _paired(pair: Pair) -> Paired:

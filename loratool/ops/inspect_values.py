@@ -57,18 +57,18 @@ class TensorValues:
         elif health.zero_rows:
             found.append(f"{health.zero_rows:,} of {health.rows:,} rows zero")
         if health.far is not None:
-            found.append(f"outlier {health.far:.0f}× RMS at {list(self._index(health) or ())}")
+            found.append(f"outlier {health.far:.0f}× RMS at {self._index(health)}")
         if health.far_rows:
             found.append(f"{health.far_rows:,} outlier rows")
         return found
 
-    def _index(self, health: Health) -> tuple[int, ...] | None:
+    def _index(self, health: Health) -> list[int] | None:
         """Where the largest value is; None where there is no value."""
         if not health.elements:
             return None
         row, column = health.at
         flat = row * matrix_shape(self.shape)[1] + column
-        return tuple(int(part) for part in np.unravel_index(flat, self.shape))
+        return [int(part) for part in np.unravel_index(flat, self.shape)]
 
     def to_json(self) -> dict[str, Any]:
         body: dict[str, Any] = {"name": self.name, "sha256": self.digest}

@@ -199,6 +199,15 @@ def test_levels_of_a_pair(pair: tuple[Path, Path]) -> None:
         pair_report(*pair, only=["up_porj"])
 
 
+def test_integers_are_said_to_be_left_out(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{index}.safetensors" for index in range(2)]
+    for index, path in enumerate(paths):
+        save_file({"w": torch.ones(2, 2) + index, "counts": torch.arange(3) + index}, path)
+    report = pair_report(*paths)
+    assert [row.name for row in report.rows] == ["w"]
+    assert report.notes[0] == "1 tensors of integers not compared (counts)"
+
+
 def test_base_makes_a_pair(pair: tuple[Path, Path]) -> None:
     base, tuned = pair
     assert lt.inspect(tuned, base=base).to_json() == lt.inspect(base, tuned).to_json()
