@@ -16,13 +16,13 @@ from loratool.ops.merge_jobs import NOTHING_MORE, WAITING, Asked
 from loratool.ops.merge_layout import Layout, OutFile, lay_out
 from loratool.ops.merge_receipt import likely_bytes, plan_receipt, receipt_left
 from loratool.ops.merge_report import MergeReport, MergeRow
-from loratool.ops.merge_resume import resume_key, split_done
+from loratool.ops.merge_resume import file_of, resume_key, split_done
 from loratool.ops.merge_sides import SideFiles, find_side_files
 from loratool.ops.merge_work import Work, list_work, run_job
 from loratool.ops.sources import open_model
 from loratool.storage.copying import link_file
 from loratool.storage.disk import disk_errors
-from loratool.storage.done_log import read_done
+from loratool.storage.done_log import forget_done, read_done
 from loratool.storage.dtypes import dtype_named
 from loratool.storage.outputs import (
     FinishedWork,
@@ -33,7 +33,7 @@ from loratool.storage.outputs import (
     staged,
 )
 from loratool.storage.sharing import clone_file
-from loratool.storage.writing import put_header
+from loratool.storage.writing import has_size, put_header
 
 _DONE_LOG = "done.log"
 
@@ -228,15 +228,18 @@ def _write_weights(
 ) -> list[MergeRow]:
     merging = plan.merging
     log = staging.scratch / _DONE_LOG
+    paths = {file.name: staging.out / file.name for file in plan.layout.files}
+    intact = {file.name for file in plan.layout.files if has_size(paths[file.name], file.size)}
     recorded = read_done(log)
+    # before the file is made anew: to the next run it would look like the one that was written
+    forget_done(log, {job for job in recorded if file_of(job) not in intact})
     work: list[Work] = []
-    growing, intact = [], set()
+    growing = []
     for file in plan.layout.files:
-        path = staging.out / file.name
+        path = paths[file.name]
         if plan.is_untouched(file) and _taken_whole(plan, file, path):
             continue
-        if put_header(path, file.header, file.size):
-            intact.add(file.name)
+        put_header(path, file.header, file.size)
         growing.append(path)
         work += list_work(file, path, merging)
     rows, left = split_done(work, recorded, intact)

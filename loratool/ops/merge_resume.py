@@ -46,11 +46,16 @@ def split_done(
     """
     rows, left = [], []
     for item in work:
-        if item.key not in recorded or item.key.rpartition("@")[0] not in intact:
+        if item.key not in recorded or file_of(item.key) not in intact:
             left.append(item)
         elif recorded[item.key] is not None:
             rows.append(MergeRow(**recorded[item.key]))
     return rows, left
+
+
+def file_of(job: str) -> str:
+    """The output file that a recorded job wrote to."""
+    return job.rpartition("@")[0]
 
 
 def _stamp(path: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,22 @@ def read_done(path: Path) -> dict[str, Any]:
         job, result = json.loads(text)
         done[job] = result
     return done
+
+
+def forget_done(path: Path, jobs: Collection[str]) -> None:
+    """Take jobs out of the log, on the disk when this returns."""
+    if not jobs:
+        return
+    kept = {job: result for job, result in read_done(path).items() if job not in jobs}
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    append_done(new, kept)
+    os.replace(new, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def append_done(path: Path, records: Record) -> None:

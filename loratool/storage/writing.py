@@ -132,18 +132,19 @@ def create_with_header(path: Path, header: bytes, size: int) -> None:
             file.truncate(size)
 
 
-def put_header(path: Path, header: bytes, size: int) -> bool:
-    """Like ``create_with_header``, but what an interrupted run wrote behind the header stays.
+def put_header(path: Path, header: bytes, size: int) -> None:
+    """Like ``create_with_header``, but what an interrupted run wrote behind the header stays."""
+    if has_size(path, size):
+        write_at(path, 0, memoryview(header))
+        return
+    with disk_errors(path):
+        path.unlink(missing_ok=True)
+    create_with_header(path, header, size)
 
-    Says whether there was a file of that size.
-    """
-    if not path.exists() or path.stat().st_size != size:
-        with disk_errors(path):
-            path.unlink(missing_ok=True)
-        create_with_header(path, header, size)
-        return False
-    write_at(path, 0, memoryview(header))
-    return True
+
+def has_size(path: Path, size: int) -> bool:
+    """Whether there is a file of exactly this size."""
+    return path.exists() and path.stat().st_size == size
 
 
 def park(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

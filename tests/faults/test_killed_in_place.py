@@ -81,6 +81,30 @@ def test_a_merge_killed_at_any_step_is_resumed(
     assert killed >= (30 if every == 1 else 2)
 
 
+def test_a_record_is_not_believed_of_a_file_made_anew(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """What a killed run recorded is void once its file is gone, also for the run after the next."""
+    base, adapter = inputs
+    out = tmp_path / "out"
+    lt.merge(base, adapter, tmp_path / "whole")
+    expected = bytes_of(tmp_path / "whole")
+    command = ("merge", base, adapter, "-o", out, "--jobs", 1)
+    steps = run(command, COUNT_ONLY)[1]
+    shutil.rmtree(out)
+    for second in range(steps // 4, steps, steps // 10):
+        assert run(command, steps - 1)[0] is None
+        files = list(tmp_path.glob(".out.loratool-*/out/*.safetensors"))
+        assert files
+        for file in files:  # as publishing moves them away
+            file.unlink()
+        run(command, second)
+        shutil.rmtree(out, ignore_errors=True)
+        assert run(command, COUNT_ONLY)[0] == 0
+        assert bytes_of(out) == expected
+        shutil.rmtree(out)
+
+
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_a_merge_killed_at_random_moments_is_resumed(
     inputs: tuple[Path, Path], tmp_path: Path, moments: int
