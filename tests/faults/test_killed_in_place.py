@@ -92,8 +92,8 @@ def test_a_record_is_not_believed_of_a_file_made_anew(
     command = ("merge", base, adapter, "-o", out, "--jobs", 1)
     steps = run(command, COUNT_ONLY)[1]
     shutil.rmtree(out)
-    for second in range(steps // 4, steps, steps // 10):
-        assert run(command, steps - 1)[0] is None
+    for second in range(steps // 4, 3 * steps // 4, steps // 10):
+        assert run(command, 2 * steps // 3)[0] is None  # how many steps there are varies a little
         files = list(tmp_path.glob(".out.loratool-*/out/*.safetensors"))
         assert files
         for file in files:  # as publishing moves them away
