@@ -19,7 +19,7 @@ from loratool.storage.writing import OutputSlot
 
 JOB_BYTES = 128 * 2**20
 BLOCK_ELEMENTS = 2**20
-WAITING = 2
+WAITING = 1
 """Threads beyond the workers: while one waits for the disk, another computes."""
 COMPILE_ELEMENTS = 10**9
 """From this many changed weights on, loading the compiled pass pays."""

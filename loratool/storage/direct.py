@@ -9,18 +9,23 @@ ends of a range are left to the cache. No page is written both ways at once.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+
+from loratool.storage.disk import NO_SPACE
 
 ALIGNMENT = max(4096, mmap.PAGESIZE)
 LEAST_BYTES = 2**20
 """Shorter ranges are left to the page cache."""
 
 _CHUNK_BYTES = 4 * 2**20
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 Fill = Callable[[memoryview, int], int]
@@ -58,6 +63,22 @@ def write_direct(path: Path, offset: int, nbytes: int, fill: Fill) -> range:
     finally:
         os.close(file)
     return range(start, position)
+
+
+def reserve(file: int, nbytes: int) -> None:
+    """Give a new file its blocks on the disk at once, where the file system can.
+
+    Threads can then write to it side by side: what has to find blocks first goes one at a time.
+    Raises OSError when the disk is full. (``os.posix_fallocate`` would write zeros instead where
+    the file system cannot.)
+    """
+    fallocate = getattr(_LIBC, "fallocate64", None)
+    if fallocate is None or not nbytes:
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(file, 0, 0, nbytes) and (code := ctypes.get_errno()) in NO_SPACE:
+        os.ftruncate(file, 0)  # gives back what it took before there was no more
+        raise OSError(code, os.strerror(code))
 
 
 class _Memory(threading.local):

@@ -27,7 +27,7 @@ from loratool.storage.in_place import JOURNAL
 _STAGING_MARK = ".loratool-partial-"
 _SETUP_MARK = ".loratool-setup-"
 _SETUP_SECONDS = 600
-_FLUSH_SECONDS = 0.3
+_FLUSH_SECONDS = 1.0
 _LOCK = ".lock"
 _KEY = ".key"
 _REPLACED = "replaced"

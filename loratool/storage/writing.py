@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loratool.errors import InputMissing
-from loratool.storage.direct import write_direct
+from loratool.storage.direct import reserve, write_direct
 from loratool.storage.disk import NO_SPACE, disk_errors
 from loratool.storage.dtypes import BY_TORCH, DType
 from loratool.storage.safetensors_file import encode_header, tensor_bytes
@@ -128,8 +128,9 @@ def create_with_header(path: Path, header: bytes, size: int) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "xb") as file:
-            file.write(header)
             file.truncate(size)
+            reserve(file.fileno(), size)
+            file.write(header)
 
 
 def put_header(path: Path, header: bytes, size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from loratool.errors import NoSpace, OutputError
 from loratool.storage import direct
 from loratool.storage.direct import ALIGNMENT, write_direct
-from loratool.storage.writing import copy_range, write_at
+from loratool.storage.writing import copy_range, create_with_header, write_at
 
 BACKGROUND = 0xEE
 
@@ -98,3 +99,13 @@ def refuse_second_call(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
         return real(file, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fallocate is Linux's")
+def test_a_new_file_has_its_blocks_and_reads_as_zeros(tmp_path: Path) -> None:
+    create_with_header(tmp_path / "new", b"header", 10 * ALIGNMENT)
+    stat = (tmp_path / "new").stat()
+    if not stat.st_blocks:
+        pytest.skip("this file system cannot reserve")
+    assert stat.st_blocks * 512 >= stat.st_size == 10 * ALIGNMENT
+    assert (tmp_path / "new").read_bytes() == b"header" + bytes(10 * ALIGNMENT - 6)
