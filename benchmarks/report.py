@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import report_combine
@@ -27,7 +27,7 @@ def markdown(results: dict[str, Any]) -> str:
     machine = results["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     load = ", ".join(f"{stage} {value:.1f}" for stage, value in results["load"].items())
-    parts = [
+    parts: list[str] = [
         "# Benchmarks",
         "Made by `python benchmarks/run_all.py --write`; nothing here is typed by hand. "
         "Medians; ratios are taken between runs next to each other, then their median.",
@@ -38,83 +38,120 @@ def markdown(results: dict[str, Any]) -> str:
         *(["**A quick run: sizes and rounds too small to conclude from.**"] * results["quick"]),
         "## Against the targets",
         _table(["what", "measured", "target", ""], _targets(results)),
-        "## Merge",
-        "Every command starts a process and ends with its output on the disk. PEFT: "
-        "`from_pretrained`, `merge_and_unload`, `save_pretrained`.",
-        *(
-            part
-            for stage in ("merge", "merge_large")
-            for part in (
-                _merge_text(results[stage]),
-                _table(
-                    ["command", "wall", "processor", "peak memory", "of it anonymous"],
-                    _merge(results[stage]),
-                ),
-            )
-        ),
-        "## Extract, one matrix",
-        "What extract computes per matrix (factors, the bound on their excess, their bf16 form "
-        "and its error) against `torch.linalg.svd(full_matrices=False)` in float32 of the same "
-        "delta, both on the same number of threads.",
-        _table(
-            [
-                "shape",
-                "threads",
-                "rounds",
-                "full SVD",
-                "rank",
-                "loratool",
-                "faster",
-                "by processor time",
-            ],
-            _times(results["extract_times"]),
-        ),
-        "Error beyond the best approximation of the same rank, before the factors are stored: "
-        "(err − opt)/opt, or (err − opt)/‖D‖ where opt is below 1 % of ‖D‖ (marked ‖D‖). "
-        "Storing the factors in bf16 moves the product by the last column's share of ‖D‖.",
-        _table(
-            ["singular values", "rank", "opt/‖D‖", "excess", "excess, stored", "bf16 factors"],
-            _errors(results["extract_errors"]),
-        ),
-        _bounds_text(results["extract_bounds"]),
-        "## Extract, whole command",
-        _whole_text(results["extract_whole"]),
-        "## Extract against mergekit-extract-lora",
-        _rival_intro(results["extract_mergekit"]),
-        _table(
-            ["checkpoints", "command", "wall", "processor", "peak memory", "relative error"],
-            _rivals(results["extract_mergekit"]),
-        ),
-        *map(_stages_text, results["extract_mergekit"]),
-        "## Combine and resize",
-        report_combine.INTRO,
-        _table(report_combine.COLUMNS, report_combine.rows(results["combine"])),
-        "## PiSSA against PEFT",
-        report_pissa.text(results["pissa"]),
-        _table(report_pissa.COLUMNS, report_pissa.rows(results["pissa"])),
-        "## Memory and depth",
-        "Peak resident memory of the commands, start-up included.",
-        _table(["layers", "checkpoint", "merge", "extract"], _memory(results["memory"])),
-        "## Receipts",
-        RECEIPTS,
-        receipt_table(results["receipt"]),
     ]
+    missing = []
+    for title, stage, section in SECTIONS:
+        if stage in results:
+            parts += [*([f"## {title}"] if title else []), *section(results[stage])]
+        else:
+            missing.append(stage)
+    if missing:
+        parts.append(f"Not measured for this page: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
 
 
+def _merge_section(merge: dict[str, Any]) -> list[str]:
+    columns = ["command", "wall", "processor", "peak memory", "of it anonymous"]
+    return [_merge_text(merge), _table(columns, _merge(merge))]
+
+
+def _merge_intro(merge: dict[str, Any]) -> list[str]:
+    return [
+        "Every command starts a process and ends with its output on the disk. PEFT: "
+        "`from_pretrained`, `merge_and_unload`, `save_pretrained`.",
+        *_merge_section(merge),
+    ]
+
+
+def _times_section(rows: Sequence[dict[str, Any]]) -> list[str]:
+    columns = [
+        "shape",
+        "threads",
+        "rounds",
+        "full SVD",
+        "rank",
+        "loratool",
+        "faster",
+        "by processor time",
+    ]
+    return [
+        "What extract computes per matrix (factors, the bound on their excess, their bf16 form "
+        "and its error) against `torch.linalg.svd(full_matrices=False)` in float32 of the same "
+        "delta, both on the same number of threads.",
+        _table(columns, _times(rows)),
+    ]
+
+
+def _errors_section(rows: Sequence[dict[str, Any]]) -> list[str]:
+    columns = ["singular values", "rank", "opt/‖D‖", "excess", "excess, stored", "bf16 factors"]
+    return [
+        "Error beyond the best approximation of the same rank, before the factors are stored: "
+        "(err − opt)/opt, or (err − opt)/‖D‖ where opt is below 1 % of ‖D‖ (marked ‖D‖). "
+        "Storing the factors in bf16 moves the product by the last column's share of ‖D‖.",
+        _table(columns, _errors(rows)),
+    ]
+
+
+def _rival_section(rows: Sequence[dict[str, Any]]) -> list[str]:
+    columns = ["checkpoints", "command", "wall", "processor", "peak memory", "relative error"]
+    return [_rival_intro(rows), _table(columns, _rivals(rows)), *map(_stages_text, rows)]
+
+
+def _combine_section(measured: dict[str, Any]) -> list[str]:
+    return [
+        report_combine.INTRO,
+        _table(report_combine.COLUMNS, report_combine.rows(measured)),
+    ]
+
+
+def _pissa_section(measured: dict[str, Any]) -> list[str]:
+    return [
+        report_pissa.text(measured),
+        _table(report_pissa.COLUMNS, report_pissa.rows(measured)),
+    ]
+
+
+def _memory_section(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        "Peak resident memory of the commands, start-up included.",
+        _table(["layers", "checkpoint", "merge", "extract"], _memory(rows)),
+    ]
+
+
+def _receipt_section(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [RECEIPTS, receipt_table(rows)]
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Any], list[str]]], ...] = (
+    ("Merge", "merge", _merge_intro),
+    ("", "merge_large", _merge_section),
+    ("Extract, one matrix", "extract_times", _times_section),
+    ("", "extract_errors", _errors_section),
+    ("", "extract_bounds", lambda bounds: [_bounds_text(bounds)]),
+    ("Extract, whole command", "extract_whole", lambda whole: [_whole_text(whole)]),
+    ("Extract against mergekit-extract-lora", "extract_mergekit", _rival_section),
+    ("Combine and resize", "combine", _combine_section),
+    ("PiSSA against PEFT", "pissa", _pissa_section),
+    ("Memory and depth", "memory", _memory_section),
+    ("Receipts", "receipt", _receipt_section),
+)
+"""Titles ('' goes on under the one before), the stage that is shown, and how."""
+
+
 def _targets(results: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    for stage, targets in TARGETS:
+        if stage in results:
+            rows += targets(results[stage])
+    return rows
+
+
+def _svd_targets(times: Sequence[dict[str, Any]]) -> list[Row]:
     ratios: dict[str, list[float]] = {}
-    for row in results["extract_times"]:
+    for row in times:
         for rank, result in row["ranks"].items():
             ratios.setdefault(rank, []).append(result["ratio"])
-    decaying = [row for row in results["extract_errors"] if not row["decay"].startswith("no")]
-    excess = max(rank["excess"] for row in decaying for rank in row["ranks"].values())
-    first, last = results["memory"][0], results["memory"][-1]
-    growth = max(last[key] / first[key] - 1 for key in ("merge_peak_bytes", "extract_peak_bytes"))
-    layers = f"{first['layers']} to {last['layers']} layers"
     return [
-        *_merge_targets(results["merge"], MERGE_OVER_CP, PEFT_OVER_MERGE, PEAK_SHARE),
-        *_merge_targets(results["merge_large"], LARGE_OVER_CP, PEFT_OVER_LARGE, LARGE_SHARE),
         *(
             _target(
                 f"full SVD ÷ extract, rank {rank}, slowest case",
@@ -125,35 +162,52 @@ def _targets(results: dict[str, Any]) -> list[Row]:
             )
             for rank in sorted(ratios, key=int)
         ),
-        *_largest_targets(results["extract_times"]),
-        *(target for row in results["extract_mergekit"] for target in _rival_targets(row)),
-        *(
-            _target(
-                f"{rival} ÷ {what}, slowest square matrix",
-                report_combine.slowest(results["combine"], what),
-                report_combine.OVER_RIVAL,
-                "×",
-                least=True,
-            )
-            for what, rival in (("combine", "PEFT"), ("resize", "kohya"))
-        ),
+        *_largest_targets(times),
+    ]
+
+
+def _excess_targets(errors: Sequence[dict[str, Any]]) -> list[Row]:
+    decaying = [row for row in errors if not row["decay"].startswith("no")]
+    excess = max(rank["excess"] for row in decaying for rank in row["ranks"].values())
+    return [_target("excess error, decaying spectra", 100 * excess, 100 * EXCESS, " %")]
+
+
+def _combine_targets(measured: dict[str, Any]) -> list[Row]:
+    return [
+        _target(
+            f"{rival} ÷ {what}, slowest square matrix",
+            report_combine.slowest(measured, what),
+            report_combine.OVER_RIVAL,
+            "×",
+            least=True,
+        )
+        for what, rival in (("combine", "PEFT"), ("resize", "kohya"))
+    ]
+
+
+def _pissa_targets(measured: dict[str, Any]) -> list[Row]:
+    return [
         _target(
             "PEFT's PiSSA alone ÷ init --method pissa, whole command",
-            results["pissa"]["ratio"],
+            measured["ratio"],
             report_pissa.PEFT_OVER_INIT,
             "×",
             least=True,
         ),
         _target(
             "PiSSA: energy short of the optimum",
-            100 * report_pissa.missed(results["pissa"]),
+            100 * report_pissa.missed(measured),
             100 * report_pissa.MISSED,
             " %",
         ),
-        _target("excess error, decaying spectra", 100 * excess, 100 * EXCESS, " %"),
-        _target("violated bounds on the excess", results["extract_bounds"]["violations"], 0, ""),
-        _target(f"peak memory, growth from {layers}", 100 * growth, 5.0, " %"),
     ]
+
+
+def _memory_targets(rows: Sequence[dict[str, Any]]) -> list[Row]:
+    first, last = rows[0], rows[-1]
+    growth = max(last[key] / first[key] - 1 for key in ("merge_peak_bytes", "extract_peak_bytes"))
+    layers = f"{first['layers']} to {last['layers']} layers"
+    return [_target(f"peak memory, growth from {layers}", 100 * growth, 5.0, " %")]
 
 
 def _largest_targets(rows: Sequence[dict[str, Any]]) -> list[Row]:
@@ -382,3 +436,19 @@ def _table(columns: Row, rows: Sequence[Row]) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+TARGETS: tuple[tuple[str, Callable[[Any], list[Row]]], ...] = (
+    ("merge", lambda m: _merge_targets(m, MERGE_OVER_CP, PEFT_OVER_MERGE, PEAK_SHARE)),
+    ("merge_large", lambda m: _merge_targets(m, LARGE_OVER_CP, PEFT_OVER_LARGE, LARGE_SHARE)),
+    ("extract_times", _svd_targets),
+    ("extract_mergekit", lambda rows: [one for row in rows for one in _rival_targets(row)]),
+    ("combine", _combine_targets),
+    ("pissa", _pissa_targets),
+    ("extract_errors", _excess_targets),
+    (
+        "extract_bounds",
+        lambda b: [_target("violated bounds on the excess", b["violations"], 0, "")],
+    ),
+    ("memory", _memory_targets),
+)
