@@ -39,7 +39,7 @@ IN_FLOAT64 = 150
 """Bytes for each value of a block that is calculated in float64: every kind but low-rank ones."""
 
 
-_IN_FLOAT32, _BY_FLOAT64 = 20, 40
+_IN_FLOAT32, _BY_FLOAT64 = 22, 48
 """Bytes that deciding a plain update takes for each weight of a block, by the level it starts at:
 the estimate, its bounds, what they round to, and the weights themselves."""
 _PER_THREAD = 10 * 2**20

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +23,9 @@ DTYPES = {
     torch.float32: (1e-25, 1e-4, 1.0, 1e15),
     torch.float64: (1e-25, 1.0, 1e15),
 }
+
+
+FLOAT16_MOST = 65504
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def test_what_is_stated_is_true(
         with pytest.raises(NothingMatches):
             lt.extract(base, tuned, folder / "a", rank=change.rank)
         return
+    assume(dtype != "float16" or norm < FLOAT16_MOST**2)  # else its factors' range is too small
     (row,) = lt.extract(base, tuned, folder / "a", rank=change.rank, dtype=dtype).rows
     update = lt.open_adapter(folder / "a").low_rank[NAME].load()
     true = float(np.linalg.norm(delta - update.dense().numpy()))
