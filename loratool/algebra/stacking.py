@@ -14,7 +14,7 @@ def at_scale(value: LowRank, scale: float) -> LowRank:
     if scale == value.scale:
         return value
     share = value.scale / scale
-    root = abs(share) ** 0.5
+    root = math.sqrt(abs(share))
     return LowRank(value.b * math.copysign(root, share), value.a * root, scale)
 
 

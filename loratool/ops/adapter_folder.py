@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loratool.adapter import Adapter, LowRankUpdate, TokenRows
 from loratool.algebra.lowrank import LowRank
+from loratool.algebra.stacking import at_scale
 from loratool.errors import NonFiniteValues, RangeOverflow, UnsupportedInput, UsageError
 from loratool.formats import peft
 from loratool.provenance import REPORT_FILE
@@ -94,9 +95,7 @@ def in_scale(value: LowRank, scale: float) -> LowRank:
     """The same update with another scale, not zero; float64 factors that share the change."""
     if value.scale == scale:
         return value
-    ratio = value.scale / scale
-    root = math.sqrt(abs(ratio))
-    return LowRank(value.b.double() * math.copysign(root, ratio), value.a.double() * root, scale)
+    return at_scale(LowRank(value.b.double(), value.a.double(), value.scale), scale)
 
 
 def stored_value(name: str, value: LowRank, dtype: DType) -> LowRank:
@@ -113,12 +112,22 @@ def stored_value(name: str, value: LowRank, dtype: DType) -> LowRank:
 
 def park_update(path: Path, stored: LowRank, like: LowRankUpdate) -> LowRankUpdate:
     """The factors on disk until all are known, in the shape of the module that ``like`` updates."""
-    rank = stored.rank
-    b, a = stored.b, stored.a
-    if like.kernel:
-        b = b.reshape(b.shape[0], rank, *(1 for _ in like.kernel[1:]))
-        a = a.reshape(rank, *like.kernel)
+    return park_factors(path, stored, like.kernel, is_embedding=like.is_embedding)
+
+
+def park_factors(
+    path: Path, stored: LowRank, kernel: tuple[int, ...], *, is_embedding: bool
+) -> LowRankUpdate:
+    """The same by the kernel, (in, k…) of a convolution and () of a matrix."""
+    b, a = module_factors(stored, kernel)
     parked = park(path, {"b": b, "a": a})
-    return LowRankUpdate(
-        parked["b"], parked["a"], stored.scale, stored.scale * rank, like.is_embedding
-    )
+    alpha = stored.scale * stored.rank
+    return LowRankUpdate(parked["b"], parked["a"], stored.scale, alpha, is_embedding)
+
+
+def module_factors(value: LowRank, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """b and a as PEFT's module holds them: a kernel's are (out, r, 1…) and (r, in, k…)."""
+    if not kernel:
+        return value.b, value.a
+    b = value.b.reshape(*value.b.shape, *(1 for _ in kernel[1:]))
+    return b, value.a.reshape(value.rank, *kernel)

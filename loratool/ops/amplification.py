@@ -23,14 +23,15 @@ from loratool.algebra.subspaces import (
 )
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
-from loratool.errors import NonFiniteValues, NothingMatches, UnsupportedInput
+from loratool.errors import NonFiniteValues, NothingMatches
 from loratool.layouts.placing import PlacedUpdate, place
-from loratool.ops.sources import open_adapter, open_model
+from loratool.ops.sources import measurable, open_adapter, open_model
 from loratool.provenance import document
+from loratool.storage.dtypes import BY_NAME
 from loratool.storage.tensors import TensorInfo
 
 SCHEMA_VERSION = 1
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = [BY_NAME[name] for name in ("F64", "F32", "F16", "BF16")]
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def amplification(
         for placed in together:
             if isinstance(placed.update, LowRankUpdate):
                 label = name if len(together) == 1 else f"{name} ({placed.source})"
-                jobs.append(_Job(placed, label, _plain(tensors[name]), target))
+                jobs.append(_Job(placed, label, measurable(tensors[name], _FLOATS), target))
     if not jobs:
         raise NothingMatches(
             f"{adapter}: holds no low-rank update", hint="other kinds have no directions to compare"
@@ -156,15 +157,6 @@ def amplification(
         tuple(rows),
         (*placement.notes, *([left_out] if others else [])),
     )
-
-
-def _plain(info: TensorInfo) -> TensorInfo:
-    if info.dtype.name not in _FLOATS:
-        raise UnsupportedInput(
-            f"{info.name}: is {info.dtype.name}; only weights of 16, 32 or 64 bits are measured",
-            hint="name the checkpoint that it was quantised from",
-        )
-    return info
 
 
 def _measure(job: _Job) -> AmplificationRow:

@@ -109,7 +109,7 @@ def plan_convert(
     if began is not None:
         _check_start(adapter, value, began)
     plan = ConvertPlan(adapter, value, began, start, output, overwrite)
-    peft.encode(_described(plan), None)  # what cannot be stored is said before anything is done
+    peft.encode(value, None)  # what cannot be stored is said before anything is done
     check_free_space(output, 2 * plan.adapter_bytes)
     return plan
 
@@ -154,11 +154,6 @@ def _without_start(plan: ConvertPlan, start: Adapter, scratch: Path) -> Adapter:
             scratch / f"{index}.raw", stored_value(name, both, F32), like=update
         )
     return replace(plan.adapter, updates=updates)
-
-
-def _described(plan: ConvertPlan) -> Adapter:
-    """The adapter without its copies of base weights: they are no part of it."""
-    return replace(plan.adapter, base_copies={})
 
 
 def _parts(text: str | None) -> tuple[bool, ...]:

@@ -20,7 +20,7 @@ from loratool.algebra.spectrum import Spectrum
 from loratool.algebra.stacking import at_scale, stacked
 from loratool.errors import RangeOverflow
 from loratool.layouts.pairs import Pair
-from loratool.ops.adapter_folder import load_update, stored_value
+from loratool.ops.adapter_folder import load_update, module_factors, stored_value
 from loratool.ops.deltas import (
     Delta,
     check_finite_rows,
@@ -360,10 +360,8 @@ def _park(
     assert job.scratch is not None
     if job.input_first:
         value = value.T
-    b, a = value.b, value.a
-    if job.pair.kind is ModuleKind.CONV:
-        kernel = job.pair.base.shape[1:]
-        b, a = b.reshape(*b.shape, *(1 for _ in kernel[1:])), a.reshape(-1, *kernel)
+    kernel = job.pair.base.shape[1:] if job.pair.kind is ModuleKind.CONV else ()
+    b, a = module_factors(value, kernel)
     beside = {} if magnitude is None else {"magnitude": magnitude}
     parked = park(job.scratch / f"{job.index}.raw", {"b": b, "a": a, **beside})
     alpha = value.scale * value.rank

@@ -25,7 +25,7 @@ from loratool.layouts.config import is_hub_id
 from loratool.layouts.pairs import Alignment, Pair, align
 from loratool.layouts.patterns import select
 from loratool.layouts.targets import targeted
-from loratool.ops.adapter_folder import stored_value, write_adapter
+from loratool.ops.adapter_folder import park_factors, stored_value, write_adapter
 from loratool.ops.deltas import matrix_shape
 from loratool.ops.extract_adapter import base_modules
 from loratool.ops.merge import plan_merge, run_merge
@@ -33,7 +33,6 @@ from loratool.ops.sources import Model, open_model
 from loratool.provenance import document, fingerprint
 from loratool.storage.dtypes import F32, DType, dtype_named
 from loratool.storage.outputs import check_free_space, check_output, staged
-from loratool.storage.writing import park
 
 SCHEMA_VERSION = 1
 _WITH_SHAPE = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV, ModuleKind.EMBEDDING)
@@ -282,15 +281,10 @@ def _seen_by(job: InitJob) -> Start:
 
 def _park(job: InitJob, stored: LowRank) -> LowRankUpdate:
     assert job.scratch is not None
-    a, b, rank = stored.a, stored.b, stored.rank
-    if job.pair.kind is ModuleKind.CONV:
-        inner = job.pair.base.shape[1:]
-        b, a = b.reshape(b.shape[0], rank, *(1 for _ in inner[1:])), a.reshape(rank, *inner)
-    parked = park(job.scratch / f"{job.index}.raw", {"b": b, "a": a})
-    is_embedding = job.pair.kind is ModuleKind.EMBEDDING
-    return LowRankUpdate(
-        parked["b"], parked["a"], job.start.scale, job.start.scale * rank, is_embedding
-    )
+    kind = job.pair.kind
+    kernel = job.pair.base.shape[1:] if kind is ModuleKind.CONV else ()
+    path = job.scratch / f"{job.index}.raw"
+    return park_factors(path, stored, kernel, is_embedding=kind is ModuleKind.EMBEDDING)
 
 
 def _weight(job: InitJob) -> Tensor:

@@ -16,19 +16,19 @@ from loratool.algebra.ranks import parse_rank_rule
 from loratool.algebra.rounding import Rounder
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
-from loratool.errors import NonFiniteValues, NothingMatches, UnsupportedInput
+from loratool.errors import NonFiniteValues, NothingMatches
 from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, place
 from loratool.ops.deltas import matrix_shape
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.merge_jobs import BLOCK_ELEMENTS, rounding_energies
 from loratool.ops.rounders import rounder_of
-from loratool.ops.sources import open_adapter, open_model
+from loratool.ops.sources import measurable, open_adapter, open_model
 from loratool.provenance import document
-from loratool.storage.dtypes import BF16, F16, DType
+from loratool.storage.dtypes import BF16, F16, F32, DType
 from loratool.storage.tensors import TensorInfo
 
-_FLOATS = ("F32", "F16", "BF16")
+_FLOATS = (F32, F16, BF16)
 OUTPUTS = (BF16, F16)
 """Dtypes that a merge may be stored in and lose by."""
 
@@ -142,7 +142,10 @@ def forecast(
         )
     rows = (engine or Engine()).map(
         _measure,
-        [_Job(_plain(tensors[name]), updates, target) for name, updates in additive.items()],
+        [
+            _Job(measurable(tensors[name], _FLOATS), updates, target)
+            for name, updates in additive.items()
+        ],
         cost=lambda job: job.base.nbytes,
         progress=progress or NoProgress(),
         what="measuring",
@@ -156,15 +159,6 @@ def forecast(
         tuple(rows),
         (*placement.notes, *([left_out] if others else [])),
     )
-
-
-def _plain(info: TensorInfo) -> TensorInfo:
-    if info.dtype.name not in _FLOATS:
-        raise UnsupportedInput(
-            f"{info.name}: is {info.dtype.name}; only weights of 16 or 32 bits are measured",
-            hint="name the checkpoint that it was quantised from",
-        )
-    return info
 
 
 def _measure(job: _Job) -> ForecastRow:

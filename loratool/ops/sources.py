@@ -25,6 +25,8 @@ from loratool.storage.checkpoint import (
     open_weight_file,
     read_json_file,
 )
+from loratool.storage.dtypes import DType
+from loratool.storage.tensors import TensorInfo
 
 _ADAPTER_WEIGHTS = (peft.WEIGHTS_FILE, "adapter_model.bin")
 
@@ -59,6 +61,18 @@ def open_model(path: Path) -> Model:
         raise UnsupportedInput(f"{path}: is an adapter; a checkpoint is needed here")
     refuse_unread_format(str(path), frozenset(checkpoint.tensors))
     return Model(checkpoint, ModelConfig(_config_beside(checkpoint)))
+
+
+def measurable(info: TensorInfo, dtypes: Sequence[DType]) -> TensorInfo:
+    """The tensor, where its dtype is one that a measurement reads. Raises UnsupportedInput."""
+    if info.dtype not in dtypes:
+        bits = [str(number) for number in sorted({dtype.bits for dtype in dtypes})]
+        raise UnsupportedInput(
+            f"{info.name}: is {info.dtype.name}; only weights of {', '.join(bits[:-1])} or "
+            f"{bits[-1]} bits are measured",
+            hint="name the checkpoint that it was quantised from",
+        )
+    return info
 
 
 def open_adapter(

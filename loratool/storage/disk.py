@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,3 +25,12 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: no space left on the disk", hint="free some and try again"
             ) from error
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, as fsync puts a file's bytes there."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from loratool.storage.disk import sync_folder
+
 Record = Mapping[str, Any]
 
 
@@ -40,11 +42,7 @@ def forget_done(path: Path, jobs: Collection[str]) -> None:
     new.unlink(missing_ok=True)
     append_done(new, kept)
     os.replace(new, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(path.parent)
 
 
 def append_done(path: Path, records: Record) -> None:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from loratool.errors import MalformedFile, OutputError, Unfinished
 from loratool.storage.differences import pack_difference, unpack_difference
-from loratool.storage.disk import disk_errors
+from loratool.storage.disk import disk_errors, sync_folder
 from loratool.storage.writing import copy_range, write_at
 
 Result = TypeVar("Result")
@@ -124,10 +124,10 @@ class Journal:
                 _write_flushed(setup / _RESERVE, [b"\0" * reserve])
                 text = json.dumps({**facts, "files": list(files)})
                 _write_flushed(setup / _FACTS, [text.encode()])
-                _flush_folder(setup)
+                sync_folder(setup)
                 _claim(setup, folder)
                 place = folder / JOURNAL
-                _flush_folder(folder)
+                sync_folder(folder)
             except BaseException:
                 os.close(lock)
                 shutil.rmtree(place, ignore_errors=True)
@@ -180,7 +180,7 @@ class Journal:
             shutil.copymode(path, copy)
             _flush(copy)
             os.replace(copy, path)
-            _flush_folder(self.folder)
+            sync_folder(self.folder)
 
     def change(self, block: Block, work: Callable[[Path, int], Result]) -> Result:
         """Run ``work``, which overwrites the block and nothing else, under the journal's guard.
@@ -227,7 +227,7 @@ class Journal:
         """Remove the journal: the files are as they shall be."""
         over = self.folder / f"{_OVER}{os.urandom(4).hex()}"
         self.path.rename(over)
-        _flush_folder(self.folder)
+        sync_folder(self.folder)
         shutil.rmtree(over, ignore_errors=True)
         self.release()
 
@@ -257,7 +257,7 @@ class Journal:
         with disk_errors(path):
             try:
                 _write_flushed(path, _framed(vars(block), original))
-                _flush_folder(self.path)
+                sync_folder(self.path)
             except BaseException:
                 with suppress(OSError):
                     os.unlink(path)
@@ -409,14 +409,6 @@ def _write_flushed(path: Path, parts: Sequence[bytes]) -> None:
 
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -20,7 +20,7 @@ from typing import Any
 
 from loratool.errors import NoSpace, OutputError, OutputExists
 from loratool.storage.checkpoint import WEIGHT_SUFFIXES
-from loratool.storage.disk import ONLY_ON_WRITING, disk_errors
+from loratool.storage.disk import ONLY_ON_WRITING, disk_errors, sync_folder
 from loratool.storage.done_log import append_done
 from loratool.storage.in_place import JOURNAL
 
@@ -172,7 +172,7 @@ class Staging:
                 if exists:
                     os.rename(aside, self.output)
                 raise
-            _sync_folder(self.output.parent)
+            sync_folder(self.output.parent)
 
 
 @dataclass
@@ -311,15 +311,7 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             with open(Path(root) / name, "rb") as file:
                 os.fsync(file.fileno())
-        _sync_folder(Path(root))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(Path(root))
 
 
 def _existing_parent(path: Path) -> Path:

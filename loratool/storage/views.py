@@ -6,6 +6,7 @@ Each is a LazyTensor with the sizes that a TensorInfo has: ``numel``, ``nbytes``
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,16 +35,16 @@ class Stored(LazyTensor, Protocol):
 
 
 @dataclass(frozen=True)
-class _View:
+class _View(ABC):
     """What follows from dtype and shape."""
 
     @property
-    def dtype(self) -> DType:
-        raise NotImplementedError
+    @abstractmethod
+    def dtype(self) -> DType: ...
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
 
     @property
     def numel(self) -> int:
@@ -60,8 +61,19 @@ class _View:
     def read(self) -> Tensor:
         return self.read_rows(0, self.rows)
 
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def read_rows(self, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _OfOne(_View):
+    """A view of one tensor, in its dtype."""
+
+    source: LazyTensor
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
 
 
 @dataclass(frozen=True)
@@ -84,16 +96,11 @@ class Zeros(_View):
 
 
 @dataclass(frozen=True)
-class _Rows(_View):
+class _Rows(_OfOne):
     """Rows ``start:stop`` of a tensor."""
 
-    source: LazyTensor
     start: int
     stop: int
-
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,15 +111,10 @@ class _Rows(_View):
 
 
 @dataclass(frozen=True)
-class _Member(_View):
+class _Member(_OfOne):
     """One entry of the first dimension."""
 
-    source: LazyTensor
     index: int
-
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,17 +125,12 @@ class _Member(_View):
 
 
 @dataclass(frozen=True)
-class Columns(_View):
+class Columns(_OfOne):
     """Every ``step``-th column of a matrix from ``start`` up to ``stop``."""
 
-    source: LazyTensor
     start: int
     stop: int
     step: int = 1
-
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -188,14 +185,8 @@ class Interleaved(_View):
 
 
 @dataclass(frozen=True)
-class Flattened(_View):
+class Flattened(_OfOne):
     """All values of a tensor in one dimension."""
-
-    source: LazyTensor
-
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -206,15 +197,10 @@ class Flattened(_View):
 
 
 @dataclass(frozen=True)
-class Reshaped(_View):
+class Reshaped(_OfOne):
     """The values of a tensor in their order, in another shape."""
 
-    source: LazyTensor
     new_shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -225,15 +211,10 @@ class Reshaped(_View):
 
 
 @dataclass(frozen=True)
-class Lengthened(_View):
+class Lengthened(_OfOne):
     """A tensor with rows of zeros behind its own."""
 
-    source: LazyTensor
     length: int
-
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
