@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputMissing, MalformedFile, UnsupportedInput
-from loratool.storage.in_place import refuse_unfinished
+from loratool.storage.journal_holder import refuse_unfinished
 from loratool.storage.safetensors_file import read_header
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torch_zip import read_torch_zip

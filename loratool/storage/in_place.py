@@ -13,9 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-import struct
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,25 +21,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool.errors import MalformedFile, OutputError, Unfinished
+from loratool.errors import MalformedFile, OutputError
 from loratool.storage.differences import pack_difference, unpack_difference
 from loratool.storage.disk import disk_errors, sync_folder
+from loratool.storage.frames import framed, next_frame
+from loratool.storage.journal_holder import (
+    FACTS,
+    HELD,
+    JOURNAL,
+    LOCK,
+    OVER,
+    SETUP,
+    claim,
+    remove_remains,
+    try_lock,
+)
 from loratool.storage.writing import copy_range, write_at
 
 Result = TypeVar("Result")
 
-JOURNAL = ".loratool-in-place"
-_SETUP = ".loratool-in-place-setup-"
-_OVER = ".loratool-in-place-over-"
-_LOCK = "lock"
-_FACTS = "journal.json"
 _LOG = "log"
 _RESERVE = "reserve"
 _GUARD = "guard-"
-_MAGIC = b"LTJ1"
-_FRAME = struct.Struct("<4sIQI")
-_HELD: set[Path] = set()
-"""Folders whose journal this process holds: it may read the files."""
 
 
 @dataclass(frozen=True)
@@ -67,30 +68,6 @@ class State:
     between: tuple[Block, ...]
 
 
-def refuse_unfinished(path: Path) -> None:
-    """Refuse a file that an unfinished journal beside it speaks of. Raises Unfinished."""
-    journal = path.parent / JOURNAL
-    if not journal.is_dir() or path.parent.resolve() in _HELD:
-        return
-    try:
-        files = json.loads((journal / _FACTS).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        files = [path.name]
-    if path.name not in files:
-        return
-    lock = _try_lock(journal)
-    if lock is None:
-        raise Unfinished(
-            f"{path}: is being changed in place by a running loratool",
-            hint="wait until it has finished",
-        )
-    os.close(lock)
-    raise Unfinished(
-        f"{path}: was being changed in place when the work was interrupted",
-        hint=f"loratool recover {path.parent} says what was done, and finishes or undoes it",
-    )
-
-
 class Journal:
     """The locked journal of one folder. Blocks may be changed from several threads."""
 
@@ -100,8 +77,8 @@ class Journal:
         self._lock = lock
         self._logging = threading.Lock()
         self._states: dict[str, tuple[bool, Block, int]] = {}
-        _HELD.add(folder)
-        self.facts: Mapping[str, Any] = json.loads((self.path / _FACTS).read_text())
+        HELD.add(folder)
+        self.facts: Mapping[str, Any] = json.loads((self.path / FACTS).read_text())
         self._read_log()
 
     @staticmethod
@@ -114,18 +91,18 @@ class Journal:
         """
         folder = folder.resolve()
         with disk_errors(folder):
-            _remove_remains(folder)
-            setup = folder / f"{_SETUP}{os.getpid()}-{os.urandom(4).hex()}"
+            remove_remains(folder)
+            setup = folder / f"{SETUP}{os.getpid()}-{os.urandom(4).hex()}"
             setup.mkdir()
-            lock = os.open(setup / _LOCK, os.O_CREAT | os.O_RDWR)
+            lock = os.open(setup / LOCK, os.O_CREAT | os.O_RDWR)
             place = setup
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 _write_flushed(setup / _RESERVE, [b"\0" * reserve])
                 text = json.dumps({**facts, "files": list(files)})
-                _write_flushed(setup / _FACTS, [text.encode()])
+                _write_flushed(setup / FACTS, [text.encode()])
                 sync_folder(setup)
-                _claim(setup, folder)
+                claim(setup, folder)
                 place = folder / JOURNAL
                 sync_folder(folder)
             except BaseException:
@@ -144,7 +121,7 @@ class Journal:
         path = folder / JOURNAL
         if not path.is_dir():
             return None
-        lock = _try_lock(path)
+        lock = try_lock(path)
         if lock is None:
             raise OutputError(
                 f"{folder}: is being changed in place by a running loratool",
@@ -154,7 +131,7 @@ class Journal:
 
     def release(self) -> None:
         """Let go of the journal without ending it."""
-        _HELD.discard(self.folder)
+        HELD.discard(self.folder)
         os.close(self._lock)
 
     @property
@@ -225,7 +202,7 @@ class Journal:
 
     def end(self) -> None:
         """Remove the journal: the files are as they shall be."""
-        over = self.folder / f"{_OVER}{os.urandom(4).hex()}"
+        over = self.folder / f"{OVER}{os.urandom(4).hex()}"
         self.path.rename(over)
         sync_folder(self.folder)
         shutil.rmtree(over, ignore_errors=True)
@@ -256,7 +233,7 @@ class Journal:
         path = self._guard_path(block)
         with disk_errors(path):
             try:
-                _write_flushed(path, _framed(vars(block), original))
+                _write_flushed(path, framed(vars(block), original))
                 sync_folder(self.path)
             except BaseException:
                 with suppress(OSError):
@@ -268,7 +245,7 @@ class Journal:
         """Blocks in between and their original bytes; a guard cut short guarded nothing yet."""
         for path in sorted(self.path.glob(f"{_GUARD}*")):
             with open(path, "rb") as file:
-                frame = _next_frame(file.read)
+                frame = next_frame(file.read)
             if frame is not None:
                 yield Block(**frame[0]), frame[1]
 
@@ -285,7 +262,7 @@ class Journal:
         with self._logging, disk_errors(path), open(path, "ab") as file:
             start = file.tell()
             try:
-                file.writelines(_framed(entry, way_back))
+                file.writelines(framed(entry, way_back))
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:
@@ -300,7 +277,7 @@ class Journal:
             return
         with open(path, "r+b") as file:
             start = 0
-            while (frame := _next_frame(file.read)) is not None:
+            while (frame := next_frame(file.read)) is not None:
                 block = Block(**frame[0]["block"])
                 self._states[block.key] = (frame[0]["done"], block, start)
                 start = file.tell()
@@ -309,7 +286,7 @@ class Journal:
     def _original(self, block: Block, at: int) -> bytes:
         with open(self.path / _LOG, "rb") as file:
             file.seek(at)
-            frame = _next_frame(file.read)
+            frame = next_frame(file.read)
         new = self._bytes_of(block)
         if frame is None or zlib.crc32(new) != frame[0]["new"]:
             raise MalformedFile(
@@ -335,69 +312,6 @@ def undone_on_failure(journal: Journal) -> Iterator[None]:
             journal.release()
             failure.add_note(f"loratool recover {journal.folder} finishes or undoes what was done")
         raise
-
-
-def _framed(entry: Mapping[str, Any], payload: bytes) -> list[bytes]:
-    text = json.dumps(dict(entry)).encode()
-    checksum = zlib.crc32(payload, zlib.crc32(text))
-    return [_FRAME.pack(_MAGIC, len(text), len(payload), checksum), text, payload]
-
-
-def _next_frame(read: Callable[[int], bytes]) -> tuple[dict[str, Any], bytes] | None:
-    """An entry and its payload; None at the end, or where it was cut short."""
-    head = read(_FRAME.size)
-    if len(head) < _FRAME.size:
-        return None
-    magic, length, payload_length, checksum = _FRAME.unpack(head)
-    if magic != _MAGIC:
-        return None
-    text = read(length)
-    payload = read(payload_length)
-    whole = len(text) == length and len(payload) == payload_length
-    if not whole or zlib.crc32(payload, zlib.crc32(text)) != checksum:
-        return None
-    return json.loads(text), payload
-
-
-def _claim(setup: Path, folder: Path) -> None:
-    journal = folder / JOURNAL
-    try:
-        os.rename(setup, journal)
-    except OSError:
-        if not journal.is_dir():
-            raise
-        lock = _try_lock(journal)
-        if lock is None:
-            raise OutputError(
-                f"{folder}: is being changed in place by another loratool",
-                hint="wait until it has finished",
-            ) from None
-        os.close(lock)
-        raise Unfinished(
-            f"{folder}: an earlier change in place was interrupted here",
-            hint=f"loratool recover {folder} says what was done, and finishes or undoes it",
-        ) from None
-
-
-def _remove_remains(folder: Path) -> None:
-    """What processes left that died before their journal began, or after it had ended."""
-    for path in [*folder.glob(f"{_SETUP}*"), *folder.glob(f"{_OVER}*")]:
-        with suppress(OSError):
-            if path.name.startswith(_OVER) or time.time() - path.stat().st_mtime > 600:
-                shutil.rmtree(path)
-
-
-def _try_lock(journal: Path) -> int | None:
-    try:
-        lock = os.open(journal / _LOCK, os.O_RDWR)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        return None
-    return lock
 
 
 def _write_flushed(path: Path, parts: Sequence[bytes]) -> None:

@@ -22,7 +22,7 @@ from loratool.errors import NoSpace, OutputError, OutputExists
 from loratool.storage.checkpoint import WEIGHT_SUFFIXES
 from loratool.storage.disk import ONLY_ON_WRITING, disk_errors, sync_folder
 from loratool.storage.done_log import append_done
-from loratool.storage.in_place import JOURNAL
+from loratool.storage.journal_holder import JOURNAL
 
 _STAGING_MARK = ".loratool-partial-"
 _SETUP_MARK = ".loratool-setup-"

@@ -19,7 +19,7 @@ import torch
 import loratool as lt
 from loratool.ops import merge_in_place, merge_work
 from loratool.storage import outputs
-from loratool.storage.in_place import JOURNAL
+from loratool.storage.journal_holder import JOURNAL
 from tests.cli.invoke import invoke
 from tests.faults.killing import COUNT_ONLY, bytes_of, run
 from tests.ops.builders import LLAMA, llama_like, save_folder, save_peft

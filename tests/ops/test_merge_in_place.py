@@ -20,7 +20,8 @@ from loratool.errors import (
     UnsupportedInput,
 )
 from loratool.ops import merge_in_place
-from loratool.storage.in_place import JOURNAL, Journal
+from loratool.storage.in_place import Journal
+from loratool.storage.journal_holder import JOURNAL
 from tests.cli.invoke import invoke
 from tests.faults.killing import bytes_of
 from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, save_folder, save_peft

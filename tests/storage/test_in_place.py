@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from loratool.errors import MalformedFile, OutputError, Unfinished
 from loratool.storage.checkpoint import open_checkpoint
 from loratool.storage.differences import pack_difference, unpack_difference
-from loratool.storage.in_place import JOURNAL, Block, Journal, undone_on_failure
+from loratool.storage.in_place import Block, Journal, undone_on_failure
+from loratool.storage.journal_holder import JOURNAL
 from loratool.storage.writing import write_at
 from tests.builders import llama_weights, relative_paths, write_checkpoint
 
