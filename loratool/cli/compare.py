@@ -230,20 +230,24 @@ def _show_grid(out: Output, title: str, pair: PairTotals, grid: PhiGrid) -> None
 def _show_legend(out: Output, report: CompareReport) -> None:
     from loratool.ops.compare import JOINT_SHARE, TIES_DENSITY
 
-    for line in (
-        "survives: share of an update left in the plain sum of all, and after TIES trims each",
-        f"  to its largest {TIES_DENSITY:.0%} of entries and elects signs; all weights 1",
-        "φ(i, j): overlap of the first i and j singular vectors of ΔW, or of the factor A,",
-        "  from 0 to 1; a mean over modules",
-    ):
-        out.line(line)
+    out.line(
+        "survives: share of an update left in the plain sum of all, and after TIES trims each to "
+        f"its largest {100 * TIES_DENSITY:.0f} % of entries and elects signs; all weights 1"
+    )
+    out.line(
+        "φ(i, j): overlap of the first i and j singular vectors of ΔW, or of the factor A, from 0 "
+        "to 1; a mean over modules"
+    )
     if len(report.pairs) == 1:
         (pair,) = report.pairs
         left, right = _number(pair.phi_left_chance), _number(pair.phi_right_chance)
-        out.line(f"  unrelated subspaces of these ranks would show {left} left, {right} right")
-        out.line(f"joint rank: keeps {JOINT_SHARE:.0%} of the sum's energy, of all ranks together")
+        out.line(f"φ of unrelated subspaces of these ranks: {left} left, {right} right")
+        out.line(
+            f"joint rank: keeps {100 * JOINT_SHARE:.0f} % of the sum's energy; "
+            "of: all ranks together"
+        )
     else:
-        out.line("  in brackets: what unrelated subspaces of these ranks would show")
+        out.line("in brackets: φ of unrelated subspaces of these ranks")
     sampled = [row for row in report.shared if row.is_sampled]
     if sampled:
         looked_at = sum(row.entries for row in sampled)
@@ -281,7 +285,7 @@ def _show_advice(out: Output, report: CompareReport, adapters: Sequence[Path]) -
     if advice is not None:
         words = ["loratool combine", *map(str, adapters), "--method", advice.method, advice.options]
         out.line(f"suggested: {' '.join(word for word in words if word)} -o OUT")
-        out.line(f"  {advice.why}")
+        out.line(f"because {advice.why}")
 
 
 def _show_alone(out: Output, report: CompareReport) -> None:

@@ -22,7 +22,7 @@ def show_heatmap(
     top = max((value for row in rows.values() for value in row.values()), default=0.0)
     if top <= 0 or not columns:
         return
-    names = {name: name[-(out.width // 3) :] for name in rows}
+    names = {name: _end(name, out.width // 3, "…" if out.has_unicode else "..") for name in rows}
     label = max(len(name) for name in names.values())
     room = max(8, out.width - label - _MARGIN)
     together = -(-len(columns) // room)
@@ -40,6 +40,11 @@ def show_heatmap(
         out.coloured(cells)
     scale = [_block((index + 0.5) / len(steps), len(steps), out, 1) for index in range(len(steps))]
     out.coloured([(f"{'0':>{label}} ", None), *scale, (f" {percent(top)}", None)])
+
+
+def _end(name: str, most: int, cut: str) -> str:
+    """The end of a long name, where names differ, and a mark that it is not all of it."""
+    return name if len(name) <= most else cut + name[len(name) - max(1, most - len(cut)) :]
 
 
 def _gap(wide: int) -> tuple[str, str | None]:

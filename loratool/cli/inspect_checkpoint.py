@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratool.cli.inspect_values import show_values
-from loratool.cli.output import Output, size_text
+from loratool.cli.output import Output, counted, size_text
 
 if TYPE_CHECKING:
     from loratool.ops.inspect import CheckpointReport
@@ -15,7 +15,7 @@ def show_checkpoint(out: Output, report: CheckpointReport) -> None:
     out.table(
         f"checkpoint {report.name}"
         + (f" ({report.architecture})" if report.architecture else "")
-        + f", {report.files} file{'s' if report.files > 1 else ''}",
+        + f", {counted(report.files, 'file')}",
         ["kind", "dtype", "tensors", "parameters", "size"],
         [
             [

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from loratool.cli.narrow import fits, paragraphs
 from loratool.errors import LoratoolError, OutputError
 from loratool.provenance import document
 
@@ -82,13 +83,24 @@ class Output:
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1
     ) -> None:
-        """A table of the result; the first ``text`` columns are names, the others numbers."""
+        """A table of the result; the first ``text`` columns are names, the others numbers.
+
+        Where the terminal is too narrow for it, a paragraph for each row.
+        """
         if self.as_json or self.quiet:
             return
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
+        console = _console(sys.stdout)
+        rows = [[printable(cell) for cell in row] for row in rows]
+        if not fits(console.width, columns, rows, text):
+            console.print(Text(printable(title)), "", sep="\n")
+            for line in paragraphs(console.width, columns, rows, text):
+                console.print(Text(line, overflow="fold"))
+            console.print()
+            return
         table = Table(box=SIMPLE_HEAD, title=Text(printable(title)), title_justify="left")
         for index, column in enumerate(columns):
             is_text = index < text
@@ -99,8 +111,8 @@ class Output:
                 no_wrap=not is_text,
             )
         for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        _console(sys.stdout).print(table)
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
 
     def notes(self, notes: Sequence[str]) -> None:
         """Things the user should know, on stderr; in JSON they are part of the document."""

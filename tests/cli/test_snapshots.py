@@ -1,4 +1,4 @@
-"""What inspect and list print, character by character, without colour.
+"""What inspect, compare, list and estimate print, character by character, without colour.
 
 The expected text is in snapshots/, one file per view and width. After a change that is meant,
 renew the files and read the difference before committing it:
@@ -31,6 +31,17 @@ def whole_numbers(rows: int, columns: int, start: int) -> torch.Tensor:
     return ((torch.arange(rows * columns) * 7 + start) % 13 - 6).reshape(rows, columns).float() / 8
 
 
+def save_adapter(folder: Path, rank: int, start: int) -> None:
+    pairs = {
+        f"model.layers.{layer}.self_attn.q_proj": (
+            whole_numbers(rank, 8, start + layer),
+            whole_numbers(8, rank, start + layer + 2),
+        )
+        for layer in range(4)
+    }
+    save_peft(folder, pairs, lora_alpha=2 * rank, base_model_name_or_path="org/base")
+
+
 def models(folder: Path) -> None:
     base: State = {"model.embed_tokens.weight": whole_numbers(24, 8, 0)}
     for layer in range(4):
@@ -52,15 +63,9 @@ def models(folder: Path) -> None:
     ailing["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
     ailing["model.layers.3.mlp.up_proj.weight"] = base["model.layers.0.mlp.up_proj.weight"].clone()
     save_folder(ailing, folder / "ailing", LLAMA)
-    for name, rank in (("first", 2), ("second", 3)):
-        pairs = {
-            f"model.layers.{layer}.self_attn.q_proj": (
-                whole_numbers(rank, 8, layer),
-                whole_numbers(8, rank, layer + 2),
-            )
-            for layer in range(4)
-        }
-        save_peft(folder / name, pairs, lora_alpha=2 * rank, base_model_name_or_path="org/base")
+    save_adapter(folder / "first", 2, 0)
+    save_adapter(folder / "second", 3, 0)
+    save_adapter(folder.parent / "third", 2, 5)
     shutil.copytree(folder / "first", folder / "copy of first")
     os.truncate(folder / "copy of first" / "adapter_model.safetensors", 900)
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, folder / "kohya.safetensors")
@@ -76,6 +81,11 @@ VIEWS = {
     "forecast": [
         *("inspect", "second", "--base", "base", "--level", "values", "--device", "cpu"),
     ],
+    "amplification": ["inspect", "second", "--base", "base", "--device", "cpu"],
+    "compare": ["compare", "first", "second"],
+    "compare-three": ["compare", "first", "second", "../third"],
+    "estimate": ["estimate", "base", "--rank", "4"],
+    "estimate-paper": ["estimate", "gpt3-175b", "--rank", "4", "--targets", "query,value"],
     "adapters": ["inspect", "first", "second"],
     "pair-headers": ["inspect", "base", "tuned", "--level", "headers"],
     "pair-values": ["inspect", "base", "tuned", "--level", "values"],
