@@ -1,6 +1,7 @@
 # make demo       the main job on the example pair, in a virtual environment of its own
 # make test       what every change must pass
 # make test-slow  the tests that take longer
+# make test-web   HTML reports in an installed Chromium
 # make faults     killed processes, full disks, resuming
 # make check      formatting, lint, types, layers, generated documentation
 # make bench      ratios against rivals, on a checkpoint of about 1 GB
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_OPTIONS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow faults check docs bench clean
+.PHONY: demo test test-slow test-web faults check docs bench clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -28,14 +29,21 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --editable ".[dev,demo]"
 	@touch $@
 
+$(VENV)/.web: $(VENV)/.dev
+	$(PIP) install --quiet --editable ".[dev,demo,web]"
+	@touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/python examples/e2e/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not web"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+test-web: $(VENV)/.web
+	$(BIN)/python -m pytest -m web tests/web
 
 faults: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/faults

@@ -97,7 +97,7 @@ def test_many_layers_share_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     out = invoke("inspect", base, tuned, "--level", "values", "-v").out
     assert "(layers 0 to 59, 3 layers to a block)" in out
     (row,) = [line for line in out.splitlines() if "#" in line and "q_proj" in line]
-    assert row == "f_attn.q_proj ............." + "#......"
+    assert row == "..attn.q_proj ............." + "#......"
 
 
 def test_zero_b_is_said(tmp_path: Path) -> None:
