@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import loratool as lt
-from loratool.layouts.architectures.paper import NAMED
+from loratool.layouts.architectures.paper import NAMED, PUBLISHED
 from loratool.ops.amplification import AmplificationReport
 from loratool.ops.compare_report import CompareReport, PhiGrid
 from loratool.ops.estimate import EstimateReport
@@ -45,34 +45,6 @@ TIMED = {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 1024, "n_positi
 """The GPT-2 whose forward passes are timed."""
 
 
-@dataclass(frozen=True)
-class Published:
-    """A row of the paper: trained parameters in millions, as printed."""
-
-    model: str
-    rank: int
-    printed: str
-
-    def agrees(self, parameters: int) -> bool:
-        """Whether our count, rounded or cut off, is what is printed."""
-        places = len(self.printed.partition(".")[2])
-        cut_off = parameters * 10**places // MEGA
-        return self.printed in (
-            f"{parameters / MEGA:.{places}f}",
-            f"{cut_off / 10**places:.{places}f}",
-        )
-
-
-PUBLISHED = (
-    Published("roberta-base", 8, "0.3"),
-    Published("roberta-large", 8, "0.8"),
-    Published("deberta-xxl", 16, "4.7"),
-    Published("gpt2-medium", 4, "0.35"),
-    Published("gpt2-large", 4, "0.77"),
-    Published("gpt3-175b", 1, "4.7"),
-    Published("gpt3-175b", 4, "18.8"),
-    Published("gpt3-175b", 8, "37.7"),
-)
 PAPER_FULL, PAPER_LORA = "1.2 TB", "350 GB"
 PAPER_CHECKPOINT, PAPER_ADAPTER = "350 GB", "35 MB"
 PAPER_AMPLIFICATION = 21.5

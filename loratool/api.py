@@ -663,11 +663,12 @@ def init(
     exclude: Sequence[str] = (),
     seed: int = 0,
     base_model: str | None = None,
+    format: str = "peft",
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> InitReport:
-    """Write an adapter that PEFT can train from.
+    """Write an adapter that PEFT can train from, or (format="loralib") the LoRA authors' library.
 
     Methods that start from the base's weights also write ``residual``, the base without the
     adapter's start. Raises a LoratoolError subclass; nothing is written then.
@@ -686,6 +687,7 @@ def init(
         exclude=exclude,
         seed=seed,
         base_model=base_model,
+        format=format,
         overwrite=overwrite,
     )
     return _init.run_init(plan, _engine(jobs), progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,15 @@ def _names(changing_base: bool) -> str:
     "--dtype", metavar="float32|float16|bfloat16", help="Of the factors (default: float32)."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random factors.")
+@click.option(
+    "--format",
+    "format_name",
+    default="peft",
+    show_default=True,
+    metavar="peft|loralib",
+    help="peft: a folder for PeftModel. loralib: the LoRA authors' layout, which can adapt q and v "
+    "of a fused q, k, v matrix (GPT-2) alone.",
+)
 @click.option("--base-model", metavar="OWNER/NAME", help="The base's name on the Hub.")
 @options.include_option
 @options.exclude_option
@@ -69,6 +79,7 @@ def init_command(
     residual: Path | None,
     dtype: str | None,
     seed: int,
+    format_name: str,
     base_model: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -87,6 +98,7 @@ def init_command(
     Example:
       loratool init base/ -o start/ --rank 8 --targets q,v
       loratool init base/ -o start/ --rank 16 --method pissa --residual residual/
+      loratool init gpt2/ -o start/ --rank 4 --targets q,v --format loralib
     """
     from loratool.engine import Engine
     from loratool.ops.init import plan_init, run_init
@@ -105,6 +117,7 @@ def init_command(
         exclude=exclude,
         seed=seed,
         base_model=base_model,
+        format=format_name,
         overwrite=overwrite,
     )
     if dry_run:
@@ -125,8 +138,8 @@ def _show_plan(out: Output, plan: InitPlan) -> None:
         out.document(document("init-plan", 1, plan.to_json()))
         return
     out.line(
-        f"would start {len(plan.jobs)} modules at rank {plan.rank} with {plan.method}: an adapter "
-        f"of {size_text(plan.adapter_bytes)}"
+        f"would start {len(plan.jobs)} modules{_of_parts(plan.fused_parts)} at rank {plan.rank} "
+        f"with {plan.method}: an adapter of {size_text(plan.adapter_bytes)}"
         + (
             f" and a residual base of {size_text(plan.base.checkpoint.size_bytes)}"
             if plan.residual
@@ -142,13 +155,20 @@ def _show(out: Output, report: InitReport, output: Path, residual: Path | None) 
             "modules",
             ["module", "shape", "rank", "of ‖W‖²"],
             [
-                [row.name, "×".join(map(str, row.shape)), str(row.rank), percent(row.energy_kept)]
+                [
+                    row.name + _of_parts(row.parts),
+                    "×".join(map(str, row.shape)),
+                    str(row.rank),
+                    percent(row.energy_kept),
+                ]
                 for row in report.rows
             ],
         )
+    parts = report.facts["fused_parts"]
     out.line(
-        f"started {output}: {len(report.rows)} modules, {report.parameters:,} parameters, "
-        f"{report.facts['method']}, rank {report.facts['rank']}, alpha {report.facts['alpha']:g}"
+        f"started {output}: {len(report.rows)} modules{_of_parts(parts)}, "
+        f"{report.parameters:,} parameters, {report.facts['method']}, "
+        f"rank {report.facts['rank']}, alpha {report.facts['alpha']:g}"
     )
     if residual is None:
         out.line("B is zero: on the base it changes nothing yet")
@@ -159,4 +179,27 @@ def _show(out: Output, report: InitReport, output: Path, residual: Path | None) 
             f"residual base: {residual}; train on it. The adapter holds {percent(share)} of the "
             "adapted weights' energy on average"
         )
+    if report.facts["format"] == "loralib":
+        _show_loralib(out, report, output)
     out.notes(report.facts["notes"])
+
+
+def _show_loralib(out: Output, report: InitReport, output: Path) -> None:
+    from loratool.formats.loralib import WEIGHTS_FILE
+    from loratool.layouts.qkv_parts import PARTS
+
+    alpha, parts = report.facts["alpha"], report.facts["fused_parts"]
+    layer = f"lora_alpha={alpha:g}"
+    back = f"--alpha {alpha:g}"
+    if parts:
+        layer += f", enable_lora={[part in parts for part in PARTS]} where q, k and v are fused"
+        back += f" --fused-parts {','.join(parts)}"
+    out.line(
+        f"for loralib: {output / WEIGHTS_FILE}, layers of r={report.facts['rank']}, {layer}; "
+        f"the file itself says neither"
+    )
+    out.line(f"after training: loratool convert TRAINED -o OUT {back}")
+
+
+def _of_parts(parts: Sequence[str]) -> str:
+    return f" ({','.join(parts)} of each)" if parts else ""

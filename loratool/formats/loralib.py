@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratool.adapter import Adapter, LowRankUpdate, Replacement, Update
-from loratool.errors import MalformedFile, UnsupportedInput, UsageError
+from loratool.adapter import Adapter, LowRankUpdate, Replacement, Update, module_of
+from loratool.errors import MalformedFile, Unplaced, UnsupportedInput, UsageError
 from loratool.formats.hints import Hints
 from loratool.storage.dtypes import DType
 from loratool.storage.tensors import LazyTensor
 
 NAME = "loralib"
+WEIGHTS_FILE = "lora.safetensors"
 
 _A, _B = ".lora_A", ".lora_B"
 
@@ -93,8 +94,33 @@ def _update(
             "file does not name them",
             hint="loratool convert --fused-parts says which: q,v is what the authors trained",
         )
+    return merged_linear(b, a, alpha, fused_parts)
+
+
+def merged_linear(
+    b: LazyTensor, a: LazyTensor, alpha: float, fused_parts: tuple[bool, ...]
+) -> LowRankUpdate:
+    """The update of a MergedLinear: b (g·d, r), a (g·r, in), alpha as its layers are given it."""
     placed = PlacedParts(b, fused_parts)
-    return LowRankUpdate(placed, a, scale=alpha / rank, alpha=alpha * parts)
+    return LowRankUpdate(placed, a, scale=alpha / b.shape[1], alpha=alpha * sum(fused_parts))
+
+
+def encode(adapter: Adapter) -> dict[str, LazyTensor]:
+    """The tensors of a file that the authors' library loads; its alpha is not among them.
+
+    Raises Unplaced for what is neither a plain update of a matrix nor a value stored whole.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    for name, update in adapter.updates.items():
+        if isinstance(update, Replacement):
+            tensors[name] = update.value
+        elif isinstance(update, LowRankUpdate) and not update.is_embedding and not update.kernel:
+            module, b = module_of(name), update.b
+            tensors[module + _A] = update.a
+            tensors[module + _B] = b.b if isinstance(b, PlacedParts) else b
+        else:
+            raise Unplaced(f"{name}: {update.describe()}: has no place in loralib's layout")
+    return dict(sorted(tensors.items()))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from loratool.algebra.cost import (
 )
 from loratool.errors import InputMissing, NothingMatches, UsageError
 from loratool.layouts.architectures import parameters_of
-from loratool.layouts.architectures.paper import NAMED
+from loratool.layouts.architectures.paper import NAMED, PUBLISHED
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.families import family_of
 from loratool.layouts.fused import split_fused
@@ -47,6 +47,7 @@ _PAPER_GPT3 = (
     "formula here gives more",
     "the paper's 35 MB adapter is rank 4 on query and value in float16: 36 MiB by count",
 )
+_QUERY_AND_VALUE = ({"query", "value"}, {"query_proj", "value_proj"}, {"q_proj", "v_proj"})
 _HALF, _SINGLE = 2, 4
 
 Shape = tuple[int, ...]
@@ -144,21 +145,21 @@ def estimate(model: str, *, rank: int = 8, targets: str = "all-linear") -> Estim
         raise UsageError(f"rank {rank} is not positive")
     source = _source(model)
     kinds = classify(source.shapes, source.config)
-    chosen, notes = _adapted(targets, source, kinds)
+    chosen, wholes = _adapted(targets, source, kinds)
     matrices = {name: _matrix(shape) for name, shape in chosen.items()}
     smallest = max(min(shape) for shape in matrices.values())
     if rank > smallest:
         raise UsageError(
             f"rank {rank} is above the smaller side of every adapted matrix (at most {smallest})"
         )
+    rows = _rows(matrices, rank)
+    trained = sum(row.parameters for row in rows)
+    notes = [_fused_note(wholes, rank)] if wholes else []
     clamped = sum(1 for shape in matrices.values() if rank > min(shape))
     if clamped:
         notes.append(f"the rank of {clamped} matrices is limited by their smaller side")
-    rows = _rows(matrices, rank)
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
-    trained = sum(row.parameters for row in rows)
-    if model == "gpt3-175b":
-        notes += _PAPER_GPT3
+    notes += _beside_the_paper(model, rank, rows)
     return EstimateReport(
         model=source.name,
         model_type=source.config.model_type,
@@ -225,37 +226,65 @@ def _from_config(name: str, config: ModelConfig) -> _Source:
 
 def _adapted(
     targets: str, source: _Source, kinds: Mapping[str, ModuleKind]
-) -> tuple[dict[str, Shape], list[str]]:
-    """The adapted tensors' shapes, and what was assumed about them."""
+) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """The adapted tensors' shapes, with parts of fused ones as tensors of their own; and what
+    would be adapted instead where whole tensors must be, {} where that is the same."""
     try:
         names = targeted(targets, kinds)
-        return {name: source.shapes[name] for name in names if _is_matrix(source, name)}, []
+        return {name: source.shapes[name] for name in names if _is_matrix(source, name)}, {}
     except NothingMatches:
         parts = _parts(source)
         if not parts:
             raise
-        part_kinds = dict.fromkeys(parts, ModuleKind.LINEAR)
-        names = targeted(targets, {**kinds, **part_kinds})
-    shapes = {name: parts.get(name) or source.shapes[name] for name in names}
-    note = (
+        names = targeted(targets, {**kinds, **dict.fromkeys(parts, ModuleKind.LINEAR)})
+    stored = {n: source.shapes[n] for n in names if n not in parts and _is_matrix(source, n)}
+    asked = {name: parts[name] for name in names if name in parts}
+    shapes = {name: part.shape for name, part in asked.items()}
+    fused = {part.whole: source.shapes[part.whole] for part in asked.values()}
+    return {**stored, **shapes}, {**stored, **fused}
+
+
+def _fused_note(wholes: Mapping[str, Shape], rank: int) -> str:
+    count = lora_parameters([_matrix(shape) for shape in wholes.values()], rank)
+    names = sorted({family_of(name).removesuffix(".weight") for name in wholes})
+    return (
         "q, k and v are stored as one matrix; each part asked for counts as an adapter of its "
-        "own, as the paper's library keeps them. PEFT adapts the whole matrix"
+        "own, as the LoRA paper's library keeps them (init --format loralib). PEFT adapts whole "
+        f"matrices: {', '.join(names)}, {count:,} parameters at this rank"
     )
-    return shapes, [note]
+
+
+def _beside_the_paper(model: str, rank: int, rows: Sequence[AdaptedRow]) -> list[str]:
+    """What the paper says of this model; its count where the setting is its own."""
+    trained = sum(row.parameters for row in rows)
+    found = [
+        f"the LoRA paper prints {row.printed} M trained parameters for this"
+        + ("" if row.agrees(trained) else f"; {trained:,} is the count, which is not that")
+        for row in PUBLISHED
+        if (row.model, row.rank) == (model, rank)
+        and {adapted.name.rpartition(".")[2] for adapted in rows} in _QUERY_AND_VALUE
+    ]
+    return [*found, *(_PAPER_GPT3 if model == "gpt3-175b" else ())]
+
+
+@dataclass(frozen=True)
+class _Part:
+    whole: str
+    shape: Shape
 
 
 def _is_matrix(source: _Source, name: str) -> bool:
     return len(source.shapes[name]) > 1
 
 
-def _parts(source: _Source) -> dict[str, Shape]:
+def _parts(source: _Source) -> dict[str, _Part]:
     """The parts of fused layers as (out, in)."""
-    parts: dict[str, Shape] = {}
+    parts: dict[str, _Part] = {}
     for name, shape in source.shapes.items():
         if name.endswith(".weight") and len(shape) == 2:
             info = TensorInfo(name, BY_NAME["BF16"], shape, Path(), 0, 0)
             split = split_fused(name, info, source.config) or {}
-            parts |= {part: value.shape for part, value in split.items()}
+            parts |= {part: _Part(name, value.shape) for part, value in split.items()}
     return parts
 
 

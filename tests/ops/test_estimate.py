@@ -58,6 +58,26 @@ def test_gpt3_stands_beside_the_paper() -> None:
     assert report.lora_training.total == 2 * report.parameters + 16 * report.trained
 
 
+@pytest.mark.parametrize(
+    ("model", "rank", "said"),
+    [
+        ("roberta-base", 8, "prints 0.3 M trained parameters for this"),
+        ("deberta-xxl", 16, "prints 4.7 M trained parameters for this"),
+        ("gpt2-medium", 4, "0.35 M trained parameters for this; 393,216 is the count"),
+        ("gpt2-large", 4, "0.77 M trained parameters for this; 737,280 is the count"),
+        ("gpt3-175b", 8, "prints 37.7 M trained parameters for this"),
+    ],
+)
+def test_the_papers_figure_is_said(model: str, rank: int, said: str) -> None:
+    notes = estimate(model, rank=rank, targets="query,value").notes
+    assert any(note.endswith((said, f"{said}, which is not that")) for note in notes), notes
+    for other in (
+        estimate(model, rank=rank + 1, targets="q,v"),
+        estimate(model, rank=rank, targets="attention"),
+    ):
+        assert not any("prints" in note for note in other.notes)
+
+
 def test_memory_formula() -> None:
     memory = training_memory(100, 10)
     assert (memory.weights, memory.gradients, memory.optimizer) == (200, 20, 120)
@@ -108,10 +128,17 @@ def test_a_config_says_the_same_as_the_checkpoint(small_gpt2: Path, tmp_path: Pa
     assert of_file.parameters == of_weights.parameters
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_parts_of_a_fused_matrix(small_gpt2: Path) -> None:
     report = estimate(str(small_gpt2), rank=4, targets="q,v")
     assert report.trained == 2 * 2 * 4 * (32 + 32)
     assert any("one matrix" in note for note in report.notes)
+    model = transformers.GPT2LMHeadModel.from_pretrained(small_gpt2)
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    trained, _ = peft.get_peft_model(model, config).get_nb_trainable_parameters()
+    assert any(f"attn.c_attn, {trained:,} parameters" in note for note in report.notes)
+    with_mlp = estimate(str(small_gpt2), rank=4, targets="q,v,c_fc")
+    assert with_mlp.trained == report.trained + 2 * 4 * (32 + 128)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 33])

@@ -6,7 +6,10 @@ Sizes are those of the models' own published configs; GPT-3's are from Brown et 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+_MILLION = 10**6
 
 _ROBERTA = {
     "model_type": "roberta",
@@ -63,3 +66,34 @@ NAMED: dict[str, dict[str, Any]] = {
     "gpt2-large": {**_GPT2, "n_embd": 1280, "n_layer": 36, "n_head": 20},
     "gpt3-175b": {**_GPT2, "n_embd": 12288, "n_layer": 96, "n_head": 96, "n_positions": 2048},
 }
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the paper's tables: LoRA on query and value. printed: trained parameters in
+    millions, as the paper has them."""
+
+    model: str
+    rank: int
+    printed: str
+
+    def agrees(self, parameters: int) -> bool:
+        """Whether this count, rounded or cut off, is what is printed."""
+        places = len(self.printed.partition(".")[2])
+        cut_off = parameters * 10**places // _MILLION
+        return self.printed in (
+            f"{parameters / _MILLION:.{places}f}",
+            f"{cut_off / 10**places:.{places}f}",
+        )
+
+
+PUBLISHED = (
+    Published("roberta-base", 8, "0.3"),
+    Published("roberta-large", 8, "0.8"),
+    Published("deberta-xxl", 16, "4.7"),
+    Published("gpt2-medium", 4, "0.35"),
+    Published("gpt2-large", 4, "0.77"),
+    Published("gpt3-175b", 1, "4.7"),
+    Published("gpt3-175b", 4, "18.8"),
+    Published("gpt3-175b", 8, "37.7"),
+)
