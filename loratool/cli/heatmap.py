@@ -30,6 +30,7 @@ def show_heatmap(
     wide = max(1, min(4, room // len(groups)))
     steps = _COLOURS if out.has_colour else _SHADES if out.has_unicode else _ASCII_SHADES
     each = f", {together} layers to a block" if together > 1 else ""
+    out.line()
     out.line(f"{title} (layers {columns[0]} to {columns[-1]}{each})")
     for name, values in rows.items():
         cells: list[tuple[str, str | None]] = [(f"{names[name]:>{label}} ", None)]
@@ -40,6 +41,7 @@ def show_heatmap(
         out.coloured(cells)
     scale = [_block((index + 0.5) / len(steps), len(steps), out, 1) for index in range(len(steps))]
     out.coloured([(f"{'0':>{label}} ", None), *scale, (f" {percent(top)}", None)])
+    out.line()
 
 
 def _end(name: str, most: int, cut: str) -> str:

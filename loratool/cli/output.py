@@ -112,7 +112,10 @@ class Output:
             )
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
+        with console.capture() as printed:
+            console.print(table)
+        lines = printed.get().rstrip("\n").split("\n")
+        print("\n".join(line.rstrip(" ") for line in lines), file=console.file)
 
     def notes(self, notes: Sequence[str]) -> None:
         """Things the user should know, on stderr; in JSON they are part of the document."""

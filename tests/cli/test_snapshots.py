@@ -118,7 +118,7 @@ def test_what_is_printed(
     with pytest.raises(SystemExit) as ended:
         main(VIEWS[view])
     assert ended.value.code == 0
-    shown = "".join(f"{line.rstrip()}\n" for line in stdout.getvalue().splitlines())
+    shown = stdout.getvalue()
     snapshot = SNAPSHOTS / f"{view}-{width}.txt"
     if os.environ.get("LORATOOL_RENEW_SNAPSHOTS"):
         snapshot.write_text(shown, encoding="utf-8")
