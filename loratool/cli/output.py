@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 120
 _PADDING = 3
 _QUIET_SECONDS = 0.7
+_MANY_ALIKE = 4
+"""So many notes that differ in names alone become one."""
 
 
 def printable(text: str) -> str:
@@ -29,6 +31,23 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def _alike(notes: Sequence[str]) -> list[list[str]]:
+    """Notes that differ in at most a third of their words, together, in the order of the first."""
+    groups: list[list[str]] = []
+    for note in notes:
+        words = note.split()
+        for group in groups:
+            first = group[0].split()
+            if len(first) == len(words):
+                different = sum(one != two for one, two in zip(first, words, strict=True))
+                if 3 * different <= len(words):
+                    group.append(note)
+                    break
+        else:
+            groups.append([note])
+    return groups
 
 
 class Output:
@@ -118,10 +137,18 @@ class Output:
         print("\n".join(line.rstrip(" ") for line in lines), file=console.file)
 
     def notes(self, notes: Sequence[str]) -> None:
-        """Things the user should know, on stderr; in JSON they are part of the document."""
-        if not self.as_json and not self.quiet:
-            for note in notes:
-                self.complain(f"note: {note}")
+        """Things the user should know, on stderr; in JSON they are part of the document.
+
+        Many that say the same of different names are one line, unless all are asked for.
+        """
+        if self.as_json or self.quiet:
+            return
+        for alike in _alike(notes):
+            if self.verbose or len(alike) < _MANY_ALIKE:
+                for note in alike:
+                    self.complain(f"note: {note}")
+            else:
+                self.complain(f"note: {alike[0]} ({len(alike) - 1} more like this; -v shows all)")
 
     def complain(self, text: str) -> None:
         """A line on stderr."""

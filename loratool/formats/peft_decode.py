@@ -17,6 +17,7 @@ from loratool.adapter import (
     Replacement,
     TokenRows,
     Update,
+    module_of,
 )
 from loratool.errors import DisagreementError, MalformedFile, Unplaced, UnsupportedInput, UsageError
 from loratool.formats.hints import NOTHING, Hints
@@ -73,6 +74,8 @@ class _Reader:
         self.lycoris: dict[str, dict[str, LazyTensor]] = {}
         self.as_parameters: set[str] = set()
         self.unplaced: list[str] = []
+        self.claimed: dict[str, str] = {}
+        self.saved_biases: dict[str, Replacement] = {}
 
     def read(self) -> Adapter:
         for key in self.tensors:
@@ -85,9 +88,14 @@ class _Reader:
             )
         if self.factors or self.lycoris:
             scaling = scaling_of(self.label, self.config)
-            self.updates |= lycoris_updates(self.label, self.lycoris, scaling)
+            for name, update in lycoris_updates(self.label, self.lycoris, scaling).items():
+                self._put(name, update, f"the factors of {module_of(name)}")
             for module, parts in self.factors.items():
                 self._read_module(module, parts, scaling)
+        for name, saved in self.saved_biases.items():
+            if not isinstance(self.updates.get(name, saved), Replacement):
+                self._put(name, saved, f"the saved bias of {module_of(name)}")
+            self.updates[name] = saved
         return Adapter(
             self.updates,
             "PEFT",
@@ -105,43 +113,60 @@ class _Reader:
             raise UnsupportedInput(f"{self.label}: {key}: KaSA adapters are not supported")
         if found := FACTOR.fullmatch(name):
             module, embedding, side = found.groups()
-            self.factors.setdefault(module, {})[f"{embedding or ''}{side}"] = key
+            self._part(module, f"{embedding or ''}{side}", key)
         elif found := FACTOR_BIAS.fullmatch(name):
-            self.factors.setdefault(found[1], {})["bias"] = key
+            self._part(found[1], "bias", key)
         elif found := MAGNITUDE.fullmatch(name):
-            self.factors.setdefault(found[1], {})["magnitude"] = key
+            self._part(found[1], "magnitude", key)
         elif found := LYCORIS.fullmatch(name):
+            self._claim(f"{found[2]} of {found[1]}", key)
             self.lycoris.setdefault(found[1], {})[found[2]] = tensor
         elif found := TOKENS.fullmatch(name):
             module = found[1]
             self._put(f"{module}.weight", self._token_rows(module, tensor), key)
         elif found := SAVED.fullmatch(name):
-            self._put(".".join(found.groups()), Replacement(tensor), key)
+            self._saved(found[1], found[2], tensor, key)
         elif found := BASE_COPY.fullmatch(name):
             module, part = found.groups()
             if part == "bias" and ".base_layer." in name:
                 self._put(f"{module}.bias", Replacement(tensor), key)
             elif ".base_layer." in name:
+                self._claim(f"the base's weight of {module}", key)
                 self.base_copies[f"{module}.weight"] = tensor
         elif key.startswith(PREFIX) and not any(
             part.startswith(("lora_", "token_adapter", "trainable_tokens"))
             for part in name.split(".")
         ):
-            self.updates.setdefault(name, Replacement(tensor))
+            self._put(name, Replacement(tensor), key)
         else:
             self.unplaced.append(key)
 
-    def _put(self, name: str, update: Update, key: str) -> None:
-        if name in self.updates and not isinstance(self.updates[name], Replacement):
-            raise UnsupportedInput(
-                f"{self.label}: {key}: {name} is changed in two ways; loratool merges one"
+    def _part(self, module: str, part: str, key: str) -> None:
+        what = f"lora_{part}" if part[-1] in "AB" else f"the {part}"
+        self._claim(f"{what} of {module}", key)
+        self.factors.setdefault(module, {})[part] = key
+
+    def _claim(self, what: str, key: str) -> None:
+        """A name with and without PEFT's prefix, or an adapter's name in it, is one name."""
+        first = self.claimed.setdefault(what, key)
+        if first != key:
+            raise MalformedFile(
+                f"{self.label}: {first} and {key} both are {what}",
+                hint="the file was put together of two; only one of them can be meant",
             )
-        if isinstance(update, Replacement) or name not in self.updates:
-            self.updates[name] = update
-            return
-        raise UnsupportedInput(
-            f"{self.label}: {key}: {name} is replaced as well as updated; loratool merges one"
-        )
+
+    def _saved(self, module: str, part: str, tensor: LazyTensor, key: str) -> None:
+        """With bias="all" PEFT writes a saved module's bias a second time under its plain name."""
+        name = f"{module}.{part}"
+        if part == "bias":
+            self._claim(f"the saved bias of {module}", key)
+            self.saved_biases[name] = Replacement(tensor)
+        else:
+            self._put(name, Replacement(tensor), key)
+
+    def _put(self, name: str, update: Update, key: str) -> None:
+        self._claim(f"an update of {name}", key)
+        self.updates[name] = update
 
     # Modules ------------------------------------------------------------------------------------
 
@@ -235,9 +260,9 @@ class _Reader:
             self.as_parameters.add(name)
         rank = scaling.rank_of(name)
         scale, alpha = scaling.of(name, None)
-        self.updates |= decode_parameter(
-            self.label, name, a, b, rank=rank, scale=scale, alpha=alpha
-        )
+        found = decode_parameter(self.label, name, a, b, rank=rank, scale=scale, alpha=alpha)
+        for matrix, update in found.items():
+            self._put(matrix, update, f"the factors of {name}")
 
     # Tokens -------------------------------------------------------------------------------------
 

@@ -40,6 +40,8 @@ def encode(
         if not isinstance(other, DoraUpdate | DenseUpdate | TokenRows):
             raise Unplaced(f"{name}: {other.describe()}: cannot be written as PEFT's yet")
     modules = None if base_modules is None else set(base_modules)
+    if tokens and len(tokens) == len(adapter.updates) and _same_tokens(tokens):
+        return _tokens_alone(adapter, tokens, modules)
     factors = with_dora(adapter)
     bare = {
         name: update
@@ -87,6 +89,30 @@ def encode(
         }
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return dict(sorted(tensors.items())), {CONFIG_FILE: text.encode()}
+
+
+def _same_tokens(tokens: Mapping[str, TokenRows]) -> bool:
+    return len({rows.indices for rows in tokens.values()}) == 1
+
+
+def _tokens_alone(
+    adapter: Adapter, tokens: Mapping[str, TokenRows], modules: set[str] | None
+) -> tuple[dict[str, LazyTensor], dict[str, bytes]]:
+    """PEFT has a type for it: it loads no LORA that targets nothing."""
+    tables = {module_of(name): rows for name, rows in tokens.items()}
+    config = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "base_model_name_or_path": adapter.base_model,
+        "task_type": adapter.task_type,
+        "inference_mode": True,
+        "token_indices": list(next(iter(tables.values())).indices),
+        "target_modules": _target_modules(set(tables), modules),
+    }
+    tensors: dict[str, LazyTensor] = {
+        f"{PREFIX}{table}.trainable_tokens_delta": rows.value
+        for table, rows in sorted(tables.items())
+    }
+    return tensors, {CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def _saved_modules(adapter: Adapter) -> set[str]:

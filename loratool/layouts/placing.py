@@ -67,19 +67,22 @@ def place(
             updates[name] = updates.get(name, ()) + ours
         for name, copied in one.base_copies.items():
             copies[name] = copies.get(name, ()) + copied
-        notes += [note for note in one.notes if note not in notes]
+        notes += one.notes
     for name, placed in updates.items():
         _check_summable(name, placed)
-    return Placement(updates, copies, tuple(notes), added, untied, grown)
+    return Placement(updates, copies, tuple(dict.fromkeys(notes)), added, untied, grown)
 
 
 def _check_summable(name: str, placed: Sequence[PlacedUpdate]) -> None:
     replacing = [update for update in placed if isinstance(update.update, Replacement | TokenRows)]
     if replacing and len(placed) > 1:
+        what = "one adapter replaces values of it and another changes it as well"
+        if len(replacing) == len(placed):
+            what = f"{len(placed)} adapters replace values of it"
         raise DisagreementError(
-            f"{name}: one adapter replaces values of it and another changes it as well",
-            details=[update.source for update in placed],
-            hint=f"leave it out of one of them with --exclude {name}",
+            f"{name}: {what}",
+            details=[f"adapter {one.adapter + 1}: {one.describe()}" for one in placed],
+            hint=f"merge all but one of them with --exclude {name}, one after the other",
         )
     if replacing and replacing[0].weight != 1:
         raise UsageError(
@@ -154,7 +157,7 @@ def _place_one(
             shape = (grown[target], *shape[1:])
         placed[name] = (oriented(source, name, update, shape, kinds[target]),)
     for offered, (source, update) in in_pieces.items():
-        notes += [offers[offered].note] * (offers[offered].note not in notes)
+        notes.append(offers[offered].note)
         for piece in offers[offered].pieces:
             name = stored_as[piece.target]
             shape, kind = shapes[piece.target], kinds[piece.target]

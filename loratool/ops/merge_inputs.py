@@ -31,6 +31,7 @@ from loratool.ops.base_check import check_base
 from loratool.ops.merge_jobs import BLOCK_ELEMENTS, NOTHING_MORE, WAITING, Asked
 from loratool.ops.merge_layout import Added
 from loratool.ops.sources import Model, open_adapter
+from loratool.storage.dtypes import DType
 from loratool.storage.tensors import equal_values
 from loratool.storage.views import Zeros
 
@@ -297,3 +298,18 @@ def _check_dtypes(placement: Placement, model: Model, scaled: Mapping[str, Scale
                 f"{name}: is stored as {dtype.name}; merging works on F32, F16 and BF16",
                 hint="quantised and 64-bit weights must be converted first",
             )
+        for update in placed:
+            _check_replaces(name, dtype, update)
+
+
+def _check_replaces(name: str, stored: DType, update: PlacedUpdate) -> None:
+    """Replaced values must be of the base's kind: numbers with a fraction do not fit integers."""
+    if not isinstance(update.update, Replacement | TokenRows):
+        return
+    new = update.update.value.dtype
+    if new != stored and not (new.is_float and stored.is_float):
+        raise DisagreementError(
+            f"{name}: the base stores {stored.name}, the adapter replaces it by {new.name}",
+            details=[f"in the adapter: {update.source}"] if update.source != name else [],
+            hint=f"leave it out with --exclude {update.source}",
+        )

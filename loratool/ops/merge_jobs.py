@@ -131,9 +131,8 @@ def merge_block(
         rows = before.reshape(len(before) if before.ndim else 1, -1).to(device)
         block = rounder.add_to(rows, first_row, dtype.torch)
     except NonFiniteValues as error:
-        raise NonFiniteValues(
-            f"{target}: {error.message} (rows counted from {counted_from})"
-        ) from None
+        counted = f" (rows counted from {counted_from})" if counted_from else ""
+        raise NonFiniteValues(f"{target}: {error.message}{counted}") from None
     if block.overflowed and not allow_overflow:
         raise RangeOverflow(
             f"{target}: {block.overflowed} merged values exceed the range of {dtype.name}",

@@ -128,6 +128,7 @@ class Guess:
         if rounder is None:
             return round_once(after, dtype)
         flat = after.reshape(stop - start, -1).to(self.device)
+        flat = torch.where(torch.isfinite(flat), flat, 0)  # overflowed: tells nothing of the base
         return rounder.add_to(flat, start, dtype).values.cpu().reshape(after.shape)
 
 

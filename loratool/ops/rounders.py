@@ -86,11 +86,10 @@ def scaled_rounder_of(updates: Sequence[PlacedUpdate], scaled: ScaledBy, start: 
 class ReplacedRows:
     """Rows that become those of ``value``, from row ``start`` on; what was there does not matter.
 
-    source: the adapter's name for the parameter. rows: where each row of ``value`` goes, or None
-    where it has a value for every row; the others stay.
+    rows: where each row of ``value`` goes, or None where it has a value for every row; the others
+    stay.
     """
 
-    source: str
     value: LazyTensor
     start: int
     rows: tuple[int, ...] | None = None
@@ -112,7 +111,7 @@ class ReplacedRows:
 
     def _rounded(self, new: Tensor, dtype: torch.dtype) -> Tensor:
         if not bool(torch.isfinite(new).all()):
-            raise NonFiniteValues(f"{self.source}: the adapter holds NaN or infinity")
+            raise NonFiniteValues("the adapter replaces it by NaN or infinity")
         return round_once(new, dtype)
 
 
@@ -168,7 +167,7 @@ def _replaced(placed: PlacedUpdate, start: int) -> ReplacedRows:
     update = placed.update
     assert isinstance(update, Replacement | TokenRows)
     rows = update.indices if isinstance(update, TokenRows) else None
-    return ReplacedRows(placed.source, update.value, start, rows)
+    return ReplacedRows(update.value, start, rows)
 
 
 def _low_rank(placed: PlacedUpdate, start: int, stop: int, device: torch.device) -> LowRank:

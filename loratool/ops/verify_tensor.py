@@ -15,7 +15,7 @@ from torch import Tensor
 from loratool.adapter import LowRankUpdate
 from loratool.algebra.noise import ulp
 from loratool.algebra.rounding import MERGEABLE, Rounder, round_once
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, NonFiniteValues
 from loratool.layouts.placing import PlacedUpdate
 from loratool.ops.restoring import all_additive, byte_parts
 from loratool.ops.rounders import rounder_of
@@ -130,9 +130,17 @@ class VerifyJob:
 
 
 def verify_tensor(job: VerifyJob) -> VerifyRow:
-    """Compare a tensor with what it should be; where it differs, find out why."""
-    if not job.updates:
-        return _verify_unchanged(job)
+    """Compare a tensor with what it should be; where it differs, find out why.
+
+    Raises NonFiniteValues naming the tensor.
+    """
+    try:
+        return _verify_updated(job) if job.updates else _verify_unchanged(job)
+    except NonFiniteValues as error:
+        raise NonFiniteValues(f"{job.name}: {error.message}") from None
+
+
+def _verify_updated(job: VerifyJob) -> VerifyRow:
     seen = _compare(job)
     row = VerifyRow(
         job.name,

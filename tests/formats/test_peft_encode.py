@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
 
-from loratool.adapter import Adapter, LowRankUpdate, Replacement
+from loratool.adapter import Adapter, LowRankUpdate, Replacement, TokenRows
 from loratool.errors import Unplaced
 from loratool.formats import peft
 from loratool.formats.registry import AdapterFile, decode_adapter
@@ -197,3 +197,21 @@ def test_a_config_is_plain_json_that_older_versions_read() -> None:
         "bias",
     }
     assert not [key for key in config if re.search("path", key) and config[key]]
+
+
+def test_trained_tokens_alone_are_a_type_of_their_own(tmp_path: Path) -> None:
+    """PEFT loads no LORA without a target."""
+    rows = {
+        f"{table}.weight": TokenRows((1, 3), MemoryTensor(random_tensor(2, 16, seed=seed)))
+        for seed, table in enumerate(("model.embed_tokens", "lm_head"))
+    }
+    tensors, side_files = peft.encode(Adapter(rows, "PEFT"), None)
+    save_file({k: v.read() for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / peft.CONFIG_FILE).write_bytes(side_files[peft.CONFIG_FILE])
+    model = load_strictly(MODELS["llama"](), tmp_path).merge_and_unload()
+    for name, update in rows.items():
+        assert torch.equal(model.get_parameter(name)[[1, 3]], update.value.read())
+    again = open_adapter(tmp_path)
+    assert {name: update.indices for name, update in again.updates.items()} == dict.fromkeys(
+        rows, (1, 3)
+    )

@@ -1,0 +1,81 @@
+"""Inputs that could lead to a wrong result without a word: each is refused, or comes out right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import loratool as lt
+from loratool.errors import DisagreementError, NonFiniteValues
+from tests.builders import random_tensor
+from tests.faults.killing import bytes_of
+from tests.ops.builders import LLAMA, llama_like, load_folder, save_folder, save_peft
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def replacing(folder: Path, **tensors: Tensor) -> Path:
+    folder.mkdir()
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_fractions_do_not_replace_integers(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = llama_like() | {"counts": torch.ones(3).to(dtype)}
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    adapter = replacing(tmp_path / "a", counts=torch.tensor([1.7, 2.2, 3.9]))
+    with pytest.raises(DisagreementError, match=r"counts: the base stores .* replaces it by F32"):
+        lt.merge(base, adapter, tmp_path / "out")
+    same = replacing(tmp_path / "same", counts=torch.zeros(3).to(dtype))
+    lt.merge(base, same, tmp_path / "merged")
+    assert torch.equal(load_folder(tmp_path / "merged")["counts"], torch.zeros(3).to(dtype))
+
+
+def test_two_adapters_that_replace_one_parameter(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    values = {"lm_head.weight": random_tensor(50, 24)}
+    first, second = (replacing(tmp_path / name, **values) for name in "ab")
+    with pytest.raises(DisagreementError, match=r"lm_head.weight: 2 adapters replace") as refused:
+        lt.merge(base, [first, second], tmp_path / "out")
+    assert refused.value.details == ("adapter 1: replaced", "adapter 2: replaced")
+
+
+def test_a_replaced_value_that_is_no_number_is_named_once(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    values = {"lm_head.weight": random_tensor(50, 24)}
+    values["lm_head.weight"][3, 4] = torch.nan
+    with pytest.raises(NonFiniteValues) as refused:
+        lt.merge(base, replacing(tmp_path / "a", **values), tmp_path / "out")
+    assert refused.value.message.count("lm_head") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_receipt_undoes_overflow(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Infinity says nothing of the base's value, which the receipt must then hold."""
+    base = save_folder(llama_like(dtype), tmp_path / "base", LLAMA)
+    a, b = random_tensor(1, 24), random_tensor(24, 1)
+    a[0, 5], b[3, 0] = 100, torch.finfo(dtype).max / 3
+    adapter = save_peft(tmp_path / "a", {Q: (a, b)})
+    report = lt.merge(base, adapter, tmp_path / "m", receipt=True, allow_overflow=True)
+    assert report.total("overflowed") >= 1
+    lt.unmerge(tmp_path / "m", adapter, tmp_path / "back")
+    assert bytes_of(tmp_path / "back") == bytes_of(base)
+
+
+def test_verify_names_the_tensor_that_holds_nan(tmp_path: Path) -> None:
+    state = llama_like()
+    adapter = save_peft(tmp_path / "a", {Q: (random_tensor(1, 24), random_tensor(24, 1))})
+    merged = save_folder(state, tmp_path / "m", LLAMA)
+    state[f"{Q}.weight"][2, 3] = torch.nan
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    with pytest.raises(NonFiniteValues, match=rf"{Q}.weight: NaN or infinity at \[2, 3\]"):
+        lt.verify(merged, base, adapter)
