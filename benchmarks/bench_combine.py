@@ -22,7 +22,7 @@ from measure import median, note
 from torch import Tensor, nn
 
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.truncation import difference_norm, total, truncate
+from loratool.algebra.truncation import rounding, stored_error, total, truncate
 
 RANK = 16
 
@@ -51,7 +51,20 @@ def shapes_of(width: int) -> list[tuple[int, int]]:
 
 
 def ours_combined(values: list[LowRank]) -> LowRank:
-    return truncate(total(values), lambda _: RANK).value
+    return ours_resized(total(values))
+
+
+def ours_resized(exact: LowRank) -> LowRank:
+    """The float32 factors, with their error measured, as the commands do."""
+    cut = truncate(exact, lambda _: RANK)
+    stored = LowRank(cut.value.b.float(), cut.value.a.float())
+    stored_error(exact, cut, rounding(cut.value, stored))
+    return stored
+
+
+def error_of(exact: LowRank, found: LowRank) -> float:
+    """‖exact − found‖ / ‖exact‖."""
+    return total([exact, found * -1.0]).norm() / exact.norm()
 
 
 def peft_combined(values: list[LowRank]) -> Callable[[], LowRank]:
@@ -101,10 +114,10 @@ def compare_combining(
                 exact = total(values)
                 ours, found = timed(lambda v=values: ours_combined(v), rounds)
                 row: dict[str, Any] = {"shape": shape, "adapters": count, "ours": ours}
-                row["ours"]["error"] = difference_norm(exact, found) / exact.norm()
+                row["ours"]["error"] = error_of(exact, found)
                 if all_shapes or shape[0] == shape[1]:
                     theirs, other = timed(peft_combined(values), 1)
-                    theirs["error"] = difference_norm(exact, other) / exact.norm()
+                    theirs["error"] = error_of(exact, other)
                     row |= {"peft": theirs, "ratio": theirs["seconds"] / ours["seconds"]}
                 note(f"combine {shape}, {count} adapters: {row.get('ratio', 0):.0f}×")
                 rows.append(row)
@@ -116,7 +129,7 @@ def compare_resizing(widths: list[int], rounds: int, all_shapes: bool) -> list[d
     for width in widths:
         for shape in shapes_of(width):
             value = factors(shape, 1, 2 * RANK)
-            ours, _ = timed(lambda v=value: truncate(v, lambda _: RANK), rounds)
+            ours, _ = timed(lambda v=value: ours_resized(v), rounds)
             row: dict[str, Any] = {"shape": shape, "from": 2 * RANK, "to": RANK, "ours": ours}
             if all_shapes or shape[0] == shape[1]:
                 theirs, _ = timed(lambda v=value: kohya_resized(v, RANK), 1)

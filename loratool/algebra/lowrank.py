@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loratool.algebra.spectrum import Spectrum
+from loratool.algebra.thin_qr import ThinQR, thin_qr
 from loratool.errors import ShapeMismatch
 
 
@@ -81,10 +82,9 @@ class LowRank:
         """The (out, in) matrix in float64. For small matrices and tests."""
         return self.scale * (self.b.double() @ self.a.double())
 
-    def _core(self) -> tuple[Tensor, Tensor, Tensor]:
-        q_b, r_b = torch.linalg.qr(self.b.double())
-        q_a, r_a = torch.linalg.qr(self.a.double().T)
-        return q_b, self.scale * (r_b @ r_a.T), q_a
+    def _core(self) -> tuple[ThinQR, Tensor, ThinQR]:
+        left, right = thin_qr(self.b.double()), thin_qr(self.a.double().T)
+        return left, self.scale * (left.r @ right.r.T), right
 
     def spectrum(self) -> Spectrum:
         """All min(r, out, in) possibly nonzero singular values, float64."""
@@ -107,15 +107,16 @@ class LowRank:
 
     def svd(self) -> ThinSvd:
         """The numerically nonzero singular triplets: σ > max(out, in)·2⁻⁵²·σ₁."""
-        q_b, core, q_a = self._core()
+        left, core, right = self._core()
         u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
         top = float(sigma[0]) if len(sigma) else 0.0
         k = int((sigma > max(self.shape) * 2.0**-52 * top).sum())
-        return ThinSvd(q_b @ u[:, :k], sigma[:k], q_a @ vh[:k].T)
+        return ThinSvd(left.q_times(u[:, :k]), sigma[:k], right.q_times(vh[:k].T))
 
     def truncate(self, rank: int) -> LowRank:
         """The best approximation of at most this rank (Eckart–Young), float64, balanced."""
-        q_b, core, q_a = self._core()
+        left, core, right = self._core()
         u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
         root = sigma[:rank].sqrt()
-        return LowRank((q_b @ u[:, :rank]) * root, root[:, None] * (vh[:rank] @ q_a.T))
+        b, a = left.q_times(u[:, :rank]), right.q_times(vh[:rank].T)
+        return LowRank(b * root, root[:, None] * a.T)

@@ -17,6 +17,7 @@ from loratool.algebra.factorize import left_signs
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankLimits, RankRule
 from loratool.algebra.spectrum import Spectrum
+from loratool.algebra.thin_qr import thin_qr
 from loratool.errors import ShapeMismatch
 
 _EPSILON = 2.0**-52
@@ -43,10 +44,12 @@ def total(values: Sequence[LowRank]) -> LowRank:
     if len(shapes) != 1:
         raise ShapeMismatch(f"cannot add updates of shapes {sorted(shapes)}")
     scales = {value.scale for value in values}
-    a = torch.cat([value.a.double() for value in values])
+    b = torch.cat([value.b for value in values], dim=1)
+    a = torch.cat([value.a for value in values]).double()
     if len(scales) == 1:
-        return LowRank(torch.cat([value.b.double() for value in values], dim=1), a, scales.pop())
-    return LowRank(torch.cat([value.b.double() * value.scale for value in values], dim=1), a)
+        return LowRank(b.double(), a, scales.pop())
+    each = [value.scale for value in values for _ in range(value.rank)]
+    return LowRank(b * torch.tensor(each, dtype=torch.float64, device=b.device), a)
 
 
 def truncate(value: LowRank, choose: Callable[[Spectrum], int]) -> Truncation:
@@ -56,17 +59,16 @@ def truncate(value: LowRank, choose: Callable[[Spectrum], int]) -> Truncation:
     the sum of |scale|·‖b_k‖·‖a_k‖, and may ask for more than there are. The largest entry of each
     left vector is positive. Costs O((out + in)·r² + r³).
     """
-    b, a = _balanced(value)
-    size = float(b.square().sum().sqrt() * a.square().sum().sqrt())
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    one, two = thin_qr(value.b.double()), thin_qr(value.a.double().T)
+    lengths = (torch.linalg.vector_norm(qr.r, dim=0) for qr in (one, two))
+    size = abs(value.scale) * float(math.prod(lengths).sum())
+    u, sigma, vh = torch.linalg.svd(value.scale * (one.r @ two.r.T), full_matrices=False)
     floor = (max(value.shape) + value.rank) * _EPSILON * size
     values = sigma[: int((sigma > floor).sum())]
     energy = float(values.square().cumsum(0)[-1]) if len(values) else 0.0
     spectrum = Spectrum(values.cpu(), energy, value.shape)
     rank = min(choose(spectrum), len(values)) if len(values) else 0
-    left, right = q_b @ u[:, :rank], vh[:rank] @ q_a.T
+    left, right = one.q_times(u[:, :rank]), two.q_times(vh[:rank].T).T
     signs = left_signs(left)
     root = values[:rank].sqrt()
     return Truncation(LowRank(left * (root * signs), (root * signs)[:, None] * right), spectrum)
@@ -85,19 +87,24 @@ def wanted_rank(rule: RankRule, spectrum: Spectrum) -> int:
     return rule.limits.apply(rank, spectrum.shape)
 
 
-def difference_norm(one: LowRank, two: LowRank) -> float:
-    """‖one − two‖_F, to float64 accuracy relative to the larger of the two."""
-    return total([one, two * -1.0]).norm()
+def rounding(exact: LowRank, stored: LowRank) -> LowRank:
+    """stored − exact, of two values with the same components and scale that differ by little.
 
-
-def _balanced(value: LowRank) -> tuple[Tensor, Tensor]:
-    """Factors with the scale inside and the two sides of each component about equally long.
-
-    Components are scaled by powers of two, which rounds nothing.
+    Its factors are as small as the difference, so that its norm is accurate relative to itself.
     """
-    b, a = value.b.double() * value.scale, value.a.double()
-    lengths = torch.linalg.vector_norm(b, dim=0), torch.linalg.vector_norm(a, dim=1)
-    usable = (lengths[0] > 0) & (lengths[1] > 0)
-    ratio = torch.where(usable, lengths[1] / lengths[0].clamp(min=math.ulp(0.0)), 1.0)
-    factor = torch.exp2((ratio.log2() / 2).round())
-    return b * factor, a / factor[:, None]
+    b, a = stored.b.double(), stored.a.double()
+    off_b, off_a = b - exact.b.double(), a - exact.a.double()
+    return LowRank(
+        torch.cat([off_b, exact.b.double()], dim=1), torch.cat([a, off_a]), exact.scale
+    )
+
+
+def stored_error(exact: LowRank, cut: Truncation, off: LowRank) -> float:
+    """‖exact − (cut + off)‖_F without a decomposition of the joint factors.
+
+    off: what rounding did to the cut. With the rest E = exact − cut, ‖E‖² being the spectrum's
+    tail, it is √(‖E‖² − 2⟨E, off⟩ + ‖off‖²).
+    """
+    tail = float(cut.spectrum.values[cut.value.rank :].square().sum())
+    beside = exact.inner(off) - cut.value.inner(off)
+    return math.sqrt(max(0.0, tail - 2 * beside + off.norm() ** 2))

@@ -14,7 +14,7 @@ from loratool.algebra.factorize_rows import factorize_rows, residual_energy
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.row_blocks import HELD_BYTES, RowBlocks
-from loratool.algebra.truncation import difference_norm, truncate, wanted_rank
+from loratool.algebra.truncation import rounding, stored_error, truncate, wanted_rank
 from loratool.combining.method import Space, Updates, Value
 from loratool.combining.registry import find_method
 from loratool.ops.adapter_folder import in_scale, load_update, park_update, stored_value
@@ -143,16 +143,25 @@ def _loaded(job: CombineJob) -> tuple[LowRank, ...]:
 
 def _store_low_rank(job: CombineJob, exact: LowRank) -> _Outcome:
     if job.rule is None:
-        kept, norm, how = exact, exact.norm(), "as it comes"
-    else:
-        cut = truncate(exact, partial(wanted_rank, job.rule))
-        kept, norm, how = cut.value, cut.spectrum.norm, "core SVD"
-    if not norm or not kept.rank:
-        return _Outcome(None, norm, norm, how)
-    if is_indexed(job.name):  # all matrices of one parameter are stored with one scale
+        norm = exact.norm()
+        if not norm or not exact.rank:
+            return _Outcome(None, norm, norm, "as it comes")
+        kept, stored = _stored(job, exact)
+        return _Outcome(stored, norm, rounding(kept, stored).norm(), "as it comes")
+    cut = truncate(exact, partial(wanted_rank, job.rule))
+    norm = cut.spectrum.norm
+    if not cut.value.rank:
+        return _Outcome(None, norm, norm, "core SVD")
+    kept, stored = _stored(job, cut.value)
+    return _Outcome(stored, norm, stored_error(exact, cut, rounding(kept, stored)), "core SVD")
+
+
+def _stored(job: CombineJob, kept: LowRank) -> tuple[LowRank, LowRank]:
+    """The value in the scale that it is stored with, and as stored. All matrices of one parameter
+    are stored with one scale."""
+    if is_indexed(job.name):
         kept = in_scale(kept, 1.0)
-    stored = stored_value(job.name, kept, job.dtype)
-    return _Outcome(stored, norm, difference_norm(exact, stored), how)
+    return kept, stored_value(job.name, kept, job.dtype)
 
 
 def _store_dense(job: CombineJob, exact: RowBlocks) -> _Outcome:

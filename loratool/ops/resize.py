@@ -14,7 +14,7 @@ from loratool.algebra.budget import allocate, parse_size
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
-from loratool.algebra.truncation import difference_norm, truncate, wanted_rank
+from loratool.algebra.truncation import rounding, stored_error, truncate, wanted_rank
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import NothingMatches, UsageError
@@ -291,16 +291,13 @@ def resize_update(job: ResizeJob) -> ResizeResult:
     else:
         kept, how = in_scale(cut.value, job.scale), "core SVD"
     stored = stored_value(job.name, kept, job.dtype)
-    error = 0.0 if _same(stored, value) else difference_norm(value, stored) / norm
+    off = rounding(kept, stored)
+    error = off.norm() if kept is value else stored_error(value, cut, off)
     assert job.scratch is not None
     update = park_update(job.scratch / f"{job.index}.raw", stored, job.update)
     rank = max(wanted, stored.rank)
-    row = replace(row, rank=rank, relative_error=error, how=how)
+    row = replace(row, rank=rank, relative_error=error / norm, how=how)
     return ResizeResult(row, padded(update, rank, f"{job.seed}:{job.name}"))
-
-
-def _same(one: LowRank, two: LowRank) -> bool:
-    return one.scale == two.scale and torch.equal(one.b, two.b) and torch.equal(one.a, two.a)
 
 
 def _spend(

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankLimits, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
-from loratool.algebra.truncation import difference_norm, total, truncate, wanted_rank
+from loratool.algebra.truncation import (
+    rounding,
+    stored_error,
+    total,
+    truncate,
+    wanted_rank,
+)
 from loratool.errors import ShapeMismatch
 from tests.algebra.test_lowrank import low_ranks
 
@@ -85,10 +91,23 @@ def test_a_cut_is_optimal_and_balanced(value: LowRank, rank: int) -> None:
     assert bool((cut.value.b.gather(0, top) > 0).all())
 
 
-def test_difference_norm() -> None:
-    one, two = (LowRank(torch.randn(30, 4), torch.randn(4, 20), s) for s in (2.0, 0.5))
+@given(families(), st.integers(0, 9), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_what_a_stored_cut_misses(values: list[LowRank], rank: int, dtype: torch.dtype) -> None:
+    """Against the norm of the dense difference, with a residual that is only rounding as well."""
+    exact = total(values)
+    cut = truncate(exact, lambda _: rank)
+    stored = LowRank(cut.value.b.to(dtype), cut.value.a.to(dtype))
+    expected = float((exact.dense() - stored.dense()).norm())
+    found = stored_error(exact, cut, rounding(cut.value, stored))
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-13 * float(exact.dense().norm()))
+
+
+def test_what_rounding_alone_does() -> None:
+    one = LowRank(torch.randn(30, 4).double(), torch.randn(4, 20).double(), 2.0)
+    two = LowRank(one.b.bfloat16(), one.a.bfloat16(), 2.0)
     expected = float((one.dense() - two.dense()).norm())
-    assert difference_norm(one, two) == pytest.approx(expected, rel=1e-12)
+    assert rounding(one, two).norm() == pytest.approx(expected, rel=1e-12)
+    assert rounding(two, two).norm() == 0
 
 
 def test_shapes_that_differ_are_refused() -> None:
