@@ -32,9 +32,10 @@ class ThinQR:
 
     def q_times(self, u: Tensor) -> Tensor:
         """Q @ u, without building Q. u: (k', any)."""
-        if self.mixing is None:
-            return self.tall @ u
-        return self.tall @ torch.linalg.solve_triangular(self.mixing, u, upper=True)
+        if self.mixing is not None:
+            u = torch.linalg.solve_triangular(self.mixing, u, upper=True)
+        product: Tensor = self.tall @ u
+        return product
 
 
 def thin_qr(matrix: Tensor) -> ThinQR:

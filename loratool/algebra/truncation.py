@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from loratool.algebra.factorize import left_signs
 from loratool.algebra.lowrank import LowRank
@@ -94,9 +93,7 @@ def rounding(exact: LowRank, stored: LowRank) -> LowRank:
     """
     b, a = stored.b.double(), stored.a.double()
     off_b, off_a = b - exact.b.double(), a - exact.a.double()
-    return LowRank(
-        torch.cat([off_b, exact.b.double()], dim=1), torch.cat([a, off_a]), exact.scale
-    )
+    return LowRank(torch.cat([off_b, exact.b.double()], dim=1), torch.cat([a, off_a]), exact.scale)
 
 
 def stored_error(exact: LowRank, cut: Truncation, off: LowRank) -> float:

@@ -11,7 +11,6 @@ import torch
 
 from loratool.adapter import Adapter, LowRankUpdate, Update
 from loratool.algebra.budget import allocate, parse_size
-from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
 from loratool.algebra.truncation import rounding, stored_error, truncate, wanted_rank

@@ -48,9 +48,7 @@ def test_which_way_is_taken() -> None:
     assert [way(c) for c in (2, 1e5, 1e12)] == ["one round", "two rounds", "householder"]
 
 
-@given(
-    st.integers(0, 40), st.integers(0, 8), st.integers(0, 10**6), st.lists(st.integers(-40, 40))
-)
+@given(st.integers(0, 40), st.integers(0, 8), st.integers(0, 10**6), st.lists(st.integers(-40, 40)))
 def test_any_shape_and_any_lengths(n: int, k: int, seed: int, powers: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(n, k, generator=generator).double()

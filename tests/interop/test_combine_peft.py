@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import loratool as lt
+from loratool.algebra.counter import uniform
 from tests.ops.adapters import updates
 
 WEIGHTS = [0.75, -0.5]
@@ -90,6 +91,36 @@ def test_elementwise_methods_are_pefts(
     expected = by_peft(model, [1.0, 1.0], **how)
     paths = [tmp_path / "one", tmp_path / "two"]
     lt.combine(paths, tmp_path / "out", method=ours, density=0.45, rank=6, **given)
+    assert close(updates(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "given"),
+    [
+        ("dare_linear_svd", "dare_linear", {}),
+        ("dare_ties_svd", "dare_ties", {"normalize": True}),
+    ],
+)
+def test_random_methods_are_pefts_with_the_same_masks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    theirs: str,
+    ours: str,
+    given: dict[str, Any],
+) -> None:
+    """PEFT's dare_ties divides by how many agree, which ours does when asked to normalise."""
+    model = two_adapters(tmp_path)
+    drawn = iter(f"0:{name}.weight:{i}" for name in ("first", "second") for i in range(2))
+
+    def bernoulli(chances: torch.Tensor, **_: Any) -> torch.Tensor:
+        rows, columns = chances.shape
+        numbers = uniform(0, rows, columns, next(drawn), chances.device)
+        return (numbers < chances.double()).to(chances.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", bernoulli)
+    expected = by_peft(model, [1.0, 1.0], combination_type=theirs, svd_rank=24, density=0.5)
+    paths = [tmp_path / "one", tmp_path / "two"]
+    lt.combine(paths, tmp_path / "out", method=ours, density=0.5, rank=24, **given)
     assert close(updates(tmp_path / "out"), expected)
 
 
