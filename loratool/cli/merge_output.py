@@ -59,8 +59,6 @@ def receipt_size(weights: int, tensors: int) -> str:
 def show_receipt(out: Output, report: MergeReport) -> None:
     """The receipt that was left, or how large one would be."""
     left = report.facts["receipt"]
-    if left is None and report.facts["grown"]:
-        return
     if left is None:
         size = receipt_size(report.total("elements"), report.facts["tensors_total"])
         out.line(f"to undo it bit for bit, merge with --receipt ({size})")

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratool.algebra.budget import parse_size
 from loratool.engine import Engine, NoProgress, Progress
-from loratool.errors import UnsupportedInput, UsageError
+from loratool.errors import UsageError
 from loratool.layouts.placing import TieChoice
 from loratool.ops.merge_inputs import Merging, check_base_copies, plan_merging
 from loratool.ops.merge_jobs import NOTHING_MORE, WAITING, Asked
@@ -131,23 +131,12 @@ def plan_merge(
         grow=True,
         allow_lossy=allow_lossy,
     )
-    grown = merging.placement.grown
-    if grown and receipt:
-        raise UsageError(
-            f"--receipt: {next(iter(grown))} gets tokens that the base does not have",
-            hint="such a merge cannot be undone; leave out --receipt, and keep the base",
-        )
-    if receipt is not False and merging.scaled:
-        raise UnsupportedInput(
-            f"{next(iter(merging.scaled))}: is stored in 8 bits, for which there are no receipts",
-            hint="keep the base, or leave out --receipt",
-        )
     wanted = dtype_named(dtype) if dtype is not None else None
     layout = lay_out(
         model.checkpoint,
         dtype=wanted,
         added=merging.added,
-        grown=grown,
+        grown=merging.placement.grown,
         max_shard_bytes=_bytes_of(max_shard_size),
     )
     side_files = find_side_files(

@@ -12,30 +12,26 @@ import torch
 
 from loratool.adapter import (
     Adapter,
-    DenseUpdate,
-    HadamardUpdate,
-    KroneckerUpdate,
     LowRankUpdate,
     Replacement,
     TokenRows,
     module_of,
 )
-from loratool.algebra.certified_scaled import EIGHT_BITS
 from loratool.algebra.rounding import MERGEABLE
 from loratool.engine.devices import resolve_device
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
 from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, Placement, TieChoice, describe, place
-from loratool.layouts.scales import ScaledBy, scaled_by
+from loratool.layouts.scales import ScaledBy
 from loratool.ops.base_check import check_base
+from loratool.ops.eight_bits import scales_of
 from loratool.ops.merge_jobs import BLOCK_ELEMENTS, NOTHING_MORE, WAITING, Asked
 from loratool.ops.merge_layout import Added
 from loratool.ops.sources import Model, open_adapter
 from loratool.storage.dtypes import DType
-from loratool.storage.tensors import equal_values
+from loratool.storage.tensors import TensorInfo, equal_values
 from loratool.storage.views import Zeros
 
-_SUMMED = (LowRankUpdate, DenseUpdate, HadamardUpdate, KroneckerUpdate)
 IN_FLOAT64 = 150
 """Bytes for each value of a block that is calculated in float64: every kind but low-rank ones."""
 
@@ -78,15 +74,7 @@ class Merging:
     @property
     def added(self) -> dict[str, Added]:
         """Tensors that the output has and the base has not."""
-        tensors = self.base.checkpoint.tensors
-        added = {}
-        for name, main in self.placement.untied.items():
-            added[name] = Added(tensors[main], tensors[main].path)
-        for name, placed in self.placement.added.items():
-            weight = tensors[f"{module_of(name)}.weight"]
-            shape = placed[0].update.shape
-            added[name] = Added(Zeros(weight.dtype, shape), weight.path)
-        return added
+        return added_by(self.placement, self.base.checkpoint.tensors)
 
     @property
     def changed_bytes(self) -> int:
@@ -208,7 +196,7 @@ def plan_merging(
             f"{len(placement.added)} biases are added that the base has not: a model class that "
             "has none there would ignore them (attention_bias in config.json, for example)"
         )
-    scaled = _scaled(placement, model, allow_lossy)
+    scaled = scales_of(placement.updates, model, lossy=allow_lossy)
     _check_dtypes(placement, model, scaled)
     return Merging(
         model,
@@ -221,6 +209,18 @@ def plan_merging(
         asked,
         scaled,
     )
+
+
+def added_by(placement: Placement, tensors: Mapping[str, TensorInfo]) -> dict[str, Added]:
+    """Tensors that a placement adds to those of a base, and what they start from."""
+    added = {}
+    for name, main in placement.untied.items():
+        added[name] = Added(tensors[main], tensors[main].path)
+    for name, placed in placement.added.items():
+        weight = tensors[f"{module_of(name)}.weight"]
+        shape = placed[0].update.shape
+        added[name] = Added(Zeros(weight.dtype, shape), weight.path)
+    return added
 
 
 def check_base_copies(merging: Merging) -> None:
@@ -256,35 +256,6 @@ def _check_scale(scale: float, adapters: Sequence[WeightedAdapter]) -> None:
             details=replaced[:12],
             hint="leave them out with --exclude, or merge at scale 1",
         )
-
-
-def _scaled(placement: Placement, model: Model, allow_lossy: bool) -> dict[str, ScaledBy]:
-    """How the 8-bit tensors that change are scaled. Raises UnsupportedInput."""
-    tensors, scaled = model.checkpoint.tensors, {}
-    for name, placed in placement.updates.items():
-        info = tensors.get(name)
-        if info is None or info.dtype.torch not in EIGHT_BITS:
-            continue
-        other = [
-            update.describe()
-            for update in placed
-            if not isinstance(update.update, _SUMMED) or update.member is not None
-        ]
-        if other or len(info.shape) != 2:
-            raise UnsupportedInput(
-                f"{name}: is stored in 8 bits, to which only sums of matrices can be added",
-                details=other,
-                hint="convert the base to 16 bits first",
-            )
-        found = scaled_by(name, tensors, model.config)
-        if found is None and not allow_lossy:
-            raise UnsupportedInput(
-                f"{name}: is stored in 8 bits without scales, too coarse for most updates",
-                hint="convert the base to 16 bits first, or --allow-lossy",
-            )
-        shape = (info.shape[0], info.shape[1])
-        scaled[name] = found or ScaledBy(None, shape, shape)
-    return scaled
 
 
 def _check_dtypes(placement: Placement, model: Model, scaled: Mapping[str, ScaledBy]) -> None:

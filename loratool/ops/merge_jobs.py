@@ -12,7 +12,7 @@ from loratool.errors import NonFiniteValues, RangeOverflow
 from loratool.layouts.placing import PlacedUpdate, describe
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.merge_report import MergeRow
-from loratool.ops.rounders import rounder_of, scaled_rounder_of
+from loratool.ops.rounders import rounder_of
 from loratool.storage.dtypes import BF16, F16, DType
 from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot
@@ -60,13 +60,15 @@ def merge_rows(job: MergeJob) -> MergeRow:
     """Do it, and say what that took. Raises NonFiniteValues and RangeOverflow."""
     source, target = job.source, job.updates[0].target
     row = MergeRow(target, describe(job.updates), 0, 0, 0, 0)
-    rounder: Rounder
-    if job.scaled is not None:
-        rounder = scaled_rounder_of(job.updates, job.scaled, job.start)
-    else:
-        rounder = rounder_of(
-            job.updates, source, job.start, job.stop, device=job.device, compiled=job.compiled
-        )
+    rounder = rounder_of(
+        job.updates,
+        source,
+        job.start,
+        job.stop,
+        device=job.device,
+        compiled=job.compiled,
+        scaled=job.scaled,
+    )
     columns = max(1, source.numel // max(1, source.rows))
     step = max(1, BLOCK_ELEMENTS // columns)
     for start in range(job.start, job.stop, step):

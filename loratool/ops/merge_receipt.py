@@ -15,10 +15,12 @@ import torch
 from loratool.engine import Engine, Progress
 from loratool.errors import OutputError
 from loratool.layouts.placing import PlacedUpdate
+from loratool.layouts.scales import ScaledBy
 from loratool.ops.merge_inputs import Merging
 from loratool.ops.merge_sides import side_files_of
 from loratool.ops.restoring import (
     Recorder,
+    beyond,
     guess_for_record,
     value_sha256,
 )
@@ -52,6 +54,7 @@ class _RecordJob:
     updates: tuple[PlacedUpdate, ...]
     device: torch.device
     parked: Path
+    scaled: ScaledBy | None
 
     @property
     def cost(self) -> int:
@@ -162,6 +165,7 @@ class _Telling:
                 for one in merging.adapters
             ],
             side_files_of(merging.base),
+            scaled=merging.scaled,
             device=merging.device,
             scratch=self.scratch,
             engine=self.engine,
@@ -193,6 +197,7 @@ def leave_receipt(
     adapters: Sequence[AdapterRecord],
     side_files: Sequence[Path],
     *,
+    scaled: Mapping[str, ScaledBy],
     device: torch.device,
     scratch: Path,
     engine: Engine,
@@ -200,8 +205,8 @@ def leave_receipt(
 ) -> Receipt:
     """Compare every tensor of ``base`` with its merged one and write the receipt to ``path``.
 
-    updates: what was merged into each tensor. side_files: the base's small files. scratch: a
-    folder for what is parked meanwhile.
+    updates: what was merged into each tensor. side_files: the base's small files. scaled: of the
+    tensors in 8 bits. scratch: a folder for what is parked meanwhile.
     """
     jobs = [
         _RecordJob(
@@ -210,11 +215,20 @@ def leave_receipt(
             updates.get(name, ()),
             device,
             scratch / f"corrections-{index}",
+            scaled.get(name),
         )
         for index, (name, info) in enumerate(base.tensors.items())
     ]
     records = engine.map(
         _record, jobs, cost=lambda job: job.cost, progress=progress, what="writing the receipt"
+    )
+    added = beyond(base.tensors, merged.tensors)
+    hashes = engine.map(
+        value_sha256,
+        list(added.values()),
+        cost=lambda info: info.nbytes,
+        progress=progress,
+        what="hashing what was added",
     )
     receipt = Receipt(
         tuple(adapters),
@@ -223,6 +237,7 @@ def leave_receipt(
         changed_files(base, merged, side_files),
         base.index_path.name if base.index_path else "",
         pickled=not all(file.is_safetensors for file in base.files),
+        added=dict(zip(added, hashes, strict=True)),
     )
     write_receipt(path, receipt)
     return receipt
@@ -234,7 +249,7 @@ def _record(job: _RecordJob) -> TensorRecord:
         ours = value_sha256(base)
         if not job.updates and ours == value_sha256(merged):
             return TensorRecord("same", ours, ours)
-    guess = guess_for_record(base, merged, job.updates, job.device, job.parked)
+    guess = guess_for_record(base, merged, job.updates, job.device, job.parked, job.scaled)
     recorder = Recorder(base.name, guess, job.parked)
     for start, stop in blocks_of(base.shape):
         after = guess.merged.read_rows(start, stop) if guess.merged is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from loratool.algebra.dora_inverse import DoraInverse, add_squares, change_of
 from loratool.algebra.rounding import Rounder, round_once
 from loratool.errors import MalformedFile
 from loratool.layouts.placing import PlacedUpdate
+from loratool.layouts.scales import ScaledBy
 from loratool.ops.rounders import dora_lines, rounder_of
 from loratool.receipt import (
     Corrections,
@@ -30,6 +31,7 @@ from loratool.receipt import (
 from loratool.storage.disk import disk_errors
 from loratool.storage.dtypes import BY_NAME, DType
 from loratool.storage.tensors import LazyTensor, TensorInfo, read_into
+from loratool.storage.views import Stored, rows_of
 from loratool.storage.writing import park
 
 _HASHED_BYTES = 8 * 2**20
@@ -45,6 +47,26 @@ def guess_method(
         return "subtract"
     (first, *more) = updates
     return "lines" if isinstance(first.update, DoraUpdate) and not more else "keep"
+
+
+def leading(merged: TensorInfo | None, shape: tuple[int, ...]) -> Stored | None:
+    """The merged values of a base tensor of ``shape``: all, or the first rows of a table that got
+    more of them; None where there are none such."""
+    if merged is None or merged.shape == shape:
+        return merged
+    longer = shape and merged.shape and merged.shape[0] > shape[0]
+    return rows_of(merged, 0, shape[0]) if longer and merged.shape[1:] == shape[1:] else None
+
+
+def beyond(base: Mapping[str, TensorInfo], merged: Mapping[str, TensorInfo]) -> dict[str, Stored]:
+    """What a merge added: tensors that the base has not, and rows beyond those of its tables."""
+    added: dict[str, Stored] = {}
+    for name, info in merged.items():
+        if name not in base:
+            added[name] = info
+        elif info.shape != base[name].shape and leading(info, base[name].shape) is not None:
+            added[name] = rows_of(info, base[name].rows, info.rows)
+    return added
 
 
 def line_norms(placed: PlacedUpdate, base: LazyTensor) -> Tensor:
@@ -77,7 +99,7 @@ class Guess:
 
     dtype, shape: of the base's tensor. updates: what was merged, with the weights it had then.
     merged: the merged tensor, or None where there is none of that shape. norms: of the lines, for
-    the method that needs them.
+    the method that needs them. scaled: of a tensor in 8 bits.
     """
 
     method: str
@@ -87,6 +109,7 @@ class Guess:
     updates: tuple[PlacedUpdate, ...]
     device: torch.device
     norms: LazyTensor | None = None
+    scaled: ScaledBy | None = None
 
     def rounder(self) -> Rounder | None:
         """What takes the updates off, for the whole tensor; None where nothing does."""
@@ -115,7 +138,7 @@ class Guess:
     def _rounder(self, updates: Sequence[PlacedUpdate]) -> Rounder:
         assert self.merged is not None
         rows = self.shape[0] if self.shape else 1
-        return rounder_of(updates, self.merged, 0, rows, device=self.device)
+        return rounder_of(updates, self.merged, 0, rows, device=self.device, scaled=self.scaled)
 
     def of_rows(
         self, rounder: Rounder | None, after: Tensor | None, start: int, stop: int
@@ -128,7 +151,8 @@ class Guess:
         if rounder is None:
             return round_once(after, dtype)
         flat = after.reshape(stop - start, -1).to(self.device)
-        flat = torch.where(torch.isfinite(flat), flat, 0)  # overflowed: tells nothing of the base
+        finite = torch.isfinite(flat.float())
+        flat = torch.where(finite, flat, 0)  # what overflowed tells nothing of the base
         return rounder.add_to(flat, start, dtype).values.cpu().reshape(after.shape)
 
 
@@ -145,7 +169,7 @@ def uncertain(
 
     def merges(bits: np.ndarray) -> np.ndarray:
         rows = from_bit_patterns(bits, guess.dtype, tuple(guess.shape)).reshape(shape)
-        finite = torch.isfinite(rows)
+        finite = torch.isfinite(rows.float())
         values = adder.add_to(torch.where(finite, rows, 0).to(device), first_row, after.dtype)
         same: np.ndarray = np.equal(bit_patterns(values.values), target)
         same &= finite.reshape(-1).numpy()
@@ -158,19 +182,20 @@ def uncertain(
 
 def guess_for_record(
     base: LazyTensor,
-    merged: LazyTensor | None,
+    merged: TensorInfo | None,
     updates: tuple[PlacedUpdate, ...],
     device: torch.device,
     parked: Path,
+    scaled: ScaledBy | None = None,
 ) -> Guess:
     """The guess that a new receipt's corrections start from. parked: a name for files beside it."""
     method = guess_method(updates, merged, base.shape)
-    fitting = merged if merged is not None and merged.shape == base.shape else None
+    fitting = leading(merged, base.shape)
     norms = None
     if method == "lines":
         values = {"norms": line_norms(updates[0], base)}
         norms = park(parked.with_name(parked.name + "-norms"), values)["norms"]
-    return Guess(method, base.dtype, base.shape, fitting, updates, device, norms)
+    return Guess(method, base.dtype, base.shape, fitting, updates, device, norms, scaled)
 
 
 class Recorder:

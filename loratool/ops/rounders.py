@@ -43,23 +43,28 @@ def rounder_of(
     *,
     device: torch.device,
     compiled: bool = False,
+    scaled: ScaledBy | None = None,
 ) -> Rounder:
     """The rounder for rows ``start:stop`` of a tensor; its own rows count from ``start``.
 
     updates: all that are placed on the tensor; the weights of additive ones may have either sign.
     base: the tensor they were made for, which some kinds need beyond the rows asked for.
-    compiled: whether loading the compiled pass pays; the result is the same. Low-rank updates are
+    compiled: whether loading the compiled pass pays; the result is the same. scaled: of a tensor in
+    8 bits, which keeps its scales. Low-rank updates are
     calculated on ``device``, other kinds on the CPU. Raises NonFiniteValues and UnsupportedInput
     naming the update.
     """
     find_pass: FindPass = decide_bf16_when_loaded if compiled else _plain
     kinds = {type(update.update) for update in updates}
     try:
+        if scaled is not None:
+            terms = [_in_place(_scaled(one.update, one.weight), one) for one in updates]
+            return CertifiedScaled(terms, scaled.rows, start)
         if any(update.member is not None for update in updates):
             return _Members(tuple(updates), start, device, find_pass)
         if kinds == {LowRankUpdate}:
-            terms = [_low_rank(update, start, stop, device) for update in updates]
-            return CertifiedSum(terms, find_pass=find_pass)
+            factors = [_low_rank(update, start, stop, device) for update in updates]
+            return CertifiedSum(factors, find_pass=find_pass)
         if kinds in ({Replacement}, {TokenRows}):
             (only,) = updates
             return _replaced(only, start)
@@ -67,19 +72,6 @@ def rounder_of(
     except (NonFiniteValues, UnsupportedInput) as error:
         sources = " + ".join(dict.fromkeys(update.source for update in updates))
         raise type(error)(f"{sources}: {error.message}") from None
-
-
-def scaled_rounder_of(updates: Sequence[PlacedUpdate], scaled: ScaledBy, start: int) -> Rounder:
-    """The rounder for rows of an 8-bit tensor from ``start`` on, which keeps its scales.
-
-    Raises NonFiniteValues and UnsupportedInput naming the update.
-    """
-    try:
-        terms = [_in_place(_scaled(one.update, one.weight), one) for one in updates]
-    except (NonFiniteValues, UnsupportedInput) as error:
-        sources = " + ".join(dict.fromkeys(update.source for update in updates))
-        raise type(error)(f"{sources}: {error.message}") from None
-    return CertifiedScaled(terms, scaled.rows, start)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import DisagreementError, InputMissing, UsageError
 from loratool.layouts.placing import PlacedUpdate, describe
+from loratool.layouts.scales import ScaledBy
 from loratool.ops.merge_inputs import Merging, plan_merging
 from loratool.ops.merge_jobs import merge_block
 from loratool.ops.merge_receipt import plan_receipt, receipt_facts, receipt_place
@@ -84,6 +85,7 @@ class _SwapJob:
     updates: tuple[PlacedUpdate, ...]
     device: torch.device
     parked: Path
+    scaled: ScaledBy | None
 
     @property
     def cost(self) -> int:
@@ -149,6 +151,7 @@ def run_swap(
                 merging.placement.updates.get(restore.name, ()),
                 merging.device,
                 staging.scratch / f"corrections-{index}",
+                merging.scaled.get(restore.name),
             )
             for index, restore in enumerate(restores)
         ]
@@ -258,8 +261,8 @@ def _merged(job: _SwapJob, base: LazyTensor) -> tuple[TensorRecord, MergeRow]:
     record = restore.record
     assert record is not None
     target = restore.target
-    rounder = rounder_of(job.updates, base, 0, target.rows, device=job.device)
-    guess = guess_for_record(base, target, job.updates, job.device, job.parked)
+    rounder = rounder_of(job.updates, base, 0, target.rows, device=job.device, scaled=job.scaled)
+    guess = guess_for_record(base, target, job.updates, job.device, job.parked, job.scaled)
     recorder = Recorder(target.name, guess, job.parked)
     row = MergeRow(target.name, describe(job.updates), 0, 0, 0, 0)
     seen, made = hashlib.sha256(), hashlib.sha256()

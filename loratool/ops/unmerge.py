@@ -18,10 +18,19 @@ from loratool.engine.devices import resolve_device
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
 from loratool.layouts.placed import TieChoice
 from loratool.layouts.placing import PlacedUpdate, place
+from loratool.layouts.scales import ScaledBy
+from loratool.ops.eight_bits import scales_of
 from loratool.ops.merge_receipt import receipt_beside
 from loratool.ops.merge_sides import side_files_of
 from loratool.ops.receipt_match import given_as_recorded
-from loratool.ops.restoring import Guess, RestoredTensor, all_additive, byte_parts, uncertain
+from loratool.ops.restoring import (
+    Guess,
+    RestoredTensor,
+    all_additive,
+    byte_parts,
+    leading,
+    uncertain,
+)
 from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.ops.unmerge_report import UnmergeReport, UnmergeRow
 from loratool.receipt import (
@@ -34,6 +43,7 @@ from loratool.receipt import (
 )
 from loratool.storage.outputs import check_free_space, check_output, staged
 from loratool.storage.tensors import TensorInfo
+from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot, create_with_header, write_at
 
 
@@ -43,7 +53,7 @@ class RestoreJob:
     record: None without a receipt. guess: None for a tensor that is only copied."""
 
     name: str
-    merged: TensorInfo | None
+    merged: Stored | None
     target: TensorInfo
     record: TensorRecord | None
     guess: Guess | None
@@ -62,7 +72,8 @@ class RestoreJob:
 
 @dataclass(frozen=True)
 class UnmergePlan:
-    """Everything decided before a weight is read. updates: by merged tensor, what to take off."""
+    """Everything decided before a weight is read. updates: by merged tensor, what to take off.
+    scaled: of the tensors in 8 bits."""
 
     merged: Model
     adapters: tuple[tuple[Path, float, Adapter], ...]
@@ -70,6 +81,7 @@ class UnmergePlan:
     receipt_path: Path | None
     receipt: Receipt | None
     updates: Mapping[str, tuple[PlacedUpdate, ...]]
+    scaled: Mapping[str, ScaledBy]
     files: tuple[FileRecord, ...]
     side_files: tuple[Path, ...]
     device: torch.device
@@ -94,16 +106,23 @@ class UnmergePlan:
 
     def _job(self, name: str, target: TensorInfo) -> RestoreJob:
         record = self.receipt.tensors[name] if self.receipt else None
-        merged = self.merged.checkpoint.tensors.get(name)
-        if merged is not None and merged.shape != target.shape:
-            merged = None
+        merged = leading(self.merged.checkpoint.tensors.get(name), target.shape)
         updates = self.updates.get(name, ())
         without = "subtract" if updates else "same"
         method = record.method if record else without
         if method == "same":
             return RestoreJob(name, merged, target, record, None)
         norms = record.norms if record else None
-        guess = Guess(method, target.dtype, target.shape, merged, updates, self.device, norms)
+        guess = Guess(
+            method,
+            target.dtype,
+            target.shape,
+            merged,
+            updates,
+            self.device,
+            norms,
+            self.scaled.get(name),
+        )
         return RestoreJob(name, merged, target, record, guess)
 
     def to_json(self) -> dict[str, Any]:
@@ -151,13 +170,15 @@ def plan_unmerge(
     )
     if known is None:
         updates: Mapping[str, tuple[PlacedUpdate, ...]] = placement.updates
-        _check_can_be_taken_off(updates, model)
+        _check_can_be_taken_off(updates)
         files = _files_as_merged(model)
     else:
         assert found is not None
         updates = given_as_recorded(known, found, opened, placement.updates)
         _check_layout(known, found, model)
         files = known.files
+    scaled = scales_of(updates, model, lossy=True)
+    _check_dtypes(updates, scaled, model, known)
     plan = UnmergePlan(
         model,
         opened,
@@ -165,6 +186,7 @@ def plan_unmerge(
         found,
         known,
         updates,
+        scaled,
         files,
         tuple(side_files_of(model)),
         resolve_device(device),
@@ -248,7 +270,7 @@ def _files_as_merged(model: Model) -> tuple[FileRecord, ...]:
     )
 
 
-def _check_can_be_taken_off(updates: Mapping[str, tuple[PlacedUpdate, ...]], model: Model) -> None:
+def _check_can_be_taken_off(updates: Mapping[str, tuple[PlacedUpdate, ...]]) -> None:
     lost = [name for name, placed in updates.items() if not all_additive(placed)]
     if lost:
         raise DisagreementError(
@@ -257,7 +279,17 @@ def _check_can_be_taken_off(updates: Mapping[str, tuple[PlacedUpdate, ...]], mod
             details=lost[:12],
             hint="name the receipt with --receipt; merge --receipt leaves one",
         )
+
+
+def _check_dtypes(
+    updates: Mapping[str, tuple[PlacedUpdate, ...]],
+    scaled: Mapping[str, ScaledBy],
+    model: Model,
+    receipt: Receipt | None,
+) -> None:
     for name in updates:
+        if name in scaled or (receipt and receipt.tensors[name].method == "keep"):
+            continue
         dtype = model.checkpoint.tensors[name].dtype
         if dtype.torch not in MERGEABLE:
             raise UnsupportedInput(f"{name}: is stored as {dtype.name}, from which nothing can go")
@@ -271,7 +303,10 @@ def _check_layout(receipt: Receipt, path: Path, model: Model) -> None:
         if record.method == "keep" and not record.merged_sha256:
             continue
         same = record.method == "same"
-        if merged is None or merged.shape != info.shape or (same and merged.dtype != info.dtype):
+        fits = merged is not None and merged.shape == info.shape
+        if record.method == "keep":  # of a table that got rows
+            fits = leading(merged, info.shape) is not None
+        if merged is None or not fits or (same and merged.dtype != info.dtype):
             has = f"{merged.dtype.name} {list(merged.shape)}" if merged else "no such tensor"
             raise DisagreementError(
                 f"{path}: was made for a merge in which {name} is {list(info.shape)}; "

@@ -16,14 +16,19 @@ from loratool.engine.devices import resolve_device
 from loratool.errors import UsageError
 from loratool.layouts.placed import TieChoice
 from loratool.layouts.placing import PlacedUpdate, describe, place
+from loratool.layouts.scales import ScaledBy
+from loratool.ops.eight_bits import scales_of
+from loratool.ops.merge_inputs import added_by
+from loratool.ops.merge_layout import Added
 from loratool.ops.receipt_match import given_as_recorded
-from loratool.ops.restoring import value_sha256
+from loratool.ops.restoring import beyond, leading, value_sha256
 from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.ops.unmerge import find_receipt
 from loratool.ops.verify_report import VerifyReport
 from loratool.ops.verify_tensor import Status, VerifyJob, VerifyRow, verify_tensor
 from loratool.receipt import Receipt, read_receipt
 from loratool.storage.tensors import TensorInfo
+from loratool.storage.views import Lengthened, Stored
 
 SAMPLED_ROWS = 64
 """Of each tensor, with --fast and no receipt."""
@@ -32,7 +37,8 @@ SAMPLED_ROWS = 64
 @dataclass(frozen=True)
 class VerifyPlan:
     """What is to be compared. receipt: hashes to go by instead of the base's values. sampled: only
-    some rows of each tensor are compared."""
+    some rows of each tensor are compared. added: tensors that the merge adds. grown: rows of tables
+    that got tokens. scaled: of tensors in 8 bits."""
 
     merged: Model
     base: Model | None
@@ -40,6 +46,9 @@ class VerifyPlan:
     receipt_path: Path | None
     receipt: Receipt | None
     updates: Mapping[str, tuple[PlacedUpdate, ...]]
+    added: Mapping[str, Added]
+    grown: Mapping[str, int]
+    scaled: Mapping[str, ScaledBy]
     sampled: bool
     seed: int
     device: torch.device
@@ -76,8 +85,16 @@ def plan_verify(
             "without --base there is nothing to compare with",
             hint="name the base; with --fast, a receipt can stand for it",
         )
-    placement = place(weighted, origin.checkpoint.tensors, origin.config, ties=TieChoice.BOTH)
-    updates: Mapping[str, tuple[PlacedUpdate, ...]] = placement.updates
+    untied = origin.config.says_tied and not model.config.says_tied
+    placement = place(
+        weighted,
+        origin.checkpoint.tensors,
+        origin.config,
+        add_bias=True,
+        ties=TieChoice.APART if untied else TieChoice.BOTH,
+        grow=True,
+    )
+    updates: Mapping[str, tuple[PlacedUpdate, ...]] = placement.updates | placement.added
     if known is not None:
         assert found is not None
         updates = given_as_recorded(known, found, opened, placement.updates)
@@ -88,6 +105,9 @@ def plan_verify(
         found,
         known,
         updates,
+        added_by(placement, origin.checkpoint.tensors),
+        placement.grown,
+        scales_of(updates, origin, lossy=True),
         fast and known is None,
         seed,
         resolve_device(device),
@@ -129,7 +149,10 @@ def _facts(plan: VerifyPlan) -> dict[str, object]:
 
 def _verify_values(plan: VerifyPlan, engine: Engine, progress: Progress) -> list[VerifyRow]:
     assert plan.base is not None
-    base, merged = plan.base.checkpoint.tensors, plan.merged.checkpoint.tensors
+    merged = plan.merged.checkpoint.tensors
+    base: dict[str, Stored] = dict(plan.base.checkpoint.tensors)
+    base |= {name: added.source for name, added in plan.added.items()}
+    base |= {name: Lengthened(base[name], rows) for name, rows in plan.grown.items()}
     rows, jobs = [], []
     for name, info in base.items():
         ours = merged.get(name)
@@ -145,12 +168,12 @@ def _verify_values(plan: VerifyPlan, engine: Engine, progress: Progress) -> list
     return sorted(rows, key=lambda row: order[row.name])
 
 
-def _job(name: str, base: TensorInfo, merged: TensorInfo, plan: VerifyPlan) -> VerifyJob:
+def _job(name: str, base: Stored, merged: TensorInfo, plan: VerifyPlan) -> VerifyJob:
     placed = plan.updates.get(name, ())
     chosen = sample_rows(base.rows, f"{plan.seed}:{name}") if plan.sampled else None
-    return VerifyJob(
-        name, base, merged, placed, describe(placed) if placed else "", plan.device, chosen
-    )
+    update = describe(placed) if placed else ""
+    scaled = plan.scaled.get(name)
+    return VerifyJob(name, base, merged, placed, update, plan.device, chosen, scaled)
 
 
 def sample_rows(rows: int, key: str) -> tuple[int, ...] | None:
@@ -163,7 +186,7 @@ def sample_rows(rows: int, key: str) -> tuple[int, ...] | None:
     return tuple(sorted(int(row) for row in chosen))
 
 
-def _unfit(name: str, base: TensorInfo, merged: TensorInfo | None, plan: VerifyPlan) -> VerifyRow:
+def _unfit(name: str, base: Stored, merged: TensorInfo | None, plan: VerifyPlan) -> VerifyRow:
     placed = plan.updates.get(name, ())
     update = describe(placed) if placed else ""
     if merged is None:
@@ -186,7 +209,7 @@ def _extra(name: str, info: TensorInfo) -> VerifyRow:
 class _HashJob:
     name: str
     update: str
-    info: TensorInfo
+    info: Stored
     expected: str
     base: TensorInfo | None
     base_expected: str
@@ -203,18 +226,26 @@ def _verify_hashes(plan: VerifyPlan, engine: Engine, progress: Progress) -> list
     layout = plan.receipt.base_tensors(plan.merged.checkpoint.folder)
     rows, jobs = [], []
     for name, record in plan.receipt.tensors.items():
-        info = merged.get(name)
-        if record.merged_sha256 and info is None:
-            rows.append(VerifyRow(name, "", Status.MISSING, layout[name].numel, 0))
-        elif record.merged_sha256 and info is not None:
-            placed = plan.updates.get(name, ())
+        placed = plan.updates.get(name, ())
+        if not record.merged_sha256:
+            continue
+        info = leading(merged.get(name), layout[name].shape)
+        if info is None:
+            rows.append(_unfit(name, layout[name], merged.get(name), plan))
+        else:
             update = describe(placed) if placed else ""
-            jobs.append(
-                _HashJob(
-                    name, update, info, record.merged_sha256, base.get(name), record.base_sha256
-                )
-            )
-    rows += [_extra(name, info) for name, info in merged.items() if name not in layout]
+            hashes = (record.merged_sha256, base.get(name), record.base_sha256)
+            jobs.append(_HashJob(name, update, info, *hashes))
+    for name, more in beyond(layout, merged).items():
+        expected = plan.receipt.added.get(name)
+        if expected is not None:
+            jobs.append(_HashJob(name, "added", more, expected, None, ""))
+        elif name in layout:
+            rows.append(_unfit(name, layout[name], merged[name], plan))
+        else:
+            rows.append(_extra(name, merged[name]))
+    lost = set(plan.receipt.added) - set(merged)
+    rows += [VerifyRow(name, "added", Status.MISSING, 0, 0) for name in sorted(lost)]
     return rows + engine.map(
         _verify_hash, jobs, cost=lambda job: job.cost, progress=progress, what="hashing"
     )

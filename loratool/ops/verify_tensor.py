@@ -17,10 +17,12 @@ from loratool.algebra.noise import ulp
 from loratool.algebra.rounding import MERGEABLE, Rounder, round_once
 from loratool.errors import LoratoolError, NonFiniteValues
 from loratool.layouts.placing import PlacedUpdate
+from loratool.layouts.scales import ScaledBy
 from loratool.ops.restoring import all_additive, byte_parts
 from loratool.ops.rounders import rounder_of
 from loratool.receipt import bit_patterns, blocks_of
 from loratool.storage.tensors import MemoryTensor, TensorInfo
+from loratool.storage.views import Stored
 
 RECOGNISED_SHARE = 1e-3
 """A rounding order is recognised where it explains all but this share of the values."""
@@ -98,15 +100,16 @@ class VerifyRow:
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """A tensor to check. rows: only these (sorted), or None for all."""
+    """A tensor to check. rows: only these (sorted), or None for all. scaled: of one in 8 bits."""
 
     name: str
-    base: TensorInfo
+    base: Stored
     merged: TensorInfo
     updates: tuple[PlacedUpdate, ...]
     update: str
     device: torch.device
     rows: tuple[int, ...] | None = None
+    scaled: ScaledBy | None = None
 
     @property
     def cost(self) -> int:
@@ -126,7 +129,8 @@ class VerifyJob:
 
     def rounder(self) -> Rounder:
         """What the updates make of the base."""
-        return rounder_of(self.updates, self.base, 0, self.base.rows, device=self.device)
+        rows = self.base.rows
+        return rounder_of(self.updates, self.base, 0, rows, device=self.device, scaled=self.scaled)
 
 
 def verify_tensor(job: VerifyJob) -> VerifyRow:
@@ -335,7 +339,7 @@ def _cause(sums: _Sums, fit: float, residual2: float, right_scale: bool) -> Caus
 Delta = Callable[[Tensor, int], Tensor]
 
 
-def delta_of(base: TensorInfo, updates: Sequence[PlacedUpdate], device: torch.device) -> Delta:
+def delta_of(base: Stored, updates: Sequence[PlacedUpdate], device: torch.device) -> Delta:
     """ΔW of rows (given as the base has them, and the first one's number): float64, to float32
     precision."""
     rounder = rounder_of(updates, base, 0, base.rows, device=device)

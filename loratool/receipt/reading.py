@@ -103,9 +103,16 @@ class _Reader:
             index,
             self._get(self._record, "pickled", bool),
             self._get(self._record, "loratool", str),
+            self._added(),
         )
         self._check_layout(receipt)
         return receipt
+
+    def _added(self) -> dict[str, str]:
+        """Receipts of before this was recorded have none."""
+        assert isinstance(self._record, dict)
+        entries = self._get({"added": {}} | self._record, "added", dict)
+        return {name: self._sha256(entries, name, name) for name in entries}
 
     def _check_layout(self, receipt: Receipt) -> None:
         if len({file.name for file in receipt.files}) != len(receipt.files):

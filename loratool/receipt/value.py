@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool.storage.safetensors_file import parse_header
@@ -73,7 +73,8 @@ class Receipt:
 
     side_files: name → bytes of those small files that the merged folder has otherwise or not at
     all. index: the name of the base's index file, or empty. pickled: the base was torch pickles,
-    which are rebuilt as safetensors.
+    which are rebuilt as safetensors. added: SHA-256 of merged tensors that the base has not, and of
+    the rows that merged tables have beyond the base's.
     """
 
     adapters: tuple[AdapterRecord, ...]
@@ -83,6 +84,7 @@ class Receipt:
     index: str
     pickled: bool
     made_by: str = ""
+    added: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def correction_bytes(self) -> int:

@@ -40,6 +40,7 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
             }
             for name, tensor in receipt.tensors.items()
         },
+        "added": dict(receipt.added),
     }
     tensors["record"] = as_bytes_tensor(json.dumps(record, ensure_ascii=False).encode())
     for index, file in enumerate(receipt.files):

@@ -15,7 +15,9 @@ from tests.ops.test_unmerge import bytes_of
 __all__ = ["pytestmark"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, torch.float16], ids=["bf16", "fp32", "fp16"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_base_comes_back(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     make, config = KINDS[kind]

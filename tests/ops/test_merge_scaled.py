@@ -116,8 +116,6 @@ def test_what_8_bits_do_not_take(tmp_path: Path) -> None:
     base = save_folder(scaled, tmp_path / "base", LLAMA)
     with pytest.raises(RangeOverflow, match="F8_E4M3"):
         lt.merge(base, adapter, out, scale=1e3)
-    with pytest.raises(UnsupportedInput, match="no receipts"):
-        lt.merge(base, adapter, out, receipt=True)
     odd = save_folder(base_state("weight_scale", torch.ones(3)), tmp_path / "odd", LLAMA)
     with pytest.raises(UnsupportedInput, match="fits no known scaling"):
         lt.merge(odd, adapter, out)
@@ -132,3 +130,35 @@ def test_what_8_bits_do_not_take(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedInput, match="only sums of matrices"):
         lt.merge(base, whole, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_receipt_undoes_it(tmp_path: Path, dtype: torch.dtype, scaled: bool) -> None:
+    scales = ("weight_scale_inv", GRID) if scaled else (None, None)
+    base = save_folder(base_state(*scales, dtype), tmp_path / "base", BLOCKED)
+    a, b = pair()
+    factor = 1 if scaled else 1000  # so that more than a few weights change
+    adapter = save_peft(tmp_path / "adapter", {NAME: (a * factor, b)}, lora_alpha=2)
+    other = save_peft(tmp_path / "other", {NAME: (a * 2 * factor, b)}, lora_alpha=3)
+    merged, allowed = tmp_path / "merged", {"receipt": True, "allow_lossy": not scaled}
+    report = lt.merge(base, adapter, merged, **allowed)  # type: ignore[arg-type]
+    assert report.total("changed") > 60
+    assert lt.verify(merged, base, adapter).is_equal
+    assert lt.verify(merged, base, other).differs
+    undone = lt.unmerge(merged, adapter, tmp_path / "back")
+    assert undone.total("corrected") > 5  # of those that the update moved to another value
+    assert bytes_of(tmp_path / "back") == bytes_of(base)
+    if scaled:
+        lt.swap(merged, adapter, other, tmp_path / "swapped")
+        lt.merge(base, other, tmp_path / "afresh", receipt=True)
+        assert bytes_of(tmp_path / "swapped") == bytes_of(tmp_path / "afresh")
+    (merged / "loratool_receipt.safetensors").unlink()
+    nearest = lt.unmerge(merged, adapter, tmp_path / "nearest")
+    doubtful = nearest.total("uncertain")
+    wrong = (codes(base) != codes(tmp_path / "nearest")).sum()
+    assert 0 < wrong <= doubtful
+
+
+def codes(folder: Path) -> Tensor:
+    return load_folder(folder)[f"{NAME}.weight"].view(torch.uint8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool as lt
@@ -119,6 +119,9 @@ def test_nothing_to_untie(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+FILE = "model.safetensors"
+
+
 def with_bias(folder: Path) -> tuple[Path, Tensor]:
     """An adapter of q_proj with lora_bias, and the bias it trained."""
     a, b = factors(24, 24)
@@ -176,7 +179,31 @@ def test_a_receipt_undoes_what_was_added(tmp_path: Path) -> None:
     lt.merge(head, adapter, tmp_path / "m1", ties="apart", receipt=True)
     lt.merge(head, bias, tmp_path / "m2", add_bias=True, receipt=True)
     lt.merge(head, adapter, tmp_path / "m3", ties="both", receipt=True)
-    assert not lt.verify(tmp_path / "m3", head, adapter).differs
     for merged, used in (("m1", adapter), ("m2", bias), ("m3", adapter)):
+        assert lt.verify(tmp_path / merged, head, used).is_equal
+        assert lt.verify(tmp_path / merged, head, used, fast=True).is_equal
         lt.unmerge(tmp_path / merged, used, tmp_path / f"{merged}-base")
         assert bytes_of(tmp_path / f"{merged}-base") == bytes_of(head)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_verify_looks_at_what_was_added(tmp_path: Path, fast: bool) -> None:
+    head = save_folder(tied_state(), tmp_path / "tied", TIED)
+    bias, _ = with_bias(tmp_path / "bias")
+    adapter = save_sides(tmp_path / "adapter", {HEAD: factors(50, 24)})
+    lt.merge(head, adapter, tmp_path / "untied", ties="apart", receipt=True)
+    lt.merge(head, bias, tmp_path / "biased", add_bias=True, receipt=True)
+    for folder, used, name in (("untied", adapter, HEAD), ("biased", bias, Q0)):
+        merged = tmp_path / folder
+        name = f"{name}.bias" if folder == "biased" else f"{name}.weight"
+        state = load_folder(merged)
+        weights = {key: value for key, value in state.items() if key in load_file(merged / FILE)}
+        weights[name].view(-1)[3] += 1
+        save_file(weights, merged / FILE, {"format": "pt"})
+        report = lt.verify(merged, head, used, fast=fast)
+        assert report.differs
+        assert [row.name for row in report.rows if row.status != "equal"] == [name]
+        del weights[name]
+        save_file(weights, merged / FILE, {"format": "pt"})
+        report = lt.verify(merged, head, used, fast=fast)
+        assert [row.name for row in report.rows if row.status == "missing"] == [name]
