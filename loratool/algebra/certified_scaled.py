@@ -114,6 +114,13 @@ class CertifiedScaled:
         return low.reshape(base.shape)
 
 
+def spacing(magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The step of an 8-bit format at values of these magnitudes (float64), without scales."""
+    info = torch.finfo(dtype)
+    size = magnitudes.clamp(min=info.smallest_normal, max=info.max)
+    return torch.ldexp(torch.full_like(size, info.eps), torch.frexp(size)[1] - 1)
+
+
 @cache
 def _table(dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Codes in the order of their values, and the boundary between each and the next.

@@ -15,7 +15,7 @@ from loratool.errors import UsageError
 if TYPE_CHECKING:
     from loratool.ops.verify_claim import ClaimReport
     from loratool.ops.verify_report import VerifyReport
-    from loratool.ops.verify_tensor import VerifyRow
+    from loratool.ops.verify_row import VerifyRow
 
 _SHOWN = 12
 
@@ -105,7 +105,7 @@ def verify_command(
 
 def _show(out: Output, report: VerifyReport) -> None:
     from loratool.ops.verify_report import DIFFERS, EXACT, excluded_share
-    from loratool.ops.verify_tensor import Status
+    from loratool.ops.verify_row import Status
 
     updated, total = len(report.updated), len(report.rows)
     if report.verdict == EXACT:
@@ -166,8 +166,14 @@ def _cells(row: VerifyRow) -> list[str]:
         percent(row.different / row.checked) if compared else "",
         f"{row.worst:.3g}" if compared else "",
         str(list(row.worst_at)) if compared else "",
-        f"{row.fit:.4g} ×" if row.fit is not None else "",
+        _fits(row),
     ]
+
+
+def _fits(row: VerifyRow) -> str:
+    if len(row.fits) > 1:
+        return ", ".join(f"{one.fit:.4g} ×" for one in row.fits)
+    return f"{row.fit:.4g} ×" if row.fit is not None else ""
 
 
 def _show_claim(out: Output, report: ClaimReport) -> None:

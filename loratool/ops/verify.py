@@ -25,7 +25,8 @@ from loratool.ops.restoring import beyond, leading, value_sha256
 from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.ops.unmerge import find_receipt
 from loratool.ops.verify_report import VerifyReport
-from loratool.ops.verify_tensor import Status, VerifyJob, VerifyRow, verify_tensor
+from loratool.ops.verify_row import Status, VerifyJob, VerifyRow
+from loratool.ops.verify_tensor import verify_tensor
 from loratool.receipt import Receipt, read_receipt
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.views import Lengthened, Stored

@@ -18,8 +18,8 @@ from loratool.layouts.names import match_names
 from loratool.layouts.placing import PlacedUpdate, describe, place
 from loratool.ops.extract_report import LEFT_OUT, Status
 from loratool.ops.sources import open_adapter, open_model
+from loratool.ops.verify_diagnosis import delta_of
 from loratool.ops.verify_report import DIFFERS
-from loratool.ops.verify_tensor import delta_of
 from loratool.provenance import REPORT_FILE, document
 from loratool.receipt import blocks_of
 from loratool.storage.checkpoint import read_json_file

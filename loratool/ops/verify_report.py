@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.ops.verify_tensor import Cause, Status, VerifyRow
+from loratool.ops.verify_row import Cause, Status, VerifyRow
 from loratool.provenance import document
 
 SCHEMA_VERSION = 1
@@ -59,6 +59,11 @@ class VerifyReport:
         """The factor of the adapters' update that fits best over all tensors; None if unknown."""
         return overall_fit(self.rows)
 
+    @property
+    def fits(self) -> dict[int, float]:
+        """The same for each adapter, counted from 0, where it is known."""
+        return adapter_fits(self.rows)
+
     def to_json(self) -> dict[str, Any]:
         return document(
             "verify",
@@ -68,6 +73,10 @@ class VerifyReport:
                 "verdict": self.verdict,
                 "diagnosis": list(self.diagnosis),
                 "fit": self.fit,
+                "fits": [
+                    {"name": one["name"], "fit": self.fits.get(index)}
+                    for index, one in enumerate(self.facts["adapters"])
+                ],
                 "totals": {
                     **{str(status): self.count(status) for status in Status},
                     "elements": sum(row.elements for row in self.rows),
@@ -85,6 +94,16 @@ def overall_fit(rows: Sequence[VerifyRow]) -> float | None:
     known = [row for row in rows if row.fit is not None and row.delta_energy]
     energy = sum(row.delta_energy for row in known)
     return sum((row.fit or 0.0) * row.delta_energy for row in known) / energy if energy else None
+
+
+def adapter_fits(rows: Sequence[VerifyRow]) -> dict[int, float]:
+    """As ``overall_fit``, for each adapter that tensors tell of."""
+    total: dict[int, float] = {}
+    energy: dict[int, float] = {}
+    for fit in (fit for row in rows for fit in row.fits):
+        total[fit.adapter] = total.get(fit.adapter, 0.0) + fit.fit * fit.energy
+        energy[fit.adapter] = energy.get(fit.adapter, 0.0) + fit.energy
+    return {one: total[one] / energy[one] for one in sorted(total) if energy[one]}
 
 
 _SENTENCES = {
@@ -106,8 +125,9 @@ def _diagnosis(rows: Sequence[VerifyRow], facts: Mapping[str, Any]) -> list[str]
         where = f"{count} of {len(updated)} updated tensors"
         if count == len(updated):
             where = "all updated tensors"
-        if cause is Cause.SCALE:
-            lines.append(_scale_line(those, where))
+        if cause in (Cause.SCALE, Cause.PART):
+            names = [str(one["name"]) for one in facts["adapters"]]
+            lines.append(_scale_line(those, where, names))
         else:
             lines.append(f"{where}: {_SENTENCES[cause]}")
     orders = Counter(row.order for row in updated if row.order is not None)
@@ -129,7 +149,12 @@ def _diagnosis(rows: Sequence[VerifyRow], facts: Mapping[str, Any]) -> list[str]
     return lines
 
 
-def _scale_line(rows: Sequence[VerifyRow], where: str) -> str:
+def _scale_line(rows: Sequence[VerifyRow], where: str, names: Sequence[str]) -> str:
+    each = adapter_fits(rows)
+    if len(names) > 1 and each:
+        what = "wrong scales" if rows[0].cause is Cause.SCALE else "not all adapters are in"
+        told = ", ".join(f"{fit:.4g} times {names[one]}" for one, fit in each.items())
+        return f"{where}: {what}; what fits is {told}"
     fits = [row.fit for row in rows if row.fit is not None]
     fit = overall_fit(rows)
     assert fit is not None

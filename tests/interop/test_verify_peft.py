@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import loratool as lt
 from loratool.ops.verify_report import EXACT, ROUNDED
-from loratool.ops.verify_tensor import Cause, Order
+from loratool.ops.verify_row import Cause, Order
 from tests.interop.conftest import llama
 
 # PEFT asks transformers by a name that is on its way out

@@ -15,7 +15,7 @@ from loratool.errors import DisagreementError, UsageError
 from loratool.ops.verify import SAMPLED_ROWS, sample_rows
 from loratool.ops.verify_claim import AS_STATED, UNSTATED, ClaimStatus
 from loratool.ops.verify_report import DIFFERS, EXACT, ROUNDED, VerifyReport, excluded_share
-from loratool.ops.verify_tensor import Cause, Order, Status
+from loratool.ops.verify_row import Cause, Order, Status
 from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, moved, save_folder, save_peft
 from tests.ops.test_merge import DOWN1, Q0, factors
 
