@@ -14,6 +14,7 @@ from loratool.combining.method import Space, Updates, method
     cost="copies the factors",
     weights="multiply the updates; negative ones subtract",
     keeps_rank=True,
+    is_sum=True,
     notes="A single adapter at weight 1 keeps its bytes. Takes no --rank: svd does.",
 )
 def cat(updates: Updates) -> LowRank:

@@ -135,7 +135,8 @@ class Method:
 
     run: from the updates of one weight and the parameters as keyword arguments to the combined
     update. adapters: fewest and most it takes. keeps_rank: its result is stored as it is, and
-    takes no rank rule. validate: what must hold between parameters, else UsageError.
+    takes no rank rule. is_sum: its result is Σ wᵢΔWᵢ. validate: what must hold between
+    parameters, else UsageError.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Method:
     parameters: tuple[Parameter, ...] = ()
     adapters: tuple[int, int | None] = (1, None)
     keeps_rank: bool = False
+    is_sum: bool = False
     notes: str = ""
     validate: Callable[[Mapping[str, Value]], None] | None = None
     summary: str = field(init=False)

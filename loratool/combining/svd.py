@@ -14,6 +14,7 @@ from loratool.combining.method import Space, Updates, method
     "and [A₁; …]ᵀ = Q_A·R_A the sum is Q_B·(R_B·R_Aᵀ)·Q_Aᵀ",
     cost="O((m+n)·R² + R³)",
     weights="multiply the updates; negative ones subtract",
+    is_sum=True,
 )
 def svd(updates: Updates) -> LowRank:
     """The weighted sum, cut to the rank asked for with the least possible error."""

@@ -12,8 +12,10 @@ from loratool.errors import NothingMatches
 from loratool.formats import peft
 from loratool.ops.adapter_folder import write_adapter
 from loratool.ops.combine_jobs import CombineResult, combine_weight
+from loratool.ops.combine_overlap import overlap_of
 from loratool.ops.combine_plan import CombinePlan, plan_combine
 from loratool.ops.combine_report import UpdatesReport
+from loratool.ops.combine_weights import names_of
 from loratool.ops.extract_adapter import stored_size
 from loratool.ops.stacks import completed
 from loratool.storage.outputs import staged
@@ -42,11 +44,16 @@ def run_combine(
             what="combining",
         )
         adapter = _adapter(plan, results)
+        overlap = overlap_of(
+            [result.products for result in results], [result.row.weights for result in results]
+        )
+        repeats = overlap.notes(names_of(plan.asked.sources)) if plan.method.is_sum else []
+        facts = plan.facts() | {"overlap": overlap.to_json()}
         report = UpdatesReport(
             "combine",
             tuple(result.row for result in results),
-            plan.facts() | ({"search": dict(search)} if search else {}),
-            (*plan.notes, *_zero_notes(results)),
+            facts | ({"search": dict(search)} if search else {}),
+            (*plan.notes, *_zero_notes(results), *repeats),
             *stored_size(adapter),
         )
         write_adapter(staging.out, adapter, report.to_json())

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from loratool.adapter import LowRankUpdate
 from loratool.algebra.factorize_rows import factorize_rows, residual_energy
@@ -15,6 +16,7 @@ from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.row_blocks import HELD_BYTES, RowBlocks
 from loratool.algebra.truncation import rounding, stored_error, truncate, wanted_rank
+from loratool.combining.geometry import gram
 from loratool.combining.method import Space, Updates, Value
 from loratool.combining.registry import find_method
 from loratool.ops.adapter_folder import in_scale, load_update, park_update, stored_value
@@ -88,10 +90,11 @@ class CombineJob:
 
 @dataclass(frozen=True)
 class CombineResult:
-    """A weight's row, and its update where it is not zero."""
+    """A weight's row, its update where it is not zero, and the inputs' inner products (N, N)."""
 
     row: UpdateRow
     update: LowRankUpdate | None
+    products: Tensor
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class _Outcome:
 def combine_weight(job: CombineJob) -> CombineResult:
     """Combine, cut, round to the stored dtype, measure what that misses, and park."""
     updates = Updates(job.name, _loaded(job), job.weights, job.seed)
+    products = gram(updates.updates)
     method = find_method(job.method)
     combined = method(updates, job.parameters)
     outcome = (
@@ -126,9 +130,10 @@ def combine_weight(job: CombineJob) -> CombineResult:
         outcome.how,
     )
     if stored is None:
-        return CombineResult(row, None)
+        return CombineResult(row, None, products)
     assert job.scratch is not None
-    return CombineResult(row, park_update(job.scratch / f"{job.index}.raw", stored, job.like))
+    update = park_update(job.scratch / f"{job.index}.raw", stored, job.like)
+    return CombineResult(row, update, products)
 
 
 def _loaded(job: CombineJob) -> tuple[LowRank, ...]:

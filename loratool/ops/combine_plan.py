@@ -17,17 +17,16 @@ from loratool.combining.registry import DEFAULT, find_method
 from loratool.engine.devices import resolve_device
 from loratool.errors import (
     DisagreementError,
-    NothingMatches,
-    ShapeMismatch,
     UsageError,
 )
 from loratool.formats import peft
 from loratool.layouts.patterns import select
-from loratool.ops.adapter_folder import dtype_of_factors, refuse_other_updates
+from loratool.ops.adapter_folder import dtype_of_factors
+from loratool.ops.combine_groups import disjoint, groups_of, refuse_both
 from loratool.ops.combine_jobs import CombineJob
 from loratool.ops.combine_saved import Saved, combine_saved
 from loratool.ops.combine_tokens import combine_tokens
-from loratool.ops.combine_weights import Source, WeightRule, parse_rule, weights_of
+from loratool.ops.combine_weights import Source, WeightRule, names_of, parse_rule, weights_of
 from loratool.ops.sources import adapter_sha256, open_adapters
 from loratool.storage.dtypes import DType
 from loratool.storage.outputs import check_free_space, check_output
@@ -191,11 +190,11 @@ def plan_combine(
         asked.exclude,
     )
     adapters = tuple(_only(adapter, chosen) for adapter in adapters)
-    groups = _groups(asked.sources, adapters)
+    groups = groups_of(asked.sources, adapters)
     whole, saved_notes = combine_saved(asked.sources, adapters, asked.saved)
     tokens, token_notes = combine_tokens(asked.sources, adapters, asked.saved)
-    replaced = _disjoint(whole, tokens)
-    _refuse_both(asked.sources, groups, replaced)
+    replaced = disjoint(whole, tokens)
+    refuse_both(asked.sources, groups, replaced)
     weights = weights_of(list(groups), asked.sources, asked.rules)
     dtype = dtype_of_factors(
         asked.dtype, (f for group in groups.values() for u in group if u for f in (u.b, u.a))
@@ -301,89 +300,6 @@ def _only(adapter: Adapter, chosen: set[str]) -> Adapter:
     return replace(adapter, updates=kept)
 
 
-def _groups(
-    sources: Sequence[Source], adapters: Sequence[Adapter]
-) -> dict[str, tuple[LowRankUpdate | None, ...]]:
-    """Weight → each adapter's update of it. A weight that an adapter lacks, it leaves unchanged.
-
-    Raises UnsupportedInput for updates that are not low-rank, ShapeMismatch, NothingMatches.
-    """
-    for source, adapter in zip(sources, adapters, strict=True):
-        refuse_other_updates(source.label, adapter)
-    names = sorted({name for adapter in adapters for name in adapter.low_rank})
-    if not names:
-        raise NothingMatches("the adapters hold no low-rank update to combine")
-    _refuse_other_names(sources, adapters)
-    groups = {}
-    for name in names:
-        group = tuple(adapter.low_rank.get(name) for adapter in adapters)
-        forms = [
-            (source.label, update.shape, update.kernel, update.is_embedding)
-            for source, update in zip(sources, group, strict=True)
-            if update is not None
-        ]
-        if any(form[1:] != forms[0][1:] for form in forms):
-            other = next(form for form in forms if form[1:] != forms[0][1:])
-            raise ShapeMismatch(
-                f"{name}: is {_form(*forms[0][1:])} in {forms[0][0]}, "
-                f"{_form(*other[1:])} in {other[0]}",
-                hint="the adapters belong to different models",
-            )
-        groups[name] = group
-    return groups
-
-
-def _form(shape: tuple[int, int], kernel: tuple[int, ...], is_embedding: bool) -> str:
-    what = "a convolution" if kernel else "an embedding" if is_embedding else "a matrix"
-    return f"{what} {[shape[0], *kernel] if kernel else list(shape)}"
-
-
-def _refuse_other_names(sources: Sequence[Source], adapters: Sequence[Adapter]) -> None:
-    """Two adapters that share no name, though one's names end like the other's: two namings."""
-    for i, one in enumerate(adapters):
-        tails = {
-            ".".join(name.split(".")[start:]): name
-            for name in one.low_rank
-            for start in range(1, name.count("."))
-        }
-        for j, two in enumerate(adapters):
-            if i == j or set(one.low_rank) & set(two.low_rank):
-                continue
-            for name in two.low_rank:
-                if name in tails:
-                    raise DisagreementError(
-                        f"{sources[i].label} and {sources[j].label} name one model differently",
-                        details=[f"{tails[name]} in the first, {name} in the second"],
-                        hint="save one of them again from the model class of the other",
-                    )
-
-
-def _disjoint(
-    whole: Mapping[str, Replacement], tokens: Mapping[str, TokenRows]
-) -> dict[str, Replacement | TokenRows]:
-    for name in whole:
-        if name in tokens:
-            raise DisagreementError(
-                f"{name}: one adapter stores it whole, another some of its rows",
-                hint="use --saved drop, or --exclude",
-            )
-    return {**whole, **tokens}
-
-
-def _refuse_both(
-    sources: Sequence[Source],
-    groups: Mapping[str, Sequence[LowRankUpdate | None]],
-    replaced: Mapping[str, Replacement | TokenRows],
-) -> None:
-    for name in replaced:
-        if name in groups:
-            who = [s.label for s, u in zip(sources, groups[name], strict=True) if u is not None]
-            raise DisagreementError(
-                f"{name}: {who[0]} updates it, another adapter stores it whole",
-                hint="a change and absolute values do not add up; use --saved drop, or --exclude",
-            )
-
-
 def _notes(sources: Sequence[Source], adapters: Sequence[Adapter]) -> list[str]:
     notes = []
     bases = {adapter.base_model for adapter in adapters if adapter.base_model}
@@ -393,12 +309,11 @@ def _notes(sources: Sequence[Source], adapters: Sequence[Adapter]) -> list[str]:
             "means something only if these are the same model"
         )
     union = {name for adapter in adapters for name in adapter.low_rank}
-    for source, adapter in zip(sources, adapters, strict=True):
+    for name, adapter in zip(names_of(sources), adapters, strict=True):
         missing = len(union) - len(adapter.low_rank)
         if missing:
             notes.append(
-                f"{source.label} has no update for {missing} of {len(union)} weights; they count "
-                "as zero"
+                f"{name} has no update for {missing} of {len(union)} weights; they count as zero"
             )
     copies = sum(len(adapter.base_copies) for adapter in adapters)
     if copies:

@@ -41,6 +41,15 @@ class Source:
         return self.path.name if self.recipe is not None else self.path.resolve().name
 
 
+def names_of(sources: Sequence[Source]) -> list[str]:
+    """How reports that travel call the adapters: by name, and by number where two share it."""
+    names = [source.name for source in sources]
+    return [
+        f"{name} (adapter {number})" if names.count(name) > 1 else name
+        for number, name in enumerate(names, 1)
+    ]
+
+
 def parse_source(text: str) -> Source:
     """``PATH`` or ``PATH:WEIGHT``; a path that exists as written is one. Raises UsageError."""
     head, _, tail = text.rpartition(":")
