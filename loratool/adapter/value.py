@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from loratool.adapter.updates import LowRankUpdate, Replacement, Update
+from loratool.adapter.updates import DoraUpdate, LowRankUpdate, Replacement, Update
 from loratool.storage.tensors import LazyTensor
 
 
@@ -55,6 +55,15 @@ class Adapter:
             name: update
             for name, update in self.updates.items()
             if isinstance(update, LowRankUpdate)
+        }
+
+    @property
+    def factors(self) -> dict[str, LowRankUpdate]:
+        """The low-rank updates, those inside DoRA updates among them."""
+        return {
+            name: update.low_rank if isinstance(update, DoraUpdate) else update
+            for name, update in self.updates.items()
+            if isinstance(update, DoraUpdate | LowRankUpdate)
         }
 
     @property

@@ -17,15 +17,6 @@ from loratool.storage.tensors import LazyTensor
 from loratool.storage.views import Reshaped
 
 
-def with_dora(adapter: Adapter) -> dict[str, LowRankUpdate]:
-    """The adapter's low-rank updates, those inside a DoRA update among them."""
-    return {
-        name: update.low_rank if isinstance(update, DoraUpdate) else update
-        for name, update in adapter.updates.items()
-        if isinstance(update, DoraUpdate | LowRankUpdate)
-    }
-
-
 def beside_factors(
     adapter: Adapter, low_rank: Mapping[str, LowRankUpdate]
 ) -> tuple[dict[str, LazyTensor], dict[str, Any]]:

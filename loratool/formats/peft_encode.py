@@ -18,7 +18,7 @@ from loratool.adapter import (
     module_of,
 )
 from loratool.errors import Unplaced
-from loratool.formats.peft_beside import beside_factors, with_dora
+from loratool.formats.peft_beside import beside_factors
 from loratool.formats.peft_config import CONFIG_FILE, TASK_HEADS
 from loratool.formats.peft_experts import EncodedParameter, encode_parameters, is_bare
 from loratool.formats.peft_keys import PREFIX
@@ -38,11 +38,14 @@ def encode(
     tokens = {name: u for name, u in adapter.others.items() if isinstance(u, TokenRows)}
     for name, other in adapter.others.items():
         if not isinstance(other, DoraUpdate | DenseUpdate | TokenRows):
-            raise Unplaced(f"{name}: {other.describe()}: cannot be written as PEFT's yet")
+            raise Unplaced(
+                f"{name}: {other.describe()}: is not written in this form",
+                hint="loratool resize --rank full makes a plain LoRA of LoHa and LoKr",
+            )
     modules = None if base_modules is None else set(base_modules)
     if tokens and len(tokens) == len(adapter.updates) and _same_tokens(tokens):
         return _tokens_alone(adapter, tokens, modules)
-    factors = with_dora(adapter)
+    factors = adapter.factors
     bare = {
         name: update
         for name, update in factors.items()

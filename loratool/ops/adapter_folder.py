@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratool.adapter import Adapter, LowRankUpdate, TokenRows
+from loratool.adapter import Adapter, LowRankUpdate
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.stacking import at_scale
-from loratool.errors import NonFiniteValues, RangeOverflow, UnsupportedInput, UsageError
+from loratool.errors import NonFiniteValues, RangeOverflow, UsageError
 from loratool.formats import peft
 from loratool.provenance import REPORT_FILE
 from loratool.storage.dtypes import F32, USER_NAMES, DType
@@ -58,19 +58,6 @@ def dtype_of_factors(text: str | None, factors: Iterable[LazyTensor]) -> DType:
     if len(found) == 1 and set(found) <= _STORED:
         return next(iter(found.values()))
     return F32
-
-
-def refuse_other_updates(label: str, adapter: Adapter) -> None:
-    """Raises UnsupportedInput for updates that are neither low-rank nor absolute values."""
-    others = {n: u for n, u in adapter.others.items() if not isinstance(u, TokenRows)}
-    if others:
-        raise UnsupportedInput(
-            f"{label}: {len(others)} updates are not low-rank: they can be merged, not combined or "
-            "resized",
-            details=[f"{name}: {update.describe()}" for name, update in list(others.items())[:12]],
-            hint="combine --exclude leaves them out; or merge the adapter into its base and "
-            "extract a plain one",
-        )
 
 
 def load_update(label: str, update: LowRankUpdate, device: torch.device) -> LowRank:

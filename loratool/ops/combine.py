@@ -11,10 +11,11 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import NothingMatches
 from loratool.formats import peft
 from loratool.ops.adapter_folder import write_adapter
+from loratool.ops.combine_biases import combine_biases
 from loratool.ops.combine_jobs import CombineResult, combine_weight
 from loratool.ops.combine_overlap import overlap_of
 from loratool.ops.combine_plan import CombinePlan, plan_combine
-from loratool.ops.combine_report import UpdatesReport
+from loratool.ops.combine_report import UpdateRow, UpdatesReport
 from loratool.ops.combine_weights import names_of
 from loratool.ops.extract_adapter import stored_size
 from loratool.ops.stacks import completed
@@ -43,7 +44,7 @@ def run_combine(
             progress=progress or NoProgress(),
             what="combining",
         )
-        adapter = _adapter(plan, results)
+        adapter, bias_rows = _adapter(plan, results)
         overlap = overlap_of(
             [result.products for result in results], [result.row.weights for result in results]
         )
@@ -51,7 +52,7 @@ def run_combine(
         facts = plan.facts() | {"overlap": overlap.to_json()}
         report = UpdatesReport(
             "combine",
-            tuple(result.row for result in results),
+            (*(result.row for result in results), *bias_rows),
             facts | ({"search": dict(search)} if search else {}),
             (*plan.notes, *_zero_notes(results), *repeats),
             *stored_size(adapter),
@@ -78,21 +79,26 @@ def _run_nested(
         return run_combine(flat, engine, progress, search)
 
 
-def _adapter(plan: CombinePlan, results: list[CombineResult]) -> Adapter:
+def _adapter(
+    plan: CombinePlan, results: list[CombineResult]
+) -> tuple[Adapter, tuple[UpdateRow, ...]]:
+    """The result, and the rows of its biases."""
     low_rank = {r.row.name: r.update for r in results if r.update is not None}
     names = [job.name for job in plan.jobs]
-    updates: dict[str, Update] = {
-        **plan.replaced,
-        **completed(low_rank, names, str(plan.asked.seed)),
-    }
-    if not low_rank:
+    biases = combine_biases(plan, low_rank)
+    if not biases.low_rank:
         raise NothingMatches(
             "the combination is zero everywhere; there is no adapter to write",
             hint="do the weights cancel each other?",
         )
+    updates: dict[str, Update] = {
+        **plan.replaced,
+        **biases.updates,
+        **completed(biases.low_rank, names, str(plan.asked.seed)),
+    }
     first = plan.adapters[0]
     tasks = {adapter.task_type for adapter in plan.adapters}
-    return Adapter(
+    adapter = Adapter(
         updates,
         peft.NAME,
         base_model=next((a.base_model for a in plan.adapters if a.base_model), None),
@@ -100,6 +106,7 @@ def _adapter(plan: CombinePlan, results: list[CombineResult]) -> Adapter:
         task_type=first.task_type if len(tasks) == 1 else None,
         as_parameters=frozenset[str]().union(*(a.as_parameters for a in plan.adapters)),
     )
+    return adapter, biases.rows
 
 
 def _zero_notes(results: list[CombineResult]) -> list[str]:

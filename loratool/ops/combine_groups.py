@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from loratool.adapter import Adapter, LowRankUpdate, Replacement, TokenRows
+from loratool.adapter import Adapter, DenseUpdate, LowRankUpdate, Replacement, TokenRows
 from loratool.errors import DisagreementError, NothingMatches, ShapeMismatch
-from loratool.ops.adapter_folder import refuse_other_updates
+from loratool.ops.biases import check_biases
 from loratool.ops.combine_weights import Source
+from loratool.ops.low_rank_forms import refuse_others
 
 
 def groups_of(
@@ -18,7 +19,7 @@ def groups_of(
     Raises UnsupportedInput for updates that are not low-rank, ShapeMismatch, NothingMatches.
     """
     for source, adapter in zip(sources, adapters, strict=True):
-        refuse_other_updates(source.label, adapter)
+        refuse_others(source.label, adapter, (TokenRows, DenseUpdate))
     names = sorted({name for adapter in adapters for name in adapter.low_rank})
     if not names:
         raise NothingMatches("the adapters hold no low-rank update to combine")
@@ -40,6 +41,28 @@ def groups_of(
             )
         groups[name] = group
     return groups
+
+
+def biases_of(
+    sources: Sequence[Source],
+    adapters: Sequence[Adapter],
+    groups: Mapping[str, Sequence[LowRankUpdate | None]],
+) -> dict[str, tuple[DenseUpdate | None, ...]]:
+    """Bias → each adapter's difference of it.
+
+    Raises DisagreementError where the module's weight is not combined, ShapeMismatch.
+    """
+    found: dict[str, list[DenseUpdate | None]] = {}
+    for index, (source, adapter) in enumerate(zip(sources, adapters, strict=True)):
+        own = {n: u for n, u in adapter.others.items() if isinstance(u, DenseUpdate)}
+        check_biases(source.label, own, groups)
+        for name, update in own.items():
+            found.setdefault(name, [None] * len(adapters))[index] = update
+    for name, updates in found.items():
+        shapes = {update.shape for update in updates if update is not None}
+        if len(shapes) > 1:
+            raise ShapeMismatch(f"{name}: has {sorted(shapes)} in the adapters")
+    return {name: tuple(updates) for name, updates in sorted(found.items())}
 
 
 def _form(shape: tuple[int, int], kernel: tuple[int, ...], is_embedding: bool) -> str:
@@ -82,7 +105,7 @@ def disjoint(
 
 def refuse_both(
     sources: Sequence[Source],
-    groups: Mapping[str, Sequence[LowRankUpdate | None]],
+    groups: Mapping[str, Sequence[LowRankUpdate | DenseUpdate | None]],
     replaced: Mapping[str, Replacement | TokenRows],
 ) -> None:
     """Raises DisagreementError for a parameter that is updated and stored whole."""

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratool.adapter import Adapter, LowRankUpdate, Replacement, TokenRows, Update
+from loratool.adapter import (
+    Adapter,
+    DenseUpdate,
+    LowRankUpdate,
+    Replacement,
+    TokenRows,
+    Update,
+)
 from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
 from loratool.combining.method import Method, Value
 from loratool.combining.registry import DEFAULT, find_method
@@ -22,11 +29,12 @@ from loratool.errors import (
 from loratool.formats import peft
 from loratool.layouts.patterns import select
 from loratool.ops.adapter_folder import dtype_of_factors
-from loratool.ops.combine_groups import disjoint, groups_of, refuse_both
+from loratool.ops.combine_groups import biases_of, disjoint, groups_of, refuse_both
 from loratool.ops.combine_jobs import CombineJob
 from loratool.ops.combine_saved import Saved, combine_saved
 from loratool.ops.combine_tokens import combine_tokens
 from loratool.ops.combine_weights import Source, WeightRule, names_of, parse_rule, weights_of
+from loratool.ops.low_rank_forms import in_low_rank_form
 from loratool.ops.sources import adapter_sha256, open_adapters
 from loratool.storage.dtypes import DType
 from loratool.storage.outputs import check_free_space, check_output
@@ -79,8 +87,9 @@ class PlannedTensor:
 class CombinePlan:
     """Everything decided before a tensor is read.
 
-    nested: plans of the recipes that stand for an adapter, by its place; they run first, and the
-    plan is made again from their results.
+    biases: by name, each adapter's difference. weights: of every weight and bias. nested: plans of
+    the recipes that stand for an adapter, by its place; they run first, and the plan is made again
+    from their results.
     """
 
     asked: Combination
@@ -94,6 +103,8 @@ class CombinePlan:
     adapters: tuple[Adapter, ...]
     jobs: tuple[CombineJob, ...]
     replaced: Mapping[str, Replacement | TokenRows]
+    biases: Mapping[str, tuple[DenseUpdate | None, ...]]
+    weights: Mapping[str, tuple[float, ...]]
     notes: tuple[str, ...]
     nested: Mapping[int, CombinePlan] = field(default_factory=dict)
 
@@ -120,6 +131,9 @@ class CombinePlan:
             b = PlannedTensor(self.dtype, (rows, rank, *(1 for _ in like.kernel[1:])))
             a = PlannedTensor(self.dtype, (rank, *(like.kernel or (columns,))))
             updates[job.name] = LowRankUpdate(b, a, 1.0, float(rank), like.is_embedding)
+        for name, found in self.biases.items():
+            shape = next(update.shape for update in found if update is not None)
+            updates[name] = DenseUpdate(PlannedTensor(self.dtype, shape))
         return replace(self.adapters[0], updates=updates, format=peft.NAME, base_copies={})
 
     def facts(self) -> dict[str, Any]:
@@ -182,7 +196,7 @@ def plan_combine(
         for place, source in enumerate(asked.sources)
         if source.recipe is not None
     }
-    adapters = _opened(asked, nested)
+    adapters, form_notes = _opened(asked, nested)
     check_output(output, overwrite=overwrite, inputs=_inputs(asked))
     chosen = select(
         {name: None for adapter in adapters for name in adapter.updates},
@@ -191,11 +205,12 @@ def plan_combine(
     )
     adapters = tuple(_only(adapter, chosen) for adapter in adapters)
     groups = groups_of(asked.sources, adapters)
+    biases = biases_of(asked.sources, adapters, groups)
     whole, saved_notes = combine_saved(asked.sources, adapters, asked.saved)
     tokens, token_notes = combine_tokens(asked.sources, adapters, asked.saved)
     replaced = disjoint(whole, tokens)
-    refuse_both(asked.sources, groups, replaced)
-    weights = weights_of(list(groups), asked.sources, asked.rules)
+    refuse_both(asked.sources, {**groups, **biases}, replaced)
+    weights = weights_of([*groups, *biases], asked.sources, asked.rules)
     dtype = dtype_of_factors(
         asked.dtype, (f for group in groups.values() for u in group if u for f in (u.b, u.a))
     )
@@ -215,7 +230,7 @@ def plan_combine(
         )
         for index, (name, group) in enumerate(groups.items())
     ]
-    notes = (*_notes(asked.sources, adapters), *saved_notes, *token_notes)
+    notes = (*form_notes, *_notes(asked.sources, adapters), *saved_notes, *token_notes)
     plan = CombinePlan(
         asked,
         output,
@@ -228,6 +243,8 @@ def plan_combine(
         adapters,
         tuple(jobs),
         replaced,
+        biases,
+        weights,
         notes,
         nested,
     )
@@ -252,9 +269,12 @@ def _inputs(asked: Combination) -> list[Path]:
     return paths
 
 
-def _opened(asked: Combination, nested: Mapping[int, CombinePlan]) -> tuple[Adapter, ...]:
-    """Every adapter; of those still to be made, what is known of them. Raises DisagreementError
-    for files that are not those a recipe was written for."""
+def _opened(
+    asked: Combination, nested: Mapping[int, CombinePlan]
+) -> tuple[tuple[Adapter, ...], list[str]]:
+    """Every adapter, in low-rank form as far as it has one; of those still to be made, what is
+    known of them. And notes. Raises DisagreementError for files that are not those a recipe was
+    written for."""
     files = [(i, source) for i, source in enumerate(asked.sources) if i not in nested]
     opened = open_adapters([source.path for _, source in files], asked.alpha)
     found = dict(zip((place for place, _ in files), opened, strict=True))
@@ -264,9 +284,13 @@ def _opened(asked: Combination, nested: Mapping[int, CombinePlan]) -> tuple[Adap
                 f"{source.label}: is not the adapter that the recipe was written for",
                 hint="its files changed; remove sha256 from the recipe to combine it all the same",
             )
-    return tuple(
-        nested[i].expected() if i in nested else found[i] for i in range(len(asked.sources))
-    )
+    adapters, notes = [], []
+    for place, name in enumerate(names_of(asked.sources)):
+        known = nested[place].expected() if place in nested else found[place]
+        adapter, said = in_low_rank_form(known)
+        adapters.append(adapter)
+        notes += [f"{name}: {note}" for note in said]
+    return tuple(adapters), notes
 
 
 def _rank_of(asked: Combination, method: Method) -> str | None:

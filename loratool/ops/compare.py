@@ -22,6 +22,7 @@ from loratool.adapter import (
     Replacement,
     TokenRows,
 )
+from loratool.adapter.forms import FormFactor
 from loratool.algebra.comparison import compare_jointly, compare_pair, linear_survival
 from loratool.algebra.entrywise import read_entries, sign_agreement, ties_survival
 from loratool.algebra.initial import RowStatistics, judge_start, row_statistics
@@ -47,6 +48,7 @@ from loratool.ops.compare_report import (
     PairTotals,
     PhiGrid,
 )
+from loratool.ops.low_rank_forms import in_low_rank_form
 from loratool.ops.sources import open_adapters
 
 _NOT_COMPARED = {
@@ -113,9 +115,10 @@ def compare(
     """
     if len(paths) < 2:
         raise UsageError("one adapter cannot be compared", hint="name two or more")
-    adapters = open_adapters(paths, alpha)
     labels = [str(path) for path in paths]
+    adapters, form_notes = _opened(paths, alpha)
     modules, notes = _matched(adapters, labels)
+    notes = form_notes + notes
     chosen = select(list(modules), include, exclude)
     modules = {name: updates for name, updates in modules.items() if name in chosen}
     _check_shapes(modules, labels)
@@ -129,6 +132,16 @@ def compare(
         what="comparing",
     )
     return _report(paths, adapters, compared, tuple(notes))
+
+
+def _opened(paths: Sequence[Path], alpha: float | None) -> tuple[list[Adapter], list[str]]:
+    """The adapters, LoHa and LoKr in low-rank form where they have one, and notes."""
+    adapters, notes = [], []
+    for path, opened in zip(paths, open_adapters(paths, alpha), strict=True):
+        adapter, said = in_low_rank_form(opened)
+        adapters.append(adapter)
+        notes += [f"{path}: {note}" for note in said]
+    return adapters, notes
 
 
 def _matched(
@@ -209,7 +222,7 @@ def _compare_module(job: _Job) -> _Compared:
         pair = (positions[i], positions[j])
         first, second = job.updates[i][1], job.updates[j][1]
         statistics = None
-        if first.a.shape == second.a.shape:
+        if first.a.shape == second.a.shape and not _computed(first, second):
             statistics = starts[pair] = row_statistics(*_a_factors(first, second))
         pairs.append(
             PairRow.of(
@@ -234,6 +247,11 @@ def _compare_module(job: _Job) -> _Compared:
         entries.looked_at if entries else 0,
     )
     return _Compared(row, inner, starts)
+
+
+def _computed(*updates: LowRankUpdate) -> bool:
+    """Whether the A of any is not a factor that was trained, but one made of such."""
+    return any(isinstance(update.a, FormFactor) for update in updates)
 
 
 def _check_values(what: str, value: LowRank) -> None:

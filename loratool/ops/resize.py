@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loratool.adapter import Adapter, LowRankUpdate, Update
+from loratool.adapter import (
+    Adapter,
+    DenseUpdate,
+    DoraUpdate,
+    LowRankUpdate,
+    TokenRows,
+    Update,
+)
 from loratool.algebra.budget import allocate, parse_size
 from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
@@ -23,14 +30,15 @@ from loratool.ops.adapter_folder import (
     in_scale,
     load_update,
     park_update,
-    refuse_other_updates,
     stored_value,
     write_adapter,
 )
+from loratool.ops.biases import check_biases, load_bias, store_bias, weight_of
 from loratool.ops.combine_report import UpdateRow, UpdatesReport
 from loratool.ops.extract_adapter import stored_size
+from loratool.ops.low_rank_forms import in_low_rank_form, refuse_others
 from loratool.ops.sources import open_adapter
-from loratool.ops.stacks import completed, is_indexed
+from loratool.ops.stacks import completed, is_indexed, nothing_like
 from loratool.profiles import Profile, find_profile, fit
 from loratool.profiles.padding import padded
 from loratool.storage.dtypes import DType
@@ -93,6 +101,7 @@ class ResizePlan:
     seed: int
     overwrite: bool
     jobs: tuple[ResizeJob, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def read_bytes(self) -> int:
@@ -128,6 +137,7 @@ class ResizePlan:
             **self.facts(),
             "read_bytes": self.read_bytes,
             "adapter_bytes_at_most": self.adapter_bytes_at_most,
+            "notes": list(self.notes),
             "updates": [
                 {
                     "name": job.name,
@@ -169,15 +179,23 @@ def plan_resize(
         raise UsageError("a budget goes with no limits on ranks, no --uniform and no such profile")
     rule = parse_rank_rule("full" if is_budget else str(rank), limits)
     target = resolve_device(device)
-    opened = open_adapter(adapter, alpha)
+    opened, notes = in_low_rank_form(open_adapter(adapter, alpha))
     check_output(output, overwrite=overwrite, inputs=[adapter])
-    refuse_other_updates(str(adapter), opened)
-    if not opened.low_rank:
+    refuse_others(str(adapter), opened, (TokenRows, DoraUpdate, DenseUpdate))
+    factors = opened.factors
+    biases = {n: u for n, u in opened.others.items() if isinstance(u, DenseUpdate)}
+    check_biases(str(adapter), biases, factors)
+    if not factors:
         raise NothingMatches(f"{adapter}: holds no low-rank update to resize")
-    if is_budget and any(is_indexed(name) for name in opened.low_rank):
+    if len(factors) > len(opened.low_rank):
+        notes.append(
+            f"{len(factors) - len(opened.low_rank)} updates are DoRA's: their magnitudes stay, and "
+            "the stated errors are those of s·B·A, since what the whole changes depends on the base"
+        )
+    if is_budget and any(is_indexed(name) for name in factors):
         raise UsageError(f"{adapter}: experts take one rank together; a budget is not for them")
-    stored = dtype_of_factors(dtype, (f for u in opened.low_rank.values() for f in (u.b, u.a)))
-    scales = {update.scale for update in opened.low_rank.values()}
+    stored = dtype_of_factors(dtype, (f for u in factors.values() for f in (u.b, u.a)))
+    scales = {update.scale for update in factors.values()}
     one_scale = scales.pop() if len(scales) == 1 else 1.0
     jobs = tuple(
         ResizeJob(
@@ -192,7 +210,7 @@ def plan_resize(
             target,
             seed,
         )
-        for index, (name, update) in enumerate(sorted(opened.low_rank.items()))
+        for index, (name, update) in enumerate(sorted(factors.items()))
     )
     plan = ResizePlan(
         adapter,
@@ -208,13 +226,14 @@ def plan_resize(
         seed,
         overwrite,
         jobs,
+        tuple(notes),
     )
     check_free_space(output, 2 * plan.adapter_bytes_at_most)
     return plan
 
 
 def _budget(rank: str, dtype: DType, adapter: Adapter) -> int:
-    values = sum(u.rank * sum(u.shape) for u in adapter.low_rank.values())
+    values = sum(u.rank * sum(u.shape) for u in adapter.factors.values())
     parameters = parse_size(rank.removeprefix(_BUDGET), dtype.bits // 8, values)
     if not parameters:
         raise UsageError(
@@ -246,12 +265,12 @@ def run_resize(
         )
         adapter, more = _adapter(plan, results)
         fitted = fit(adapter, plan.profile, str(plan.seed))
-        ranks = {name: update.rank for name, update in fitted.adapter.low_rank.items()}
+        ranks = {name: update.rank for name, update in fitted.adapter.factors.items()}
         report = UpdatesReport(
             "resize",
             tuple(replace(r.row, rank=ranks.get(r.row.name, 0)) for r in results),
             plan.facts(),
-            (*notes, *more, *fitted.notes),
+            (*plan.notes, *notes, *more, *fitted.notes),
             *stored_size(fitted.adapter),
         )
         write_adapter(staging.out, fitted.adapter, report.to_json())
@@ -335,7 +354,14 @@ def _adapter(plan: ResizePlan, results: Sequence[ResizeResult]) -> tuple[Adapter
         raise NothingMatches("nothing is left of the adapter", hint="choose another --rank")
     key = str(plan.seed)
     notes = []
-    lost = [r.row.name for r in results if r.update is None]
+    names = {job.name for job in plan.jobs}
+    needed = {n for n, u in plan.adapter.others.items() if isinstance(u, DoraUpdate)}
+    needed |= {weight_of(n) for n, u in plan.adapter.others.items() if isinstance(u, DenseUpdate)}
+    for job in plan.jobs:
+        if job.name in needed and job.name not in low_rank:
+            own = f"{key}:{job.name}"
+            low_rank[job.name] = nothing_like(job.update, plan.dtype, job.scale, own)
+    lost = sorted(names - set(low_rank))
     if lost:
         notes.append(f"{len(lost)} updates are zero at this rank and absent ({lost[0]})")
     if plan.adapter.base_copies:
@@ -347,7 +373,28 @@ def _adapter(plan: ResizePlan, results: Sequence[ResizeResult]) -> tuple[Adapter
         top = max(update.rank for update in low_rank.values())
         low_rank = {name: padded(u, top, f"{key}:{name}") for name, u in low_rank.items()}
     low_rank = completed(low_rank, [job.name for job in plan.jobs], key)
-    whole = {n: u for n, u in plan.adapter.updates.items() if n not in plan.adapter.low_rank}
-    updates: dict[str, Update] = {**whole, **low_rank}
+    updates = {
+        name: new
+        for name, old in plan.adapter.updates.items()
+        for new in [_resized(plan, name, old, low_rank)]
+        if new is not None
+    }
     adapter = replace(plan.adapter, updates=updates, format=peft.NAME, base_copies={})
     return adapter, notes
+
+
+def _resized(
+    plan: ResizePlan, name: str, old: Update, low_rank: Mapping[str, LowRankUpdate]
+) -> Update | None:
+    """What stands for an update now; None where nothing is left of it."""
+    if isinstance(old, LowRankUpdate):
+        return low_rank.get(name)
+    if isinstance(old, DoraUpdate):
+        return replace(old, low_rank=low_rank[name])
+    if isinstance(old, DenseUpdate):
+        module = low_rank[weight_of(name)]
+        if module.scale == old.scale:
+            return old
+        exact = load_bias(str(plan.path), name, old).dense()[:, 0]
+        return store_bias(name, exact, module, plan.dtype).update
+    return old

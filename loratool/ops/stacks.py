@@ -5,7 +5,6 @@ PEFT keeps the factors of all experts in one pair, with one rank and one scale.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from loratool.adapter import LowRankUpdate
 from loratool.formats.peft_experts import parameter_of
 from loratool.profiles.padding import padded
+from loratool.storage.dtypes import DType
 from loratool.storage.tensors import MemoryTensor
 
 
@@ -39,15 +39,19 @@ def completed(
         if not present:
             continue
         rank = max(update.rank for update in present)
-        nothing = _nothing_like(present[0])
+        first = present[0]
         for name in names:
-            result[name] = padded(updates.get(name, nothing), rank, f"{key}:{name}")
+            update = updates.get(name) or nothing_like(
+                first, first.b.dtype, first.scale, f"{key}:{name}"
+            )
+            result[name] = padded(update, rank, f"{key}:{name}")
     return result
 
 
-def _nothing_like(update: LowRankUpdate) -> LowRankUpdate:
-    """An update of zero, of rank 1, with the shape, dtype and scale of another."""
-    width = update.a.shape[1]
-    b = torch.zeros(update.b.shape[0], 1, dtype=update.b.dtype.torch)
-    a = torch.full((1, width), 1 / math.sqrt(width), dtype=update.a.dtype.torch)
-    return LowRankUpdate(MemoryTensor(b), MemoryTensor(a), update.scale, update.scale)
+def nothing_like(update: LowRankUpdate, dtype: DType, scale: float, key: str) -> LowRankUpdate:
+    """An update of zero, of rank 1, with the shape of another. ``key``: of the row of A, which is
+    not zero, so that it can be trained."""
+    b = torch.zeros(update.b.shape[0], 0, *update.b.shape[2:], dtype=dtype.torch)
+    a = torch.zeros(0, *update.a.shape[1:], dtype=dtype.torch)
+    empty = LowRankUpdate(MemoryTensor(b), MemoryTensor(a), scale, 0, update.is_embedding)
+    return padded(empty, 1, key)

@@ -53,15 +53,15 @@ def updates(folder: Path) -> dict[str, Tensor]:
     for key, a in tensors.items():
         if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?A(?:\.weight)?", key):
             b = tensors[key.replace("_A", "_B")]
-            rank = _patterned(config, "rank_pattern", match[1], config["r"])
-            alpha = _patterned(config, "alpha_pattern", match[1], config["lora_alpha"])
+            rank = patterned(config, "rank_pattern", match[1], config["r"])
+            alpha = patterned(config, "alpha_pattern", match[1], config["lora_alpha"])
             assert rank == a.shape[0], "PEFT could not load this"
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             found[match[1]] = scale * (b.flatten(1).double() @ a.flatten(1).double())
     return found
 
 
-def _patterned(config: dict[str, object], which: str, module: str, default: float) -> float:
+def patterned(config: dict[str, object], which: str, module: str, default: float) -> float:
     patterns = config.get(which) or {}
     assert isinstance(patterns, dict)
     for pattern, value in patterns.items():

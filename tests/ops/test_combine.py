@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
+from loratool.algebra.lowrank import LowRank
+from loratool.combining.method import Updates
+from loratool.combining.registry import find_method
 from loratool.errors import (
     DisagreementError,
     InputMissing,
@@ -23,7 +26,8 @@ from loratool.errors import (
     UsageError,
 )
 from tests.builders import random_tensor, snapshot
-from tests.ops.adapters import MODULES, adapter, convolution, ranks, updates
+from tests.combining.values import whole
+from tests.ops.adapters import MODULES, adapter, convolution, patterned, ranks, updates
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -301,18 +305,80 @@ def test_tokens_that_collide_are_a_decision(tmp_path: Path) -> None:
     assert not lt.open_adapter(tmp_path / "drop").others
 
 
-def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
-    key = f"base_model.model.{Q}.lora_magnitude_vector"
-    dora = adapter(
-        tmp_path / "a", modules={Q: MODULES[Q]}, extra={key: torch.ones(20)}, use_dora=True
-    )
-    for run in (
-        lambda: lt.combine([dora], tmp_path / "out"),
-        lambda: lt.resize(dora, tmp_path / "out", rank=2),
-    ):
-        with pytest.raises(UnsupportedInput, match="1 updates are not low-rank") as raised:
-            run()
-        assert raised.value.details[0].startswith(f"{Q}.weight: DoRA")
+def dora(path: Path, seed: int = 0) -> Path:
+    magnitudes = {
+        f"base_model.model.{name}.lora_magnitude_vector": torch.arange(1.0, shape[0] + 1)
+        for name, shape in MODULES.items()
+    }
+    return adapter(path, seed=seed, extra=magnitudes, use_dora=True)
+
+
+def test_dora_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedInput, match="4 updates are not low-rank") as raised:
+        lt.combine([dora(tmp_path / "a")], tmp_path / "out")
+    assert raised.value.details[0].startswith("model.layers.0.mlp.up_proj.weight: DoRA")
+    assert "depends on the weight of the base" in raised.value.details[0]
+    assert "loratool extract" in str(raised.value.hint)
+
+
+def biased(path: Path, rank: int, seed: int, **config: object) -> Path:
+    """An adapter with a difference of every bias."""
+    biases = {
+        f"base_model.model.{name}.lora_B.bias": random_tensor(shape[0], seed=seed + 5 * i)
+        for i, (name, shape) in enumerate(MODULES.items())
+    }
+    return adapter(path, rank, seed, extra=biases, lora_bias=True, **config)
+
+
+def bias_differences(path: Path) -> dict[str, torch.Tensor]:
+    """What is added to every bias, by hand: PEFT's scaling times lora_B.bias."""
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["lora_bias"] is True
+    tensors = load_file(path / "adapter_model.safetensors")
+    found = {}
+    for key, value in tensors.items():
+        if key.endswith("lora_B.bias"):
+            rank = tensors[key.replace(".bias", ".weight")].shape[1]
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_B.bias")
+            alpha = patterned(config, "alpha_pattern", module, config["lora_alpha"])
+            scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+            found[f"{module}.bias"] = scale * value.double()
+    return found
+
+
+@pytest.mark.parametrize("method", ["svd", "cat", "linear", "ties", "iso_c", "tsv_m", "core_ties"])
+def test_bias_differences_are_combined_by_the_method(tmp_path: Path, method: str) -> None:
+    """As matrices of one column."""
+    paths = [biased(tmp_path / "a", 4, 0), biased(tmp_path / "b", 6, 100, use_rslora=True)]
+    weights = [0.75, 0.5]
+    report = lt.combine(paths, tmp_path / "out", weights=weights, method=method)
+    parts = [bias_differences(path) for path in paths]
+    found = bias_differences(tmp_path / "out")
+    for name, value in found.items():
+        columns = [LowRank(part[name][:, None], torch.ones(1, 1)) for part in parts]
+        chosen = find_method(method)
+        combined = chosen(Updates(name, tuple(columns), tuple(weights)), chosen.check({}, 2))
+        assert torch.allclose(value[:, None], whole(combined), rtol=1e-5, atol=1e-6)
+        row = next(row for row in report.rows if row.name == name)
+        assert (row.how, row.ranks) == ("bias", (1, 1))
+        assert row.relative_error < 1e-6
+    if method == "svd":
+        key = next(iter(found))
+        assert torch.allclose(found[key], 0.75 * parts[0][key] + 0.5 * parts[1][key], atol=1e-6)
+
+
+def test_a_bias_stays_where_its_weight_cancels(tmp_path: Path) -> None:
+    one = biased(tmp_path / "a", 4, 0)
+    two = adapter(tmp_path / "b", 4, 0)  # the same factors, no biases
+    lt.combine([one, two], tmp_path / "out", weights=[1, -1])
+    expected, found = bias_differences(one), bias_differences(tmp_path / "out")
+    assert all(torch.allclose(found[key], expected[key], rtol=1e-6) for key in expected)
+    assert all(float(value.norm()) == 0 for value in updates(tmp_path / "out").values())
+
+
+def test_a_bias_without_its_weight_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DisagreementError, match="but the weight beside it no update"):
+        lt.combine([biased(tmp_path / "a", 4, 0)], tmp_path / "out", exclude=["q_proj.weight"])
 
 
 def test_updated_here_and_saved_there_is_refused(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratool as lt
+from loratool.adapter import DenseUpdate
 from loratool.errors import NothingMatches, Unplaced, UsageError
 from tests.builders import lora_factors, snapshot, write_peft
 from tests.ops.adapters import MODULES, adapter, convolution, ranks, updates
-from tests.ops.test_combine import expert_updates, experts, saved
+from tests.ops.test_combine import biased, dora, expert_updates, experts, saved
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -216,6 +217,52 @@ def test_ranks_that_make_no_sense(tmp_path: Path, rank: str) -> None:
     with pytest.raises(UsageError):
         lt.resize(path, tmp_path / "out", rank=rank)
     assert snapshot(tmp_path) == before
+
+
+def magnitudes(path: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(path / "adapter_model.safetensors")
+    return {key: value for key, value in tensors.items() if "magnitude" in key}
+
+
+@pytest.mark.parametrize("rank", ["2", "7", "full"])
+def test_dora_keeps_its_magnitudes(tmp_path: Path, rank: str) -> None:
+    path = dora(tmp_path / "a")
+    report = lt.resize(path, tmp_path / "out", rank=rank)
+    assert config(tmp_path / "out")["use_dora"] is True
+    one, two = magnitudes(path), magnitudes(tmp_path / "out")
+    assert len(one) == len(MODULES)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert any("4 updates are DoRA's" in note for note in report.notes)
+    plain = adapter(tmp_path / "plain")
+    lt.resize(plain, tmp_path / "cut", rank=rank)
+    assert same(tmp_path / "cut", tmp_path / "out", 1e-15)
+    assert (report.relative_error > 0.1) == (rank == "2")
+
+
+def test_dora_of_nothing_is_still_dora(tmp_path: Path) -> None:
+    """Its magnitudes act without the factors, so PEFT needs factors of zero."""
+    key = f"base_model.model.{Q}.lora_B.weight"
+    path = dora(tmp_path / "a")
+    tensors = load_file(path / "adapter_model.safetensors")
+    save_file(tensors | {key: 0 * tensors[key]}, path / "adapter_model.safetensors")
+    lt.resize(path, tmp_path / "out", rank=2)
+    assert set(magnitudes(tmp_path / "out")) == set(magnitudes(path))
+    assert ranks(tmp_path / "out")[key.replace("_B", "_A")] == 1
+    assert float(updates(tmp_path / "out")[Q].norm()) == 0
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_bias_differences_stay_what_they_add(tmp_path: Path, uniform: bool) -> None:
+    path = biased(tmp_path / "a", 4, 0, alpha_pattern={"q_proj": 6})
+    lt.resize(path, tmp_path / "out", rank=2, uniform=uniform)
+    before, after = lt.open_adapter(path), lt.open_adapter(tmp_path / "out")
+    assert set(before.others) == set(after.others) != set()
+    for name, old in before.others.items():
+        new = after.others[name]
+        assert isinstance(old, DenseUpdate)
+        assert isinstance(new, DenseUpdate)
+        expected = old.scale * old.value.read().double()
+        assert torch.allclose(new.scale * new.value.read().double(), expected, rtol=1e-6)
 
 
 def test_every_embedding_keeps_its_form(tmp_path: Path) -> None:
