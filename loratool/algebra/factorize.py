@@ -20,7 +20,7 @@ from loratool.algebra.certificate import EXACT, ExcessBound, excess_bound
 from loratool.algebra.krylov import OVERSAMPLING, Ritz, block_krylov, sketch_pays, steered_start
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.passes import fastest_dtype, image_and_back
-from loratool.algebra.ranks import RankRule
+from loratool.algebra.ranks import RankRule, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
 from loratool.stopwatch import Stopwatch
 
@@ -88,24 +88,44 @@ def factorize(
     stopwatch = stopwatch or Stopwatch()
     energy = sum_of_squares(d) if energy is None else energy
     tall = _Tall.of(d, energy, noise_floor)
-    spectrum, rank, parts = _resolve(tall, rule, key, exact, sketch_dtype, stopwatch)
+    resolved = _resolve(tall, rule, key, exact, sketch_dtype, stopwatch)
+    spectrum, rank, parts = resolved
+    with stopwatch.stage("orthogonalise"):
+        u, v = _vectors(tall, resolved)
     if isinstance(parts, Ritz):
         one_more = parts.values[: len(spectrum.values) + 1].cpu()
         spectrum = replace(spectrum, values=one_more)
-        with stopwatch.stage("orthogonalise"):
-            u, v = parts.left(rank), parts.v[:, :rank]
         with stopwatch.stage("certify"):
             bound = excess_bound(
                 tall.matrix, parts.values, parts.v, parts.back, rank, tall.energy, key
             )
         method = "block Krylov"
     else:
-        with stopwatch.stage("orthogonalise"):
-            u, v = _left_from_right(tall.matrix, parts.v[:, :rank], parts.values[:rank])
         bound, method = EXACT, "exact (Gram)"
-    if tall.transposed:
-        u, v = v, u
-    return _with_fixed_signs(Factors(u, v, tall.original(spectrum), method, bound))
+    u, v = _with_fixed_signs(u, v)
+    return Factors(u, v, tall.original(spectrum), method, bound)
+
+
+class Triplets(NamedTuple):
+    """Leading singular triplets: u (m, k) and v (n, k) float32, values (k,) float64, descending."""
+
+    u: Tensor
+    values: Tensor
+    v: Tensor
+
+
+def leading_triplets(d: Tensor, rank: int, *, key: str) -> Triplets:
+    """The ``rank`` leading singular triplets of ``d``, or all of a matrix of fewer.
+
+    As ``factorize`` finds them, without the certificate, which costs as much again: for what is
+    measured afterwards, or only has to point somewhere.
+    """
+    rule = parse_rank_rule(str(rank))
+    tall = _Tall.of(d, sum_of_squares(d), 0.0)
+    resolved = _resolve(tall, rule, key, False, None, Stopwatch())
+    values = tall.original(resolved.spectrum).values[: resolved.rank]
+    u, v = _with_fixed_signs(*_vectors(tall, resolved))
+    return Triplets(u, values, v)
 
 
 @dataclass(frozen=True)
@@ -193,6 +213,16 @@ def _resolve(
     return _Resolved(spectrum, rank, right)
 
 
+def _vectors(tall: _Tall, resolved: _Resolved) -> tuple[Tensor, Tensor]:
+    """Left and right vectors of the rank that was decided, as the original matrix has them."""
+    rank, parts = resolved.rank, resolved.parts
+    if isinstance(parts, Ritz):
+        u, v = parts.left(rank), parts.v[:, :rank]
+    else:
+        u, v = _left_from_right(tall.matrix, parts.v[:, :rank], parts.values[:rank])
+    return (v, u) if tall.transposed else (u, v)
+
+
 def resolve_spectrum(
     d: Tensor,
     rule: RankRule,
@@ -261,6 +291,6 @@ def left_signs(u: Tensor) -> Tensor:
     return torch.where(u.gather(0, top)[0] < 0, -1.0, 1.0).to(u)
 
 
-def _with_fixed_signs(factors: Factors) -> Factors:
-    signs = left_signs(factors.u)
-    return replace(factors, u=factors.u * signs, v=factors.v * signs)
+def _with_fixed_signs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    signs = left_signs(u)
+    return u * signs, v * signs

@@ -215,7 +215,8 @@ def _show_grids(out: Output, pair: PairTotals) -> None:
         ("φ(i, j) right", pair.phi_right),
         ("φ(i, j) of A", pair.phi_a),
     ):
-        _show_grid(out, title, pair, grid)
+        if grid.i:  # updates of zero have no directions
+            _show_grid(out, title, pair, grid)
 
 
 def _show_grid(out: Output, title: str, pair: PairTotals, grid: PhiGrid) -> None:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from loratool.adapter import LowRankUpdate
 from loratool.algebra.blocks import sum_of_squares
-from loratool.algebra.factorize import factorize
+from loratool.algebra.factorize import leading_triplets
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.ranks import parse_rank_rule
 from loratool.algebra.subspaces import (
     phi_expected,
     phi_grid,
@@ -170,7 +169,7 @@ def _measure(job: _Job) -> AmplificationRow:
     )
     if not rank or not norm:
         return row
-    own = factorize(weight, parse_rank_rule(str(rank)), key=f"0:{job.name}")
+    own = leading_triplets(weight, rank, key=f"0:{job.name}")
     phi = [
         float(phi_grid((ours.T @ theirs.double()).cpu())[-1, -1])
         for ours, theirs in ((u, own.u), (v, own.v))
@@ -182,7 +181,7 @@ def _measure(job: _Job) -> AmplificationRow:
         row.delta_norm,
         norm,
         projected_norm(weight, u, v),
-        float(own.spectrum.values[:rank].norm()),
+        float(own.values.norm()),
         chance,
         *phi,
     )

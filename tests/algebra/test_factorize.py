@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.algebra.blocks import sum_of_squares
-from loratool.algebra.factorize import factorize, residual_norm
+from loratool.algebra.factorize import factorize, leading_triplets, residual_norm
 from loratool.algebra.random import gaussian
 from loratool.algebra.ranks import parse_rank_rule
 
@@ -50,6 +50,25 @@ def test_randomised_method_is_near_the_optimum(
     assert residual_norm(d, factors.low_rank()) / best - 1 < 1e-3
     exact = torch.linalg.svdvals(d.double())[:rank]
     assert torch.allclose(factors.spectrum.values[:rank], exact, rtol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(700, 900), (900, 700), (40, 30)])
+@pytest.mark.parametrize("scale", [1e-12, 1.0])
+def test_triplets_without_a_certificate(shape: tuple[int, int], scale: float) -> None:
+    """Near the optimum, orthonormal, values of the matrix as it is; of a small one, all it has."""
+    values = scale / torch.arange(1, min(shape) + 1, dtype=torch.float64)
+    d = with_spectrum(*shape, values)
+    for rank in (8, 100):
+        found = leading_triplets(d, rank, key="t")
+        count = min(rank, *shape)
+        assert (found.u.shape, found.v.shape) == ((shape[0], count), (shape[1], count))
+        assert torch.allclose(found.values[:8], values[:8], rtol=1e-3)
+        for vectors in (found.u.double(), found.v.double()):
+            identity = torch.eye(count, dtype=torch.float64)
+            assert torch.allclose(vectors.T @ vectors, identity, atol=1e-4)
+        product = (found.u.double() * found.values) @ found.v.double().T
+        missed = float((d.double() - product).norm())
+        assert missed <= optimum(d, count) * (1 + 1e-3) + 1e-6 * float(d.double().norm())
 
 
 def test_exact_flag_forbids_the_sketch() -> None:

@@ -30,6 +30,19 @@ def test_two_adapters(tmp_path: Path) -> None:
         assert text in ended.out
 
 
+def test_updates_of_zero_have_no_figure_but_of_a(tmp_path: Path) -> None:
+    """As adapters are before training."""
+    paths = []
+    for index in range(2):
+        tensors = lora_factors(MODULES[0], 24, 8, 2, seed=index)
+        untrained = {k: v * 0 if "lora_B" in k else v for k, v in tensors.items()}
+        paths.append(write_peft(tmp_path / f"{index}", untrained, fan_in_fan_out=True))
+    ended = invoke("compare", *paths)
+    assert (ended.code, ended.err) == (0, "")
+    assert "φ(i, j) of A" in ended.out
+    assert "φ(i, j) left" not in ended.out.replace("\n", " ")
+
+
 def test_three_adapters_show_a_matrix(tmp_path: Path) -> None:
     ended = invoke("compare", *adapters(tmp_path, 3))
     assert ended.code == 0

@@ -29,7 +29,13 @@ EVERY = [
     pytest.param(29, id="some"),
     pytest.param(1, id="all", marks=pytest.mark.slow),
 ]
-MOMENTS = [pytest.param(8, id="few"), pytest.param(200, id="many", marks=pytest.mark.slow)]
+MOMENTS = [pytest.param(8, id="few"), pytest.param(100, id="many", marks=pytest.mark.slow)]
+PLACES = [
+    pytest.param(False, 29, id="some"),
+    pytest.param(True, 29, id="some-linked"),
+    pytest.param(False, 1, id="all", marks=pytest.mark.slow),
+    pytest.param(True, 4, id="many-linked", marks=pytest.mark.slow),  # differs by one copy
+]
 CHANGED = {
     Q0: factors(24, 24),
     DOWN1: factors(24, 40),
@@ -163,8 +169,7 @@ def test_a_base_that_cannot_be_read(
     assert failed > 3
 
 
-@pytest.mark.parametrize("every", EVERY)
-@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize(("linked", "every"), PLACES)
 def test_a_merge_in_place_killed_at_any_step_is_recovered(
     inputs: tuple[Path, Path], tmp_path: Path, linked: bool, every: int
 ) -> None:
@@ -181,7 +186,7 @@ def test_a_merge_in_place_killed_at_any_step_is_recovered(
         assert bytes_of(base) == before
         if code is not None:
             break
-    assert killed >= (100 if every == 1 else 3)
+    assert killed >= (100 // every if every < 29 else 3)
 
 
 @pytest.mark.parametrize("moments", MOMENTS)

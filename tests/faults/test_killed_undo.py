@@ -20,7 +20,7 @@ from tests.ops.builders import LLAMA, llama_like, save_folder, save_peft
 from tests.ops.test_merge import DOWN1, Q0, factors
 
 EVERY = [pytest.param(17, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
-MOMENTS = [pytest.param(6, id="few"), pytest.param(200, id="many", marks=pytest.mark.slow)]
+MOMENTS = [pytest.param(6, id="few"), pytest.param(100, id="many", marks=pytest.mark.slow)]
 COMMANDS = {
     "unmerge": ("unmerge", "merged", "adapter"),
     "swap": ("swap", "merged", "--remove", "adapter", "--add", "other"),

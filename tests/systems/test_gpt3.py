@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from loratool.layouts.config import ModelConfig
 from loratool.layouts.placing import place
 from loratool.ops.sources import open_adapter, open_model
 from tests.builders import entry, lora_factors, write_peft, write_raw_safetensors
-from tests.systems.rows import same_bytes
+from tests.systems.conftest import Turn
 
 pytestmark = [
     pytest.mark.slow,
@@ -139,45 +140,44 @@ def test_gpt3_updates_find_their_tensors(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def two_layers(tmp_path_factory: pytest.TempPathFactory, large_files: Turn) -> Iterator[Path]:
     """Two layers of full width and no embedding, of values around 0.02, about 7 GB."""
     folder = tmp_path_factory.mktemp("gpt3-layers")
     shapes = parameters_of(ModelConfig({**CONFIG, "n_layer": 2}))
     layers = {name: shape for name, shape in shapes.items() if ".h." in name}
-    base = sparse(folder / "base", layers)
-    generator = torch.Generator().manual_seed(0)
-    values = torch.empty(2**24, dtype=torch.float16).normal_(0, 0.02, generator=generator)
-    assert bool(torch.isfinite(values).all())
-    pattern = values.numpy().tobytes()
-    for path in base.glob("*.safetensors"):
-        size = path.stat().st_size
-        with open(path, "r+b") as file:
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(8 + length)
-            left = size - 8 - length
-            while left:
-                left -= file.write(pattern[: min(left, len(pattern))])
-    yield base
-    shutil.rmtree(folder)
+    with large_files():
+        base = sparse(folder / "base", layers)
+        generator = torch.Generator().manual_seed(0)
+        values = torch.empty(2**24, dtype=torch.float16).normal_(0, 0.02, generator=generator)
+        assert bool(torch.isfinite(values).all())
+        pattern = values.numpy().tobytes()
+        for path in base.glob("*.safetensors"):
+            size = path.stat().st_size
+            with open(path, "r+b") as file:
+                length = int.from_bytes(file.read(8), "little")
+                file.seek(8 + length)
+                left = size - 8 - length
+                while left:
+                    left -= file.write(pattern[: min(left, len(pattern))])
+        yield base
+        shutil.rmtree(folder)
 
 
-def test_gpt3_two_layers(two_layers: Path) -> None:
-    """merge, verify, extract and unmerge at width 12288, in at most 8 GB of memory."""
-    folder = two_layers.parent
-    made = adapter(folder / "adapter", 2)
-    merged, extracted, back = (folder / name for name in ("merged", "extracted", "back"))
-    loratool("merge", two_layers, made, "-o", merged, "--receipt", most=MOST_MEMORY)
-    for layer in range(2):
-        assert_merged(two_layers, merged, made, f"transformer.h.{layer}.attn.c_attn")
-    against = ("--base", two_layers, "--adapter", made)
-    assert loratool("verify", merged, *against, most=MOST_MEMORY)["verdict"] == "equal"
-    arguments = ("extract", two_layers, merged, "-o", extracted, "--rank", RANK)
-    loratool(*arguments, most=MOST_MEMORY)
-    for layer in range(2):
-        assert_found(extracted, made, f"transformer.h.{layer}.attn.c_attn")
-    loratool("unmerge", merged, made, "-o", back, most=MOST_MEMORY)
-    for path in two_layers.glob("*.safetensors"):
-        assert same_bytes(path, back / path.name)
+@pytest.fixture(scope="module")
+def made(two_layers: Path) -> Path:
+    """An adapter on both layers."""
+    return adapter(two_layers.parent / "adapter", 2)
+
+
+@pytest.fixture(scope="module")
+def merged(two_layers: Path, made: Path) -> Path:
+    """The two layers and the adapter, merged with a receipt."""
+    out = two_layers.parent / "merged"
+    loratool("merge", two_layers, made, "-o", out, "--receipt", most=MOST_MEMORY)
+    return out
+
+
+# In this order: the last takes the base away, so that two copies of it are the most on disk.
 
 
 def test_gpt3_two_layers_inspect(two_layers: Path) -> None:
@@ -185,14 +185,70 @@ def test_gpt3_two_layers_inspect(two_layers: Path) -> None:
     assert report["parameters"] == pytest.approx(2 * 12 * WIDTH**2, rel=0.001)
 
 
-def product(folder: Path, module: str, columns: slice) -> Tensor:
-    """s·B·A as (in, some of out), float64."""
-    config = json.loads((folder / "adapter_config.json").read_text())
+def test_gpt3_two_layers_amplification(two_layers: Path, made: Path) -> None:
+    """The figures of the paper's table 7, of GPT-3's own width."""
+    report = loratool("inspect", made, "--base", two_layers, most=MOST_MEMORY)
+    assert len(report["updates"]) == 2
+    row = report["updates"][1]
+    weight = read(two_layers, row["name"])
+    b, a = factors(made, row["name"].removesuffix(".weight"))
+    u, v = torch.linalg.qr(b).Q, torch.linalg.qr(a.T).Q
+    assert row["inside"] == pytest.approx(inside(weight, u, v), rel=1e-5)
+
+
+def test_gpt3_two_layers_merge(two_layers: Path, made: Path, merged: Path) -> None:
+    for layer in range(2):
+        assert_merged(two_layers, merged, made, f"transformer.h.{layer}.attn.c_attn")
+
+
+def test_gpt3_two_layers_verify(two_layers: Path, made: Path, merged: Path) -> None:
+    against = ("--base", two_layers, "--adapter", made)
+    assert loratool("verify", merged, *against, most=MOST_MEMORY)["verdict"] == "equal"
+
+
+def test_gpt3_two_layers_extract(two_layers: Path, made: Path, merged: Path) -> None:
+    out = two_layers.parent / "extracted"
+    loratool("extract", two_layers, merged, "-o", out, "--rank", RANK, most=MOST_MEMORY)
+    for layer in range(2):
+        assert_found(out, made, f"transformer.h.{layer}.attn.c_attn")
+
+
+def test_gpt3_two_layers_unmerge(two_layers: Path, made: Path, merged: Path) -> None:
+    before = {path.name: digest(path) for path in two_layers.glob("*.safetensors")}
+    shutil.rmtree(two_layers)
+    back = two_layers.parent / "back"
+    loratool("unmerge", merged, made, "-o", back, most=MOST_MEMORY)
+    assert before == {path.name: digest(path) for path in back.glob("*.safetensors")}
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha1").hexdigest()
+
+
+def inside(weight: Tensor, u: Tensor, v: Tensor) -> float:
+    """‖Uᵀ·Wᵀ·V‖ of a weight stored (in, out), float64, some rows at a time."""
+    total = torch.zeros(v.shape[1], u.shape[1], dtype=torch.float64)
+    for start in range(0, weight.shape[0], 1024):
+        rows = slice(start, start + 1024)
+        total += v[rows].T @ (weight[rows].double() @ u)
+    return float(total.norm())
+
+
+def factors(folder: Path, module: str) -> tuple[Tensor, Tensor]:
+    """B and A, float64."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         b, a = (
             file.get_tensor(f"base_model.model.{module}.lora_{side}.weight").double()
             for side in "BA"
         )
+    return b, a
+
+
+def product(folder: Path, module: str, columns: slice) -> Tensor:
+    """s·B·A as (in, some of out), float64."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    b, a = factors(folder, module)
     return config["lora_alpha"] / config["r"] * (a.T @ b[columns].T)
 
 
