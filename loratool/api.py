@@ -392,6 +392,7 @@ def combine(
     exclude: Sequence[str] = (),
     seed: int = 0,
     alpha: float | None = None,
+    format: str = "peft",
     write_recipe: PathArg | None = None,
     weights_from: str | Sequence[str] | None = None,
     trials: int = 40,
@@ -405,6 +406,7 @@ def combine(
 
     ``weights`` is one number per adapter (default: 1 each); ``weight_rules`` are strings as for
     ``--weight``. ``parameters`` are the method's own (``density=0.3``; lambda is ``lambda_``).
+    ``format`` is that of the result, ``"peft"`` or ``"loralib"``.
     ``write_recipe`` is a file for ``combine_recipe``. ``weights_from`` is a command that prints a
     number for the adapter whose path is put behind it: the weights are searched, from those given,
     in at most ``trials`` trials, to lower it; ``penalty`` times the mean |weight| is added.
@@ -422,6 +424,7 @@ def combine(
         include=tuple(include),
         exclude=tuple(exclude),
         alpha=alpha,
+        format=format,
     )
     asked = asked.with_rules(weight_rules)
     if write_recipe is not None:
@@ -471,6 +474,7 @@ def resize(
     uniform: bool = False,
     balance: bool = False,
     profile: str = "peft",
+    format: str = "peft",
     dtype: str | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -482,6 +486,7 @@ def resize(
     """Write the adapter at another rank: cut optimally, or padded with zeros; report its error.
 
     ``rank`` is a number, a rule such as ``"energy:0.95"``, or ``"budget:20MB"`` for all updates.
+    ``format`` is that of the result, ``"peft"`` or ``"loralib"``.
     Raises a LoratoolError subclass; nothing is written then.
     """
     plan = _resize.plan_resize(
@@ -492,6 +497,7 @@ def resize(
         uniform=uniform,
         balance=balance,
         profile=profile,
+        format=format,
         dtype=dtype,
         device=device,
         seed=seed,
@@ -701,9 +707,10 @@ def convert(
     fused_parts: str | None = None,
     start: PathArg | None = None,
     base_model: str | None = None,
+    format: str = "peft",
     overwrite: bool = False,
 ) -> ConvertReport:
-    """Write an adapter of any format that loratool reads as a PEFT adapter.
+    """Write an adapter of any format that loratool reads in another: ``"peft"`` or ``"loralib"``.
 
     ``start``: what training began with, to be taken off again. Raises a LoratoolError subclass;
     nothing is written then.
@@ -715,6 +722,7 @@ def convert(
         fused_parts=fused_parts,
         start=None if start is None else Path(start),
         base_model=base_model,
+        format=format,
         overwrite=overwrite,
     )
     return _convert.run_convert(plan)

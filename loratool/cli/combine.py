@@ -91,6 +91,7 @@ def _option(name: str, users: list[tuple[Method, Parameter]]) -> Any:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all random numbers.")
 @options.alpha_option
+@options.format_option
 @click.option(
     "--write-recipe",
     type=options.PATH,
@@ -136,6 +137,7 @@ def combine_command(
     dtype: str | None,
     seed: int,
     alpha: float | None,
+    format_name: str,
     write_recipe: Path | None,
     weights_from: str | None,
     trials: int,
@@ -152,7 +154,7 @@ def combine_command(
     """Combine adapters into one: their updates are added, averaged or voted on, not their factors.
 
     ADAPTER is a folder or file in any format that loratool reads; :WEIGHT multiplies its update,
-    and a negative weight subtracts it. The result is a PEFT adapter folder with a report of every
+    and a negative weight subtracts it. The result is an adapter folder with a report of every
     weight: its rank and its relative error against the exact result of the method. A single
     ADAPTER that ends in .yaml is a recipe, which says everything itself.
 
@@ -192,6 +194,7 @@ def combine_command(
             include,
             exclude,
             alpha,
+            format_name,
         )
     plan = plan_combine(asked, output, device=device, overwrite=overwrite)
     engine = Engine(jobs) if jobs else Engine()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     "result, of twice the rank, is for the original base.",
 )
 @click.option("--base-model", metavar="OWNER/NAME", help="The base's name on the Hub.")
+@options.format_option
 @options.report_option
 @options.dry_run_option
 @options.overwrite_option
@@ -43,11 +44,12 @@ def convert_command(
     fused_parts: str | None,
     start: Path | None,
     base_model: str | None,
+    format_name: str,
     report: Path | None,
     dry_run: bool,
     overwrite: bool,
 ) -> None:
-    """Write ADAPTER, of any format that loratool reads, as a PEFT adapter.
+    """Write ADAPTER, of any format that loratool reads, in another format.
 
     \b
     Example:
@@ -63,6 +65,7 @@ def convert_command(
         fused_parts=fused_parts,
         start=start,
         base_model=base_model,
+        format=format_name,
         overwrite=overwrite,
     )
     if dry_run:
@@ -98,3 +101,4 @@ def _show(out: Output, report: ConvertReport, output: Path) -> None:
         f"{report.facts['to']}{without}; {report.parameters:,} parameters, "
         f"{size_text(report.nbytes)}"
     )
+    out.notes(report.notes)

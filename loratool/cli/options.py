@@ -165,6 +165,15 @@ exclude_option = click.option(
 alpha_option = click.option(
     "--alpha", type=FINITE, help="LoRA alpha, for adapter formats that do not store it."
 )
+format_option = click.option(
+    "--format",
+    "format_name",
+    default="peft",
+    show_default=True,
+    metavar="peft|loralib",
+    help="Of the result. peft: a folder for PeftModel; loralib: the LoRA authors' own layout, with "
+    "one rank and alpha, and updates of linear layers only.",
+)
 report_option = click.option(
     "--report", type=PATH, metavar="FILE", help="Also write the report to FILE as JSON."
 )

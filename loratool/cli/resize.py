@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     metavar="peft|vllm|sglang|llama.cpp",
     help="Guarantee what this consumer takes, or say what is in the way.",
 )
+@options.format_option
 @click.option("--dtype", help="Dtype of the factors [default: the adapter's].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of added rows of A.")
 @options.alpha_option
@@ -67,6 +68,7 @@ def resize_command(
     uniform: bool,
     balance: bool,
     profile: str,
+    format_name: str,
     dtype: str | None,
     seed: int,
     alpha: float | None,
@@ -98,6 +100,7 @@ def resize_command(
         uniform=uniform,
         balance=balance,
         profile=profile,
+        format=format_name,
         dtype=dtype,
         device=device,
         seed=seed,
@@ -124,3 +127,4 @@ def _show_plan(out: Output, plan: ResizePlan) -> None:
     out.line(f"would resize {len(plan.jobs)} updates to rank {plan.rank} in {plan.dtype.name}")
     out.line(f"reads {size_text(plan.read_bytes)}")
     out.line(f"adapter: at most {size_text(plan.adapter_bytes_at_most)} of updates")
+    out.notes(plan.notes)

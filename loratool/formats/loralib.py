@@ -7,6 +7,7 @@ equal parts of a fused matrix (q|k|v), each with factors of its own: lora_A is (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -110,17 +111,45 @@ def encode(adapter: Adapter) -> dict[str, LazyTensor]:
 
     Raises Unplaced for what is neither a plain update of a matrix nor a value stored whole.
     """
+    check_kinds(adapter)
     tensors: dict[str, LazyTensor] = {}
-    for name, update in adapter.updates.items():
-        if isinstance(update, Replacement):
-            tensors[name] = update.value
-        elif isinstance(update, LowRankUpdate) and not update.is_embedding and not update.kernel:
-            module, b = module_of(name), update.b
-            tensors[module + _A] = update.a
-            tensors[module + _B] = b.b if isinstance(b, PlacedParts) else b
-        else:
-            raise Unplaced(f"{name}: {update.describe()}: has no place in loralib's layout")
+    for name, update in adapter.replacements.items():
+        tensors[name] = update.value
+    for name, low_rank in adapter.low_rank.items():
+        module, b = module_of(name), low_rank.b
+        tensors[module + _A] = low_rank.a
+        tensors[module + _B] = b.b if isinstance(b, PlacedParts) else b
     return dict(sorted(tensors.items()))
+
+
+def check_kinds(adapter: Adapter) -> None:
+    """Raises Unplaced for what is neither a plain update of a module's matrix nor stored whole."""
+    for name, update in adapter.updates.items():
+        plain = isinstance(update, LowRankUpdate) and not update.is_embedding and not update.kernel
+        if not isinstance(update, Replacement) and not (plain and name.endswith(".weight")):
+            raise Unplaced(
+                f"{name}: {update.describe()}: has no place in loralib's layout",
+                hint="it holds updates of linear layers and values stored whole; use --format peft",
+            )
+
+
+def alpha_of(adapter: Adapter) -> float:
+    """The one alpha of all modules, which the file does not hold. Raises Unplaced where they
+    differ, or are none."""
+    alphas = {}
+    for name, update in adapter.low_rank.items():
+        b = update.b.b if isinstance(update.b, PlacedParts) else update.b
+        alphas[name] = update.scale * b.shape[1]
+    first = next(iter(alphas), None)
+    if first is None:
+        raise Unplaced("the adapter holds no update of a linear layer, which loralib is for")
+    for name, alpha in alphas.items():
+        if not math.isclose(alpha, alphas[first], rel_tol=1e-12):
+            raise Unplaced(
+                f"{name}: has alpha {alpha:g}, {first} has {alphas[first]:g}; loralib takes one",
+                hint="loratool resize --rank full --format loralib makes it one",
+            )
+    return alphas[first]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from loratool.formats.peft_config import CONFIG_FILE, TASK_HEADS
 from loratool.formats.peft_decode import decode
-from loratool.formats.peft_encode import encode, short_names
+from loratool.formats.peft_encode import check_kinds, encode, short_names
 from loratool.formats.peft_keys import PREFIX
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PREFIX",
     "TASK_HEADS",
     "WEIGHTS_FILE",
+    "check_kinds",
     "decode",
     "detect",
     "encode",

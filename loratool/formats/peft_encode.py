@@ -36,12 +36,7 @@ def encode(
     no PEFT mechanism stores.
     """
     tokens = {name: u for name, u in adapter.others.items() if isinstance(u, TokenRows)}
-    for name, other in adapter.others.items():
-        if not isinstance(other, DoraUpdate | DenseUpdate | TokenRows):
-            raise Unplaced(
-                f"{name}: {other.describe()}: is not written in this form",
-                hint="loratool resize --rank full makes a plain LoRA of LoHa and LoKr",
-            )
+    check_kinds(adapter)
     modules = None if base_modules is None else set(base_modules)
     if tokens and len(tokens) == len(adapter.updates) and _same_tokens(tokens):
         return _tokens_alone(adapter, tokens, modules)
@@ -116,6 +111,16 @@ def _tokens_alone(
         for table, rows in sorted(tables.items())
     }
     return tensors, {CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+
+
+def check_kinds(adapter: Adapter) -> None:
+    """Raises Unplaced for kinds of updates that are not written."""
+    for name, other in adapter.others.items():
+        if not isinstance(other, DoraUpdate | DenseUpdate | TokenRows):
+            raise Unplaced(
+                f"{name}: {other.describe()}: is not written in this form",
+                hint="loratool resize --rank full makes a plain LoRA of LoHa and LoKr",
+            )
 
 
 def _saved_modules(adapter: Adapter) -> set[str]:

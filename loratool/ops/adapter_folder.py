@@ -1,4 +1,4 @@
-"""Writing an adapter folder: the adapter in PEFT's layout, with its report beside it."""
+"""Writing an adapter folder: the adapter's files, with its report beside them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from loratool.algebra.lowrank import LowRank
 from loratool.algebra.stacking import at_scale
 from loratool.errors import NonFiniteValues, RangeOverflow, UsageError
 from loratool.formats import peft
+from loratool.formats.written import Encoded
 from loratool.provenance import REPORT_FILE
 from loratool.storage.dtypes import F32, USER_NAMES, DType
 from loratool.storage.tensors import LazyTensor, TensorInfo
@@ -30,7 +31,8 @@ def write_adapter(
     base_modules: Iterable[str] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """adapter_model.safetensors, adapter_config.json and the report, in an existing folder.
+    """adapter_model.safetensors, adapter_config.json (PEFT's layout) and the report, in an existing
+    folder.
 
     config: fields of adapter_config.json that differ from what the adapter says.
     """
@@ -39,8 +41,13 @@ def write_adapter(
         fields = json.loads(side_files[peft.CONFIG_FILE]) | dict(config)
         text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
         side_files = {**side_files, peft.CONFIG_FILE: text.encode()}
-    write_tensors(folder / peft.WEIGHTS_FILE, tensors, {"format": "pt"})
-    for name, content in side_files.items():
+    write_encoded(folder, Encoded(peft.WEIGHTS_FILE, tensors, side_files), report)
+
+
+def write_encoded(folder: Path, encoded: Encoded, report: Mapping[str, Any]) -> None:
+    """An adapter's files in any format, and the report, in an existing folder."""
+    write_tensors(folder / encoded.weights_file, encoded.tensors, {"format": "pt"})
+    for name, content in encoded.side_files.items():
         (folder / name).write_bytes(content)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
 

@@ -10,7 +10,7 @@ from loratool.adapter import Adapter, Update
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import NothingMatches
 from loratool.formats import peft
-from loratool.ops.adapter_folder import write_adapter
+from loratool.ops.adapter_folder import write_encoded
 from loratool.ops.combine_biases import combine_biases
 from loratool.ops.combine_jobs import CombineResult, combine_weight
 from loratool.ops.combine_overlap import overlap_of
@@ -18,7 +18,7 @@ from loratool.ops.combine_plan import CombinePlan, plan_combine
 from loratool.ops.combine_report import UpdateRow, UpdatesReport
 from loratool.ops.combine_weights import names_of
 from loratool.ops.extract_adapter import stored_size
-from loratool.ops.stacks import completed
+from loratool.ops.stacks import at_one_rank, completed
 from loratool.storage.outputs import staged
 
 
@@ -45,6 +45,7 @@ def run_combine(
             what="combining",
         )
         adapter, bias_rows = _adapter(plan, results)
+        encoded = plan.format.encode(adapter)
         overlap = overlap_of(
             [result.products for result in results], [result.row.weights for result in results]
         )
@@ -54,10 +55,10 @@ def run_combine(
             "combine",
             (*(result.row for result in results), *bias_rows),
             facts | ({"search": dict(search)} if search else {}),
-            (*plan.notes, *_zero_notes(results), *repeats),
+            (*plan.notes, *_zero_notes(results), *repeats, *encoded.notes),
             *stored_size(adapter),
         )
-        write_adapter(staging.out, adapter, report.to_json())
+        write_encoded(staging.out, encoded, report.to_json())
         staging.publish(overwrite=plan.overwrite)
         return report
 
@@ -91,11 +92,11 @@ def _adapter(
             "the combination is zero everywhere; there is no adapter to write",
             hint="do the weights cancel each other?",
         )
-    updates: dict[str, Update] = {
-        **plan.replaced,
-        **biases.updates,
-        **completed(biases.low_rank, names, str(plan.asked.seed)),
-    }
+    key = str(plan.asked.seed)
+    together = completed(biases.low_rank, names, key)
+    if plan.format.one_alpha:
+        together = at_one_rank(together, key)
+    updates: dict[str, Update] = {**plan.replaced, **biases.updates, **together}
     first = plan.adapters[0]
     tasks = {adapter.task_type for adapter in plan.adapters}
     adapter = Adapter(

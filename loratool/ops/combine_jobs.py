@@ -21,7 +21,6 @@ from loratool.combining.method import Space, Updates, Value
 from loratool.combining.registry import find_method
 from loratool.ops.adapter_folder import in_scale, load_update, park_update, stored_value
 from loratool.ops.combine_report import UpdateRow
-from loratool.ops.stacks import is_indexed
 from loratool.storage.dtypes import DType
 
 
@@ -29,7 +28,8 @@ from loratool.storage.dtypes import DType
 class CombineJob:
     """One weight: every adapter's update of it (None where it has none), and what to make of them.
 
-    rule: None where the method keeps the rank that comes out.
+    rule: None where the method keeps the rank that comes out. one_scale: it is stored together with
+    others that have the same scale.
     """
 
     index: int
@@ -43,6 +43,7 @@ class CombineJob:
     dtype: DType
     device: torch.device
     seed: int
+    one_scale: bool
     scratch: Path | None = None
 
     @property
@@ -162,9 +163,8 @@ def _store_low_rank(job: CombineJob, exact: LowRank) -> _Outcome:
 
 
 def _stored(job: CombineJob, kept: LowRank) -> tuple[LowRank, LowRank]:
-    """The value in the scale that it is stored with, and as stored. All matrices of one parameter
-    are stored with one scale."""
-    if is_indexed(job.name):
+    """The value in the scale that it is stored with, and as stored."""
+    if job.one_scale:
         kept = in_scale(kept, 1.0)
     return kept, stored_value(job.name, kept, job.dtype)
 

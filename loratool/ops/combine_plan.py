@@ -27,6 +27,8 @@ from loratool.errors import (
     UsageError,
 )
 from loratool.formats import peft
+from loratool.formats.written import DEFAULT as DEFAULT_FORMAT
+from loratool.formats.written import WrittenFormat, find_format
 from loratool.layouts.patterns import select
 from loratool.ops.adapter_folder import dtype_of_factors
 from loratool.ops.combine_groups import biases_of, disjoint, groups_of, refuse_both
@@ -36,6 +38,7 @@ from loratool.ops.combine_tokens import combine_tokens
 from loratool.ops.combine_weights import Source, WeightRule, names_of, parse_rule, weights_of
 from loratool.ops.low_rank_forms import in_low_rank_form
 from loratool.ops.sources import adapter_sha256, open_adapters
+from loratool.ops.stacks import is_indexed
 from loratool.storage.dtypes import DType
 from loratool.storage.outputs import check_free_space, check_output
 
@@ -48,7 +51,7 @@ class Combination:
     """What is asked for.
 
     rank: a rule, or LARGEST; None for the method's own way. alpha: for formats that do not store
-    it.
+    it. format: of the result.
     """
 
     sources: tuple[Source, ...]
@@ -63,6 +66,7 @@ class Combination:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     alpha: float | None = None
+    format: str = DEFAULT_FORMAT
 
     def with_rules(self, texts: Sequence[str]) -> Combination:
         """With weight rules as ``--weight`` takes them. Raises UsageError."""
@@ -99,6 +103,7 @@ class CombinePlan:
     rank: str
     dtype: DType
     device: torch.device
+    format: WrittenFormat
     overwrite: bool
     adapters: tuple[Adapter, ...]
     jobs: tuple[CombineJob, ...]
@@ -143,6 +148,7 @@ class CombinePlan:
             "parameters": dict(self.parameters),
             "rank": self.rank,
             "dtype": self.dtype.name,
+            "format": self.format.label,
             "device": str(self.device),
             "seed": self.asked.seed,
             "saved": str(self.asked.saved),
@@ -190,9 +196,10 @@ def plan_combine(
     method = find_method(asked.method)
     parameters = method.check(asked.parameters, len(asked.sources))
     rank = _rank_of(asked, method)
+    written = find_format(asked.format)
     target = resolve_device(device)
     nested = {
-        place: plan_combine(_in_float32(source.recipe), nested_output(output, place), device=device)
+        place: plan_combine(_as_input(source.recipe), nested_output(output, place), device=device)
         for place, source in enumerate(asked.sources)
         if source.recipe is not None
     }
@@ -227,6 +234,7 @@ def plan_combine(
             dtype,
             target,
             asked.seed,
+            is_indexed(name) or written.one_alpha,
         )
         for index, (name, group) in enumerate(groups.items())
     ]
@@ -239,6 +247,7 @@ def plan_combine(
         rank or "as it comes",
         dtype,
         target,
+        written,
         overwrite,
         adapters,
         tuple(jobs),
@@ -248,6 +257,7 @@ def plan_combine(
         notes,
         nested,
     )
+    written.check(plan.expected())
     check_free_space(output, 2 * plan.adapter_bytes_at_most)
     return plan
 
@@ -257,9 +267,10 @@ def nested_output(output: Path, place: int) -> Path:
     return output.parent / f".{output.name}-{place}"
 
 
-def _in_float32(asked: Combination) -> Combination:
-    """An intermediate result is not rounded to 16 bits, unless its recipe says so."""
-    return asked if asked.dtype is not None else replace(asked, dtype="float32")
+def _as_input(asked: Combination) -> Combination:
+    """An intermediate result is not rounded to 16 bits, unless its recipe says so, and in a format
+    that holds everything."""
+    return replace(asked, dtype=asked.dtype or "float32", format=DEFAULT_FORMAT)
 
 
 def _inputs(asked: Combination) -> list[Path]:

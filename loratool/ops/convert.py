@@ -1,4 +1,4 @@
-"""An adapter in another form: into PEFT's layout, or from a start that was not zero."""
+"""An adapter in another form: in another format, or from a start that was not zero."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from loratool.adapter import Adapter, LowRankUpdate, Replacement, Update
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.stacking import stacked
 from loratool.errors import DisagreementError, Unplaced, UsageError
-from loratool.formats import peft
+from loratool.formats.written import DEFAULT, WrittenFormat, find_format
 from loratool.layouts.config import is_hub_id
-from loratool.ops.adapter_folder import load_update, park_update, stored_value, write_adapter
+from loratool.ops.adapter_folder import load_update, park_update, stored_value, write_encoded
 from loratool.ops.extract_adapter import stored_size
 from loratool.ops.sources import open_adapter
 from loratool.provenance import document
@@ -36,6 +36,7 @@ class ConvertPlan:
     start: Adapter | None
     start_path: Path | None
     output: Path
+    format: WrittenFormat
     overwrite: bool
 
     @property
@@ -47,7 +48,7 @@ class ConvertPlan:
         return {
             "adapter": self.path.resolve().name,
             "from": self.adapter.format,
-            "to": peft.NAME,
+            "to": self.format.label,
             "start": self.start_path.resolve().name if self.start_path else None,
             "base_model": self.adapter.base_model,
             "updates": [
@@ -65,6 +66,7 @@ class ConvertReport:
     parameters: int
     nbytes: int
     facts: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return document(
@@ -72,6 +74,7 @@ class ConvertReport:
             SCHEMA_VERSION,
             {
                 **self.facts,
+                "notes": list(self.notes),
                 "totals": {
                     "updates": len(self.updates),
                     "parameters": self.parameters,
@@ -90,15 +93,17 @@ def plan_convert(
     fused_parts: str | None = None,
     start: Path | None = None,
     base_model: str | None = None,
+    format: str = DEFAULT,
     overwrite: bool = False,
 ) -> ConvertPlan:
     """Read headers. Nothing is written.
 
     fused_parts: which of q, k and v a fused module of the LoRA authors' library adapts ("q,v").
     start: the adapter that training began with, for a base from which it was taken out; the
-    result is then for the original base. Raises InputError, DisagreementError, UsageError,
-    OutputError.
+    result is then for the original base. format: of the result. Raises InputError,
+    DisagreementError, Unplaced, UsageError, OutputError.
     """
+    written = find_format(format)
     inputs = [adapter, *([start] if start else [])]
     check_output(output, overwrite=overwrite, inputs=inputs)
     if base_model is not None and not is_hub_id(base_model):
@@ -108,8 +113,8 @@ def plan_convert(
     began = open_adapter(start) if start else None
     if began is not None:
         _check_start(adapter, value, began)
-    plan = ConvertPlan(adapter, value, began, start, output, overwrite)
-    peft.encode(value, None)  # what cannot be stored is said before anything is done
+    plan = ConvertPlan(adapter, value, began, start, output, written, overwrite)
+    written.encode(value)  # what cannot be stored is said before anything is done
     check_free_space(output, 2 * plan.adapter_bytes)
     return plan
 
@@ -124,14 +129,16 @@ def run_convert(plan: ConvertPlan) -> ConvertReport:
         adapter = plan.adapter
         if plan.start is not None:
             adapter = _without_start(plan, plan.start, staging.scratch)
+        encoded = plan.format.encode(adapter)
         count, nbytes = stored_size(adapter)
         report = ConvertReport(
             tuple((name, update.describe()) for name, update in adapter.updates.items()),
             count,
             nbytes,
             {key: value for key, value in plan.to_json().items() if key != "updates"},
+            encoded.notes,
         )
-        write_adapter(staging.out, adapter, report.to_json())
+        write_encoded(staging.out, encoded, report.to_json())
         staging.publish(overwrite=plan.overwrite)
     return report
 

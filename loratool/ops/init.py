@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +12,21 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import UsageError
 from loratool.formats import loralib, peft
+from loratool.formats.written import find_format
 from loratool.inits.method import Init, Start
 from loratool.inits.registry import find_init
 from loratool.layouts.config import is_hub_id
 from loratool.layouts.pairs import Alignment, align
 from loratool.layouts.qkv_parts import PARTS
-from loratool.ops.adapter_folder import write_adapter
+from loratool.ops.adapter_folder import write_adapter, write_encoded
 from loratool.ops.extract_adapter import base_modules
 from loratool.ops.init_jobs import InitJob, InitRow, start_module
-from loratool.ops.init_modules import FORMATS, choose_modules
+from loratool.ops.init_modules import choose_modules
 from loratool.ops.merge import plan_merge, run_merge
 from loratool.ops.sources import Model, open_model
-from loratool.provenance import REPORT_FILE, document, fingerprint
+from loratool.provenance import document, fingerprint
 from loratool.storage.dtypes import F32, dtype_named
 from loratool.storage.outputs import check_free_space, check_output, staged
-from loratool.storage.writing import write_tensors
 
 SCHEMA_VERSION = 1
 
@@ -125,12 +124,11 @@ def plan_init(
 
     alpha: default, the rank, so that the scale is 1. residual: where the base without s·B·A goes,
     for methods that start from its weights. dtype: of the factors, float32 unless asked
-    otherwise. format: one of ``init_modules.FORMATS``; loralib can hold q, k and v of a fused
+    otherwise. format: one of ``formats.written.FORMATS``; loralib can hold q, k and v of a fused
     matrix apart, PEFT cannot. Raises InputError, DisagreementError, UsageError or OutputError.
     """
     init = find_init(method)
-    if format not in FORMATS:
-        raise UsageError(f"unknown format {format!r}", hint=f"known: {', '.join(FORMATS)}")
+    find_format(format)
     if rank < 1:
         raise UsageError(f"rank {rank} is not positive")
     alpha = float(rank if alpha is None else alpha)
@@ -215,8 +213,7 @@ def run_init(
 
 def _write(plan: InitPlan, folder: Path, adapter: Adapter, report: InitReport) -> None:
     if plan.format == "loralib":
-        write_tensors(folder / loralib.WEIGHTS_FILE, loralib.encode(adapter), {"format": "pt"})
-        (folder / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        write_encoded(folder, find_format(plan.format).encode(adapter), report.to_json())
         return
     config = {"inference_mode": False}
     write_adapter(folder, adapter, report.to_json(), base_modules(plan.alignment), config)

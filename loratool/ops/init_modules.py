@@ -15,9 +15,6 @@ from loratool.layouts.patterns import select
 from loratool.layouts.qkv_parts import PARTS, QkvPart, qkv_parts
 from loratool.layouts.targets import targeted
 
-FORMATS = ("peft", "loralib")
-"""What --format may say."""
-
 _WITH_SHAPE = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV, ModuleKind.EMBEDDING)
 _WITH_WEIGHT = (ModuleKind.LINEAR, ModuleKind.CONV1D)
 

@@ -16,6 +16,8 @@ import yaml  # type: ignore[import-untyped]
 from loratool.algebra.ranks import RankLimits
 from loratool.combining.registry import DEFAULT, find_method
 from loratool.errors import InputMissing, MalformedFile, OutputError, OutputExists, UsageError
+from loratool.formats.written import DEFAULT as DEFAULT_FORMAT
+from loratool.formats.written import find_format
 from loratool.ops.combine_plan import Combination
 from loratool.ops.combine_saved import parse_saved
 from loratool.ops.combine_weights import Source, parse_rule, rule_text
@@ -28,7 +30,7 @@ _MAX_DEPTH = 8
 _MAX_ADAPTERS = 1000
 _KEYS = {
     "method", "parameters", "rank", "min_rank", "max_rank", "multiple_of", "saved", "dtype",
-    "seed", "alpha", "include", "exclude", "weights", "adapters",
+    "seed", "alpha", "include", "exclude", "weights", "adapters", "format",
 }  # fmt: skip
 _ADAPTER_KEYS = {"path", "recipe", "weight", "sha256"}
 
@@ -180,6 +182,7 @@ def _asked(body: Mapping[str, Any], sources: tuple[Source, ...]) -> Combination:
         texts("include"),
         texts("exclude"),
         None if alpha is None else _number("recipe", "alpha", alpha),
+        find_format(typed("format", str, DEFAULT_FORMAT)).name,
     )
 
 
@@ -202,6 +205,7 @@ def _body(asked: Combination, folder: Path) -> dict[str, Any]:
         "multiple_of": None if limits.multiple == 1 else limits.multiple,
         "dtype": asked.dtype,
         "alpha": asked.alpha,
+        "format": None if asked.format == DEFAULT_FORMAT else asked.format,
         "include": list(asked.include),
         "exclude": list(asked.exclude),
         "weights": [rule_text(rule) for rule in asked.rules],

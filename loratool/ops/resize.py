@@ -25,20 +25,22 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import NothingMatches, UsageError
 from loratool.formats import peft
+from loratool.formats.written import DEFAULT as DEFAULT_FORMAT
+from loratool.formats.written import WrittenFormat, find_format
 from loratool.ops.adapter_folder import (
     dtype_of_factors,
     in_scale,
     load_update,
     park_update,
     stored_value,
-    write_adapter,
+    write_encoded,
 )
 from loratool.ops.biases import check_biases, load_bias, store_bias, weight_of
 from loratool.ops.combine_report import UpdateRow, UpdatesReport
 from loratool.ops.extract_adapter import stored_size
 from loratool.ops.low_rank_forms import in_low_rank_form, refuse_others
 from loratool.ops.sources import open_adapter
-from loratool.ops.stacks import completed, is_indexed, nothing_like
+from loratool.ops.stacks import at_one_rank, completed, is_indexed, nothing_like
 from loratool.profiles import Profile, find_profile, fit
 from loratool.profiles.padding import padded
 from loratool.storage.dtypes import DType
@@ -96,6 +98,7 @@ class ResizePlan:
     uniform: bool
     balance: bool
     profile: Profile
+    format: WrittenFormat
     dtype: DType
     device: torch.device
     seed: int
@@ -127,6 +130,7 @@ class ResizePlan:
             "uniform": self.uniform,
             "balance": self.balance,
             "profile": self.profile.name,
+            "format": self.format.label,
             "dtype": self.dtype.name,
             "device": str(self.device),
             "seed": self.seed,
@@ -159,6 +163,7 @@ def plan_resize(
     uniform: bool = False,
     balance: bool = False,
     profile: str = "peft",
+    format: str = DEFAULT_FORMAT,
     dtype: str | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -168,15 +173,21 @@ def plan_resize(
     """Read headers and decide about every update. Nothing is written.
 
     rank: a number, a rule, or ``budget:SIZE`` for all updates together. uniform: one rank and one
-    scale for all. balance: new factors B·√Σ and √Σ·A even where no rank changes. Raises
-    InputError, DisagreementError, UsageError or OutputError.
+    scale for all. format: of the result. balance: new factors B·√Σ and √Σ·A even where no
+    rank changes. Raises InputError, DisagreementError, Unplaced, UsageError or OutputError.
     """
     limits = limits or RankLimits()
     is_budget = str(rank).startswith(_BUDGET)
     consumer = find_profile(profile)
-    uniform = uniform or consumer.limits.one_rank
+    written = find_format(format)
+    if written.name != DEFAULT_FORMAT and consumer.name != DEFAULT_FORMAT:
+        raise UsageError(f"a profile is of PEFT's files, not of {written.name}'s")
+    uniform = uniform or consumer.limits.one_rank or written.one_alpha
     if is_budget and (uniform or limits != RankLimits()):
-        raise UsageError("a budget goes with no limits on ranks, no --uniform and no such profile")
+        raise UsageError(
+            "a budget goes with no limits on ranks, no --uniform, and no profile or format of one "
+            "rank"
+        )
     rule = parse_rank_rule("full" if is_budget else str(rank), limits)
     target = resolve_device(device)
     opened, notes = in_low_rank_form(open_adapter(adapter, alpha))
@@ -221,6 +232,7 @@ def plan_resize(
         uniform,
         balance,
         consumer,
+        written,
         stored,
         target,
         seed,
@@ -228,6 +240,7 @@ def plan_resize(
         jobs,
         tuple(notes),
     )
+    written.check(opened)
     check_free_space(output, 2 * plan.adapter_bytes_at_most)
     return plan
 
@@ -266,14 +279,15 @@ def run_resize(
         adapter, more = _adapter(plan, results)
         fitted = fit(adapter, plan.profile, str(plan.seed))
         ranks = {name: update.rank for name, update in fitted.adapter.factors.items()}
+        encoded = plan.format.encode(fitted.adapter)
         report = UpdatesReport(
             "resize",
             tuple(replace(r.row, rank=ranks.get(r.row.name, 0)) for r in results),
             plan.facts(),
-            (*plan.notes, *notes, *more, *fitted.notes),
+            (*plan.notes, *notes, *more, *fitted.notes, *encoded.notes),
             *stored_size(fitted.adapter),
         )
-        write_adapter(staging.out, fitted.adapter, report.to_json())
+        write_encoded(staging.out, encoded, report.to_json())
         staging.publish(overwrite=plan.overwrite)
         return report
 
@@ -370,8 +384,7 @@ def _adapter(plan: ResizePlan, results: Sequence[ResizeResult]) -> tuple[Adapter
             "left out"
         )
     if plan.uniform:
-        top = max(update.rank for update in low_rank.values())
-        low_rank = {name: padded(u, top, f"{key}:{name}") for name, u in low_rank.items()}
+        low_rank = at_one_rank(low_rank, key)
     low_rank = completed(low_rank, [job.name for job in plan.jobs], key)
     updates = {
         name: new

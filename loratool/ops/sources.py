@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratool.adapter import Adapter
 from loratool.errors import InputMissing, UnsupportedInput, UsageError
-from loratool.formats import peft
+from loratool.formats import loralib, peft
 from loratool.formats.hints import Hints
 from loratool.formats.registry import (
     AdapterFile,
@@ -28,7 +28,7 @@ from loratool.storage.checkpoint import (
 from loratool.storage.dtypes import DType
 from loratool.storage.tensors import TensorInfo
 
-_ADAPTER_WEIGHTS = (peft.WEIGHTS_FILE, "adapter_model.bin")
+_ADAPTER_WEIGHTS = (peft.WEIGHTS_FILE, "adapter_model.bin", loralib.WEIGHTS_FILE)
 
 
 @dataclass(frozen=True)

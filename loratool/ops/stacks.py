@@ -48,6 +48,12 @@ def completed(
     return result
 
 
+def at_one_rank(updates: Mapping[str, LowRankUpdate], key: str) -> dict[str, LowRankUpdate]:
+    """The updates, all padded to the largest rank among them. ``key`` determines the padding."""
+    top = max(update.rank for update in updates.values())
+    return {name: padded(update, top, f"{key}:{name}") for name, update in updates.items()}
+
+
 def nothing_like(update: LowRankUpdate, dtype: DType, scale: float, key: str) -> LowRankUpdate:
     """An update of zero, of rank 1, with the shape of another. ``key``: of the row of A, which is
     not zero, so that it can be trained."""
