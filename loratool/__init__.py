@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         unmerge,
         verify,
         verify_adapter,
+        write_html,
+        write_picture,
     )
     from loratool.errors import LoratoolError
     from loratool.storage.checkpoint import Checkpoint
@@ -68,6 +70,8 @@ _WHERE = {
     "unmerge": "loratool.api",
     "verify": "loratool.api",
     "verify_adapter": "loratool.api",
+    "write_html": "loratool.api",
+    "write_picture": "loratool.api",
 }
 
 __all__ = [
@@ -96,6 +100,8 @@ __all__ = [
     "unmerge",
     "verify",
     "verify_adapter",
+    "write_html",
+    "write_picture",
 ]
 
 

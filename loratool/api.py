@@ -27,6 +27,7 @@ from loratool.ops import inspect as _inspect
 from loratool.ops import inspect_forecast as _forecast
 from loratool.ops import merge as _merge
 from loratool.ops import merge_in_place as _merge_in_place
+from loratool.ops import pictures as _pictures
 from loratool.ops import recipe as _recipe
 from loratool.ops import recover as _recover
 from loratool.ops import resize as _resize
@@ -54,6 +55,7 @@ from loratool.ops.swap import SwapReport
 from loratool.ops.unmerge_report import UnmergeReport
 from loratool.ops.verify_claim import ClaimReport
 from loratool.ops.verify_report import VerifyReport
+from loratool.ops.views.registry import Viewable
 from loratool.storage.checkpoint import Checkpoint
 from loratool.storage.checkpoint import open_checkpoint as _open_checkpoint
 
@@ -602,6 +604,23 @@ def inspect_adapters(
         engine=_engine(jobs),
         progress=progress,
     )
+
+
+def write_html(report: Viewable, path: PathArg, *, overwrite: bool = False) -> None:
+    """Write a report of ``inspect``, ``inspect_adapters`` or ``compare`` as one HTML file.
+
+    It needs no other file and no network. Takes the extra ``report``. Raises a LoratoolError
+    subclass; nothing is written then.
+    """
+    _pictures.write_pictures([_pictures.Picture("html", Path(path), overwrite)], report)
+
+
+def write_picture(report: Viewable, path: PathArg, *, overwrite: bool = False) -> None:
+    """Write such a report's map and spectra as a PNG or SVG, by the suffix of ``path``.
+
+    Takes the extra ``report``. Raises a LoratoolError subclass; nothing is written then.
+    """
+    _pictures.write_pictures([_pictures.picture_at(Path(path), overwrite=overwrite)], report)
 
 
 def list_models(

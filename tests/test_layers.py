@@ -23,6 +23,7 @@ ALLOWED = {
     "combining": {"errors", "algebra"},
     "profiles": {"errors", "storage", "algebra", "adapter", "provenance"},
     "inits": {"errors", "algebra"},
+    "report": {"errors", "provenance"},
     "hub": {"errors", "storage", "algebra", "adapter", "provenance", "engine"},
 }
 BELOW_OPS = {*ALLOWED}
@@ -32,7 +33,7 @@ ALLOWED["cli"] = BELOW_OPS | {"ops", "api"}
 ALLOWED["__init__"] = BELOW_OPS | {"ops", "api"}
 ALLOWED["__main__"] = {"cli"}
 
-ONLY_IN = {"click": {"cli"}, "rich": {"cli"}, "huggingface_hub": {"hub"}, "transformers": set()}
+ONLY_IN = {"click": {"cli"}, "rich": {"cli"}, "huggingface_hub": {"hub"}, "transformers": set(), "vl_convert": {"report"}}
 
 
 def modules() -> list[Path]:

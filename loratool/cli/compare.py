@@ -11,11 +11,11 @@ import click
 
 from loratool.cli import options
 from loratool.cli.output import Output, percent, spark
+from loratool.cli.pictures import Pictures, picture_options
+from loratool.report.page import letter
 
 if TYPE_CHECKING:
     from loratool.ops.compare_report import CompareReport, ModuleRow, PairTotals, PhiGrid
-
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @click.command("compare")
@@ -32,6 +32,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     help="Entries of each module that figures on signs are taken from, in whole rows.",
 )
 @options.jobs_option
+@picture_options
 @options.report_option
 @options.framed
 def compare_command(
@@ -42,6 +43,7 @@ def compare_command(
     exclude: tuple[str, ...],
     sample: int,
     jobs: int | None,
+    pictures: Pictures,
     report: Path | None,
 ) -> None:
     """Measure two or more ADAPTERS of one model against each other.
@@ -56,6 +58,7 @@ def compare_command(
     """
     from loratool.api import compare
 
+    pictures.check()
     result = compare(
         adapters,
         alpha=alpha,
@@ -66,9 +69,15 @@ def compare_command(
         progress=out.progress(),
     )
     out.report_file(report, result.to_json())
+    pictures.write(result)
     if out.as_json:
         out.document(result.to_json())
-        return
+    else:
+        _show(out, result, adapters)
+    pictures.show(out)
+
+
+def _show(out: Output, result: CompareReport, adapters: Sequence[Path]) -> None:
     _show_adapters(out, result)
     if len(result.adapters) > 2:
         _show_matrix(out, result)
@@ -84,13 +93,8 @@ def compare_command(
     out.notes(result.notes)
 
 
-def _letter(position: int) -> str:
-    letters = len(_LETTERS)
-    return _LETTERS[position] if position < letters else f"{_LETTERS[position % letters]}{position}"
-
-
 def _letters(pair: tuple[int, int]) -> str:
-    return " ".join(map(_letter, pair))
+    return " ".join(map(letter, pair))
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -108,7 +112,7 @@ def _show_adapters(out: Output, report: CompareReport) -> None:
         ranks = [row.ranks[row.adapters.index(position)] for row in _of(report.rows, position)]
         rows.append(
             [
-                _letter(position),
+                letter(position),
                 adapter.name,
                 adapter.format,
                 str(adapter.modules),
@@ -134,9 +138,9 @@ def _show_matrix(out: Output, report: CompareReport) -> None:
         values = [1.0 if i == j else cosines[min(i, j), max(i, j)] for j in range(count)]
         heat = spark([abs(value or 0.0) for value in values], 1.0)
         rows.append(
-            [_letter(i), *(f"{_number(v, 2)} {h}" for v, h in zip(values, heat, strict=True))]
+            [letter(i), *(f"{_number(v, 2)} {h}" for v, h in zip(values, heat, strict=True))]
         )
-    out.table("cosine of the updates", ["", *map(_letter, range(count))], rows)
+    out.table("cosine of the updates", ["", *map(letter, range(count))], rows)
 
 
 def _show_pairs(out: Output, report: CompareReport) -> None:
@@ -198,7 +202,7 @@ def _show_modules(out: Output, report: CompareReport, pair: PairTotals) -> None:
             ]
         )
     columns = ["module", "modules", "cosine", "by layer", "‖B‖/‖A‖", "φ left", "φ right"]
-    first, second = map(_letter, pair.pair)
+    first, second = map(letter, pair.pair)
     columns[4] = f"‖{second}‖/‖{first}‖"
     columns += [f"{first} in {second}", "signs agree", "joint rank"]
     out.table(f"{pair.shared} modules in both {first} and {second}", columns, cells)
@@ -220,7 +224,7 @@ def _show_grids(out: Output, pair: PairTotals) -> None:
 
 
 def _show_grid(out: Output, title: str, pair: PairTotals, grid: PhiGrid) -> None:
-    first, second = map(_letter, pair.pair)
+    first, second = map(letter, pair.pair)
     rows = [
         [f"{first} {i}", *("" if v is None else f"{v:.2f} {spark([v], 1.0)}" for v in row)]
         for i, row in zip(grid.i, grid.values, strict=True)
@@ -298,4 +302,4 @@ def _show_alone(out: Output, report: CompareReport) -> None:
         names = adapter.alone if out.verbose else sorted({family_of(n) for n in adapter.alone})
         shown = ", ".join(name.removesuffix(".weight") for name in names[:8])
         more = f", … {len(names) - 8} more" if len(names) > 8 else ""
-        out.line(f"only in {_letter(position)}: {len(adapter.alone)} modules: {shown}{more}")
+        out.line(f"only in {letter(position)}: {len(adapter.alone)} modules: {shown}{more}")

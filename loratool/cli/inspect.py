@@ -15,6 +15,7 @@ from loratool.cli.inspect_checkpoint import show_checkpoint
 from loratool.cli.inspect_forecast import show_forecast
 from loratool.cli.inspect_pair import SORTS, show_pair
 from loratool.cli.output import Output
+from loratool.cli.pictures import Pictures, picture_options
 from loratool.cli.tables import write_csv
 from loratool.errors import UsageError
 
@@ -55,6 +56,7 @@ _ROWS = {"checkpoint": "tensors", "adapter": "updates", "pair": "changed"}
 @click.option(
     "--csv", "csv_file", type=options.PATH, metavar="FILE", help="Also write a line per tensor."
 )
+@picture_options
 @options.alpha_option
 @options.device_option
 @options.jobs_option
@@ -69,6 +71,7 @@ def inspect_command(
     sort: str | None,
     exact: bool,
     csv_file: Path | None,
+    pictures: Pictures,
     alpha: float | None,
     device: str,
     jobs: int | None,
@@ -84,6 +87,7 @@ def inspect_command(
       loratool inspect adapter/ --base base/
       loratool inspect adapter-a/ adapter-b/ adapter-c/
       loratool inspect base/ tuned/
+      loratool inspect base/ tuned/ --html report.html
       loratool inspect tuned/ --base base/ --only '*.mlp.*' --csv changes.csv
     """
     from loratool.api import inspect, inspect_adapters
@@ -97,6 +101,7 @@ def inspect_command(
     from loratool.ops.inspect_forecast import ForecastReport
     from loratool.ops.sources import is_adapter
 
+    pictures.check()
     result: InspectReport | AdaptersReport
     if len(paths) > 2 or (len(paths) == 2 and all(is_adapter(path) for path in paths)):
         if base is not None or exact:
@@ -121,6 +126,7 @@ def inspect_command(
     document = result.to_json()
     write_csv(csv_file, _rows(document))
     out.report_file(report, document)
+    pictures.write(result)
     if out.as_json:
         out.document(document)
     elif isinstance(result, CheckpointReport):
@@ -137,6 +143,7 @@ def inspect_command(
         if base is not None:
             out.line(f"the pair {result.base} and {result.tuned}, as inspect BASE TUNED shows it")
         show_pair(out, result, sort or "energy")
+    pictures.show(out)
 
 
 def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:

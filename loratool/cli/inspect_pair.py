@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from loratool.cli.heatmap import show_heatmap
@@ -91,7 +91,7 @@ def _summary(out: Output, report: PairReport) -> None:
 
 
 def _heatmap(out: Output, report: PairReport) -> None:
-    from loratool.layouts.families import family_of, layer_of
+    from loratool.layouts.families import family_of, layer_of, without_common_start
 
     changed: dict[str, dict[int, list[DeltaRow]]] = defaultdict(lambda: defaultdict(list))
     for row in report.rows:
@@ -106,21 +106,13 @@ def _heatmap(out: Output, report: PairReport) -> None:
     layers = sorted({layer for values in grid.values() for layer in values})
     if len(layers) < 2:
         return
-    short = _without_common_start(grid)
+    short = without_common_start(grid)
     show_heatmap(
         out,
         "‖W − W0‖ / ‖W0‖ by layer",
         {short[name]: values for name, values in sorted(grid.items())},
         layers,
     )
-
-
-def _without_common_start(names: Iterable[str]) -> dict[str, str]:
-    """``model.layers.*.mlp.up_proj`` → ``mlp.up_proj``, where all begin alike."""
-    names = list(names)
-    start = names[0].partition("*.")[0] + "*."
-    shared = all(name.startswith(start) for name in names)
-    return {name: name.removeprefix(start) if shared else name for name in names}
 
 
 def _table(out: Output, report: PairReport, sort: str) -> None:

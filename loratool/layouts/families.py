@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-_LAYER = re.compile(r"\.(\d+)\.")
+_LAYER = re.compile(r"\.(\d{1,9})\.")
 
 
 def layer_of(name: str) -> int | None:
@@ -16,3 +17,11 @@ def layer_of(name: str) -> int | None:
 def family_of(name: str) -> str:
     """A parameter's name with its numbers starred: what it is called in every layer."""
     return _LAYER.sub(".*.", f".{name}.").strip(".")
+
+
+def without_common_start(families: Iterable[str]) -> dict[str, str]:
+    """``model.layers.*.mlp.up_proj`` → ``mlp.up_proj``, where all begin alike."""
+    names = list(families)
+    start = names[0].partition("*.")[0] + "*." if names else ""
+    shared = all(name.startswith(start) for name in names)
+    return {name: name.removeprefix(start) if shared else name for name in names}

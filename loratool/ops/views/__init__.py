@@ -1,0 +1,1 @@
+"""Reports as pages: one file per kind of report, and a line in ``registry``."""

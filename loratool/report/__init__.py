@@ -1,0 +1,1 @@
+"""Pictures of reports: one self-contained HTML page, PNG, SVG. Knows pages, not LoRA."""

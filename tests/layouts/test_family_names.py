@@ -1,0 +1,22 @@
+"""Names taken apart."""
+
+from __future__ import annotations
+
+from loratool.layouts.families import family_of, layer_of, without_common_start
+
+
+def test_a_number_longer_than_any_count_of_layers_is_no_layer() -> None:
+    """Python refuses to read integers of thousands of digits; names can hold them."""
+    name = f"model.layers.{'9' * 5000}.q"
+    assert layer_of(name) is None
+    assert family_of(name) == name
+    assert layer_of("h.123456789.q") == 123456789
+
+
+def test_what_all_begin_with_is_left_out() -> None:
+    assert without_common_start(["model.layers.*.a", "model.layers.*.b.c"]) == {
+        "model.layers.*.a": "a",
+        "model.layers.*.b.c": "b.c",
+    }
+    assert without_common_start(["x.*.a", "y.*.a"]) == {"x.*.a": "x.*.a", "y.*.a": "y.*.a"}
+    assert without_common_start([]) == {}

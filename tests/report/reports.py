@@ -1,0 +1,76 @@
+"""One report of every kind that has a page, made of small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import loratool as lt
+from tests.ops.builders import LLAMA, llama_like, moved, save_folder, save_peft
+
+MADE: dict[str, Callable[[Path], Any]] = {
+    "pair": lambda at: lt.inspect(at / "base", at / "tuned"),
+    "pair, values": lambda at: lt.inspect(at / "base", at / "tuned", level="values"),
+    "pair, headers": lambda at: lt.inspect(at / "base", at / "tuned", level="headers"),
+    "adapter": lambda at: lt.inspect(at / "a"),
+    "adapter, values": lambda at: lt.inspect(at / "a", level="values"),
+    "adapter, headers": lambda at: lt.inspect(at / "a", level="headers"),
+    "adapters": lambda at: lt.inspect_adapters(at / "a", at / "b"),
+    "amplification": lambda at: lt.inspect(at / "a", base=at / "base"),
+    "forecast": lambda at: lt.inspect(at / "a", base=at / "base", level="values"),
+    "checkpoint": lambda at: lt.inspect(at / "base"),
+    "checkpoint, values": lambda at: lt.inspect(at / "base", level="values"),
+    "compare": lambda at: lt.compare([at / "a", at / "b"]),
+    "compare three": lambda at: lt.compare([at / "a", at / "b", at / "c"]),
+}
+
+
+@cache
+def report(kind: str) -> Any:
+    """The report of this kind."""
+    with TemporaryDirectory() as folder:
+        at = Path(folder)
+        state = llama_like(torch.bfloat16, layers=3)
+        save_folder(state, at / "base", LLAMA)
+        tuned = moved(state, size=0.05)
+        still = "model.layers.1.mlp.up_proj.weight"
+        save_folder({**tuned, still: state[still]}, at / "tuned", LLAMA)
+        for seed, name in enumerate("abc"):
+            generator = torch.Generator().manual_seed(seed)
+            factors = {
+                f"model.layers.{layer}.self_attn.{part}": (
+                    torch.randn(2 + seed, 24, generator=generator),
+                    torch.randn(rows, 2 + seed, generator=generator) * 0.01,
+                )
+                for layer in range(3)
+                for part, rows in (("q_proj", 24), ("k_proj", 12))
+            }
+            save_peft(at / name, factors)
+        return MADE[kind](at)
+
+
+def rows_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a report's JSON that its page has a row for."""
+    if document["command"] == "compare":
+        return [
+            {"name": module["name"], **pair}
+            for wanted in [pair["pair"] for pair in document["pairs"]]
+            for module in document["modules"]
+            for pair in module["pairs"]
+            if pair["pair"] == wanted
+        ]
+    if document["what"] == "adapters":
+        return [row for one in document["adapters"] for row in one["updates"]]
+    if document["what"] == "pair":
+        return document["tensors" if document["level"] == "headers" else "changed"]  # type: ignore[no-any-return]
+    if document["what"] == "checkpoint":
+        found = {row["name"]: row for row in document.get("values", [])}
+        return [row | found.get(row["name"], {}) for row in document["tensors"]]
+    if document["what"] == "adapter" and document["level"] == "values":
+        return document["values"]  # type: ignore[no-any-return]
+    return document["updates"]  # type: ignore[no-any-return]

@@ -1,0 +1,245 @@
+"""The page: complete in itself, inert whatever names it holds, and saying what --json says."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loratool import api
+from loratool.ops.compare_report import CompareReport
+from loratool.ops.inspect import AdaptersReport
+from loratool.ops.inspect_adapter import AdapterReport, UpdateRow
+from loratool.ops.views.registry import VIEWS, Viewable, page_of
+from loratool.report.html import render_page
+from loratool.report.text import embedded, plain
+from tests.report.reading import Element, data_of, read, table_of
+from tests.report.reports import MADE, report, rows_of
+
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    '"onmouseover="alert(1)',
+    "' onfocus='alert(1)",
+    "model.layers.0.\u202egnp.weight",
+    "model.layers.1.<img src=x onerror=alert(1)>.weight",
+    "line\u2028separator\u2029and\x00nul\x1b[31m",
+    "lone\ud800surrogate",
+    "x" * 3000,
+    "model.layers.1." + "y" * 500,
+    "a&b&lt;c&#60;",
+    "עברית.layers.0.שלום",
+    "${alert(1)}{{x}}`",
+    "model.layers.999999999999999999999999.q",
+    "model.layers." + "9" * 5000 + ".q",
+)
+
+
+def hostile_report() -> AdapterReport:
+    rows = tuple(
+        UpdateRow(name, (64, 32), 3, 8.0, 2.0, 3.0, 1.5, (2.0, 2.0, 1.0)) for name in HOSTILE
+    )
+    others = tuple({"name": name, "shape": [1], "update": name} for name in HOSTILE)
+    return AdapterReport(
+        "</title><script>alert(2)</script>", "PEFT", HOSTILE[2], rows, others, others, 10, 20
+    )
+
+
+def page(kind: str) -> Element:
+    return read(render_page(page_of(report(kind))))
+
+
+def test_every_report_of_inspect_and_compare_has_a_page() -> None:
+    reports = {*get_args(api.InspectReport), AdaptersReport, CompareReport}
+    assert reports == set(VIEWS) == set(get_args(Viewable))
+    assert {type(report(kind)) for kind in MADE} == reports
+
+
+@pytest.mark.parametrize("kind", [*MADE, "hostile"])
+def test_it_needs_nothing_else(kind: str) -> None:
+    shown = hostile_report() if kind == "hostile" else report(kind)
+    root = read(render_page(page_of(shown)))
+    for element in root.walk():
+        for name, value in element.attributes.items():
+            assert name not in ("src", "srcset", "action", "style"), element
+            assert not name.startswith("on"), element
+            if name == "href":
+                assert value is not None
+                assert value.startswith("#") or value == "data:,"
+        assert element.tag not in ("iframe", "object", "embed", "img", "base", "form")
+    (style,) = root.all("style")
+    assert "url(" not in style.text
+    assert "@import" not in style.text
+    scripts = root.all("script")
+    assert [one.attributes.get("type") for one in scripts] == ["application/json", None, None]
+    (policy,) = [
+        one.attributes["content"]
+        for one in root.all("meta")
+        if one.attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy is not None
+    assert policy.startswith("default-src 'none';")
+    allowed = re.findall(r"'sha256-([^']+)'", policy)
+    hashes = [hashlib.sha256(one.text.encode()).digest() for one in scripts[1:]]
+    assert allowed == [base64.b64encode(digest).decode() for digest in hashes]
+    assert "unsafe-eval" not in policy
+    assert "script-src 'unsafe" not in policy
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_its_table_has_the_reports_rows(kind: str) -> None:
+    root, rows = page(kind), rows_of(report(kind).to_json())
+    table, data = table_of(root), data_of(root)
+    assert [cells[0] for cells in table] == [row["name"] for row in rows] == data["names"]
+    heads = root.by_id("rows").all("thead")[0].all("th")
+    assert {len(cells) for cells in table} == {len(heads)}
+    assert len({head.text for head in heads}) == len(heads)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_its_figures_are_those_of_json(kind: str) -> None:
+    """Every column that the document has under the same name, and what follows from others."""
+    data, document = data_of(page(kind)), report(kind).to_json()
+    rows = rows_of(document)
+    known = {
+        "change": lambda row: row["delta_norm"] / row["base_norm"],
+        "energy_share": lambda row: (row["delta_norm"] / document["delta_norm"]) ** 2,
+        "rank_0.9": lambda row: row["rank_for"]["0.9"],
+        "rank_0.95": lambda row: row["rank_for"]["0.95"],
+        "rank_0.99": lambda row: row["rank_for"]["0.99"],
+        "lost_BF16": lambda row: row["lost_share"]["BF16"],
+        "lost_F16": lambda row: row["lost_share"]["F16"],
+        "relative": lambda row: (row.get("delta_norm") or row["update_norm"]) / row["base_norm"],
+        "phi_left": lambda row: last(row["phi_left"]),
+        "phi_right": lambda row: last(row["phi_right"]),
+        "first_in_second": lambda row: row["common_energy"][0],
+        "second_in_first": lambda row: row["common_energy"][1],
+        "joint_rank": lambda row: next(
+            one["joint"]["rank_for"] for one in document["modules"] if one["name"] == row["name"]
+        ),
+    }
+    assert data["cells"]
+    for key, cells in data["cells"].items():
+        expected = [known[key](row) if key in known else row[key] for row in rows]
+        assert [value is None for value in cells] == [value is None for value in expected], key
+        numbers = [value for value in expected if value is not None]
+        found = [value for value in cells if value is not None]
+        assert found == pytest.approx(numbers, rel=1e-12), key
+
+
+def last(grid: Any) -> Any:
+    """φ of the whole spaces, where the document has a grid of it."""
+    return grid["values"][-1][-1] if isinstance(grid, dict) else grid
+
+
+def test_its_curves_are_the_spectra() -> None:
+    for kind, field in (("pair", "singular_values"), ("adapter", "values"), ("adapters", "values")):
+        data, rows = data_of(page(kind)), rows_of(report(kind).to_json())
+        drawn = [curves[0]["values"] if curves else None for curves in data["curves"]]
+        assert any(drawn)
+        for values, row in zip(drawn, rows, strict=True):
+            assert values == (pytest.approx(row[field], rel=1e-7) if row[field] else None)
+    energies = [
+        curves[0]["energy"] if curves else None for curves in data_of(page("pair"))["curves"]
+    ]
+    for energy, row in zip(energies, report("pair").to_json()["changed"], strict=True):
+        if energy is not None:
+            assert energy == pytest.approx(row["delta_norm"] ** 2)
+
+
+def test_what_was_measured_stands_in_the_overview() -> None:
+    root, document = page("pair"), report("pair").to_json()
+    overview = root.all("section")[0].text
+    assert f"{len(document['changed'])} of {len(document['tensors'])}" in overview
+    assert document["lora"] in overview
+    for note in document["notes"]:
+        assert note in overview
+    assert document["unchanged"]
+    for name in document["unchanged"]:
+        assert name in root.text
+    written = {cell.text for cell in root.all("td")}
+    assert any("MiB" in text or "KiB" in text for text in written)
+
+
+def test_cells_are_written_as_they_are() -> None:
+    table, data = table_of(page("pair")), data_of(page("pair"))
+    keys = [column["key"] for column in data["columns"]]
+    for cells, change in zip(table, data["cells"]["change"], strict=True):
+        assert float(cells[1 + keys.index("change")].removesuffix(" %")) == pytest.approx(
+            100 * change, abs=0.005
+        )
+
+
+def test_hostile_names_stay_text() -> None:
+    text = render_page(page_of(hostile_report()))
+    root = read(text)
+    assert len(root.all("script")) == 3
+    assert not root.all("img")
+    assert root.all("h1")[0].text == "</title><script>alert(2)</script>"
+    assert [cells[0] for cells in table_of(root)] == [plain(name) for name in HOSTILE]
+    assert data_of(root)["names"] == [plain(name) for name in HOSTILE]
+    for char in ("\u202e", "\u2028", "\u2029", "\x00", "\x1b", "\ud800"):
+        assert char not in text
+    text.encode("utf-8")
+    assert all(cell.children and cell.children[0].tag == "bdi" for cell in rows_headings(root))
+
+
+def rows_headings(root: Element) -> list[Element]:
+    (body,) = root.by_id("rows").all("tbody")
+    return body.all("th")
+
+
+@given(st.text() | st.lists(st.text() | st.floats(allow_nan=False, allow_infinity=False)))
+def test_embedded_json_is_inert_and_the_same(value: Any) -> None:
+    text = embedded(value)
+    assert not set(text) & set("<>&\u2028\u2029")
+    assert json.loads(text) == value
+
+
+@given(st.text())
+def test_plain_text_keeps_letters_and_nothing_that_steers(text: str) -> None:
+    shown = plain(text)
+    assert shown.isprintable()
+    if text.isprintable():
+        assert shown == text
+
+
+def test_numbers_that_are_none_are_words() -> None:
+    """JSON has no NaN, and the page's script would not start."""
+    checkpoint = report("checkpoint, values")
+    first = checkpoint.values[0]
+    health = replace(first.health, rms=math.nan, largest=math.inf)
+    broken = replace(checkpoint, values=(replace(first, health=health), *checkpoint.values[1:]))
+    root = read(render_page(page_of(broken)))
+    assert data_of(root)["cells"]["rms"][0] == "nan"
+    assert "nan" in table_of(root)[0]
+
+
+def test_more_values_than_a_page_can_hold_are_cut_and_counted() -> None:
+    values = tuple(float(1000 - i) for i in range(1000))
+    rows = tuple(
+        UpdateRow(f"model.layers.{i}.q.weight", (2000, 2000), 1000, 1.0, 1.0, 2e4, 3.0, values)
+        for i in range(500)
+    )
+    large = AdapterReport("a", "PEFT", None, rows, (), (), 10, 20)
+    curves = data_of(read(render_page(page_of(large))))["curves"]
+    assert {(len(one[0]["values"]), one[0]["held"]) for one in curves} == {(400, 1000)}
+    assert curves[0][0]["energy"] == 4e8
+
+
+def test_a_map_that_nobody_could_look_at_is_not_asked_for() -> None:
+    rows = tuple(
+        UpdateRow(f"a{i}.layers.{i}.q", (8, 8), 1, 1.0, 1.0, 1.0, 1.0, (1.0,)) for i in range(500)
+    )
+    many = page_of(AdapterReport("a", "PEFT", None, rows, (), (), 10, 20))
+    assert not many.has_map
+    assert data_of(read(render_page(many)))["hasMap"] is False
+    assert page_of(report("adapter")).has_map
