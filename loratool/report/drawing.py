@@ -19,7 +19,7 @@ def require_drawing() -> None:
     if find_spec("vl_convert") is None:
         raise MissingExtra(
             "pages and pictures need vl-convert, which is not installed",
-            hint="pip install 'loratool[report]'",
+            hint="pip install 'vl-convert-python>=1.7', or loratool with its extra: report",
         )
 
 

@@ -144,7 +144,7 @@ def test_without_the_extra_it_says_what_to_install(pair: list[Path], tmp_path: P
         assert ended.returncode == 2
         assert ended.stderr.splitlines() == [
             "error: pages and pictures need vl-convert, which is not installed",
-            "  pip install 'loratool[report]'",
+            "  pip install 'vl-convert-python>=1.7', or loratool with its extra: report",
         ]
         assert ended.stdout == ""
     assert not file.exists()
