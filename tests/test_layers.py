@@ -33,7 +33,13 @@ ALLOWED["cli"] = BELOW_OPS | {"ops", "api"}
 ALLOWED["__init__"] = BELOW_OPS | {"ops", "api"}
 ALLOWED["__main__"] = {"cli"}
 
-ONLY_IN = {"click": {"cli"}, "rich": {"cli"}, "huggingface_hub": {"hub"}, "transformers": set(), "vl_convert": {"report"}}
+ONLY_IN = {
+    "click": {"cli"},
+    "rich": {"cli"},
+    "huggingface_hub": {"hub"},
+    "transformers": set(),
+    "vl_convert": {"report"},
+}
 
 
 def modules() -> list[Path]:

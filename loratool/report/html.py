@@ -333,7 +333,8 @@ def _table(page: Page) -> list[str]:
         'spellcheck="false"></label>',
         f'<span id="count" role="status">{len(page.rows):,} rows</span>',
         "</div>",
-        '<div class="scroll tall" tabindex="0" role="region" aria-labelledby="modules-title">',
+        '<div class="scroll tall" tabindex="0" role="region" '
+        f'aria-label="Table of {escape(word)}s">',
         f'<table id="rows"><caption class="hidden">A row per {escape(word)}; the buttons in the '
         "heading sort</caption>",
         f"<thead><tr>{''.join(heads)}</tr></thead>",

@@ -217,6 +217,7 @@
     const place = [page.layer[row] === null ? "in no layer" : `layer ${page.layers[page.layer[row]]}`];
     if (several) place.push(`${page.groupWord} ${page.letters[page.group[row]]}`);
     const crowd = [...cells.values()].find((held) => held.includes(row))?.length ?? 1;
+    if (page.curveKind && !page.curves[row]?.length) place.push("no curve: not a matrix that was decomposed");
     if (crowd > 1) place.push(`one of ${crowd} that share a place of the map`);
     $("module-place").textContent = place.join(", ");
     const head = rows.length > 1 ? rows.map((other) => page.letters[page.group[other]]) : [];
@@ -374,7 +375,7 @@
     const outcome = { error: [share(found.error), "relative error", found.error],
       kept: [share(1 - found.error ** 2), "of the energy kept", 1 - found.error ** 2],
       bytes: [size(found.bytes), "adapter size", found.bytes],
-      ranks: [ranks, "ranks", ""] };
+      ranks: [ranks, "ranks", ranks] };
     $("outcome").replaceChildren(...Object.entries(outcome).map(([key, [text, label, value]]) =>
       make("span", { "data-figure": key, "data-value": String(value) }, label, make("b", {}, text))));
     $("budget").setAttribute("aria-valuetext", `${size(budget)}, error ${share(found.error)}`);
