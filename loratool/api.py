@@ -762,15 +762,25 @@ def push(
     *,
     base_model: str | None = None,
     private: bool = False,
+    picture: bool = False,
     progress: Progress | None = None,
 ) -> PushReport:
     """Publish an adapter folder on the Hugging Face Hub with a model card.
 
+    ``picture`` draws where the updates are strong, and shows it in the card; takes the extra
+    ``report``.
     The token is the one huggingface_hub finds. Raises a LoratoolError subclass.
     """
     from loratool.ops import push as _push  # loads the Hub client, which nothing else needs
 
-    plan = _push.plan_push(Path(adapter), repo_id, base_model=base_model, private=private)
+    plan = _push.plan_push(
+        Path(adapter),
+        repo_id,
+        base_model=base_model,
+        private=private,
+        picture=picture,
+        progress=progress,
+    )
     return _push.run_push(plan, progress)
 
 

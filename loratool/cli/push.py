@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--license", "licence", metavar="ID", help="For the card, such as apache-2.0.")
 @click.option("--revision", metavar="BRANCH", help="An existing branch [default: main].")
 @click.option("--message", metavar="TEXT", help="The commit's message.")
+@click.option("--picture", is_flag=True, help="Draw where the updates are strong, for the card.")
 @options.dry_run_option
 @options.framed
 def push_command(
@@ -37,6 +38,7 @@ def push_command(
     licence: str | None,
     revision: str | None,
     message: str | None,
+    picture: bool,
     dry_run: bool,
 ) -> None:
     """Publish ADAPTER, a PEFT adapter folder, as OWNER/NAME on the Hugging Face Hub.
@@ -48,7 +50,7 @@ def push_command(
     \b
     Example:
       loratool push adapter/ alice/my-adapter --license apache-2.0
-      loratool push adapter/ alice/my-adapter --dry-run
+      loratool push adapter/ alice/my-adapter --dry-run --picture
     """
     from loratool.ops.push import plan_push, run_push
 
@@ -60,6 +62,8 @@ def push_command(
         licence=licence,
         revision=revision,
         message=message,
+        picture=picture,
+        progress=out.progress(),
     )
     if dry_run:
         _show_plan(out, plan)

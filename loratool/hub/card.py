@@ -46,6 +46,14 @@ _AUTO_CLASSES = {
 
 
 @dataclass(frozen=True)
+class CardPicture:
+    """A picture that lies beside the card. alt: what it shows, in our own words."""
+
+    file: str
+    alt: str
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """What a card says.
 
@@ -74,6 +82,7 @@ class CardFacts:
     licence: str | None = None
     num_labels: int | None = None
     report: Mapping[str, Any] | None = None
+    picture: CardPicture | None = None
 
     def __post_init__(self) -> None:
         for name in (self.repo_id, self.base_model):
@@ -168,6 +177,7 @@ def _section(facts: CardFacts) -> str:
         f"# {facts.repo_id.partition('/')[2]}",
         _summary(facts),
         table(("", ""), _fact_rows(facts), align="ll"),
+        *((f"![{facts.picture.alt}]({facts.picture.file})",) if facts.picture is not None else ()),
         *(extraction_section(facts.report) if facts.report is not None else ()),
         "## Use it with PEFT",
         _peft_snippet(facts),

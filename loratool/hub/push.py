@@ -86,6 +86,18 @@ def compose_card(facts: CardFacts, local: str | None, remote: str | None) -> tup
     return render_card(facts), "written by loratool"
 
 
+def shows_picture(facts: CardFacts, card: str) -> bool:
+    """Whether a card shows the picture that is to go up with it, if one is."""
+    return facts.picture is None or f"]({facts.picture.file})" in card
+
+
+def unseen_picture(facts: CardFacts) -> str:
+    """What to say where it does not."""
+    assert facts.picture is not None
+    link = f"![{facts.picture.alt}]({facts.picture.file})"
+    return f"{README} is somebody's own text and does not show the picture; {link} would"
+
+
 def push_folder(
     uploads: Sequence[Upload],
     facts: CardFacts,
@@ -113,6 +125,8 @@ def push_folder(
             notes.append(
                 f"{README} in the folder was not uploaded: the repository has its own, which stays"
             )
+        if not shows_picture(facts, card):
+            notes.append(unseen_picture(facts))
         files = [*uploads, Upload(README, card.encode("utf-8"))]
 
         def commit() -> CommitInfo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,30 @@ from loratool.adapter import Adapter
 from loratool.engine import NoProgress, Progress
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
 from loratool.formats import peft
-from loratool.hub.card import CardFacts
+from loratool.hub.card import CardFacts, CardPicture
 from loratool.hub.extraction import report_ranks
-from loratool.hub.push import Pushed, Upload, compose_card, push_folder
+from loratool.hub.push import (
+    Pushed,
+    Upload,
+    compose_card,
+    push_folder,
+    shows_picture,
+    unseen_picture,
+)
 from loratool.hub.readme import README, decode_readme
 from loratool.layouts.config import is_hub_id
+from loratool.ops.inspect_adapter import describe_adapter
+from loratool.ops.inspect_level import Level
 from loratool.ops.push_facts import facts_of
 from loratool.ops.sources import open_adapter
+from loratool.ops.views.registry import page_of
 from loratool.provenance import REPORT_FILE, document, loratool_version
+from loratool.report.drawing import png, require_drawing
+from loratool.report.figure import alt_text, figure
 from loratool.storage.checkpoint import open_weight_file, read_json_file
 
 SCHEMA_VERSION = 1
+PICTURE_FILE = "loratool_picture.png"
 _MAX_REPORT_BYTES = 50_000_000
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 _LOCAL_PATH = re.compile(r"""(?:^|[\s"'=])(?:~?/[^\s/]|[A-Za-z]:[\\/]|\\\\\w|file:/)""")
@@ -107,9 +120,13 @@ def plan_push(
     licence: str | None = None,
     revision: str | None = None,
     message: str | None = None,
+    picture: bool = False,
+    progress: Progress | None = None,
 ) -> PushPlan:
     """Read an adapter folder and decide what to upload. No network, nothing written.
 
+    picture: draw the updates, for the card; takes one pass over the adapter, and the extra
+    ``report`` (MissingExtra without it).
     Raises UsageError (names, an unknown base), UnsupportedInput (not a PEFT folder, a file that
     names local paths), DisagreementError (a report about another adapter), InputError.
     """
@@ -120,6 +137,9 @@ def plan_push(
     base = base_model or _stated_base(value.base_model)
     report = _report(adapter, value)
     facts = facts_of(value, repo_id, base, licence, report)
+    drawn = _picture(adapter, value, repo_id, progress) if picture else None
+    if drawn is not None:
+        facts = replace(facts, picture=drawn[0])
     readme = adapter / README
     local = decode_readme(readme.read_bytes(), str(readme)) if readme.is_file() else None
     card, origin = compose_card(facts, local, None)
@@ -129,6 +149,7 @@ def plan_push(
         for name in (peft.WEIGHTS_FILE, REPORT_FILE)
         if (adapter / name).is_file()
     ]
+    uploads += [Upload(PICTURE_FILE, drawn[1])] if drawn is not None else []
     names = {upload.name for upload in uploads} | {README}
     return PushPlan(
         facts,
@@ -140,7 +161,10 @@ def plan_push(
         revision,
         message or f"Upload LoRA adapter with loratool {loratool_version()}",
         tuple(sorted(item.name for item in adapter.iterdir() if item.name not in names)),
-        tuple(_notes(adapter, value, base)),
+        (
+            *_notes(adapter, value, base),
+            *(() if shows_picture(facts, card) else (unseen_picture(facts),)),
+        ),
     )
 
 
@@ -245,6 +269,20 @@ def _strings(root: Any) -> Iterator[tuple[str, str]]:
                 stack.append((f"{field}.{key}" if field else key, item))
         elif isinstance(value, list):
             stack += [(f"{field}[{index}]", item) for index, item in enumerate(value)]
+
+
+def _picture(
+    folder: Path, adapter: Adapter, repo_id: str, progress: Progress | None
+) -> tuple[CardPicture, bytes]:
+    """Under the repository's name, since the folder's is nobody's business."""
+    require_drawing()
+    if not adapter.low_rank:
+        raise UsageError(
+            f"{folder}: holds no low-rank update to draw", hint="push without --picture"
+        )
+    looked = describe_adapter(folder, adapter, Level.SPECTRA, progress=progress)
+    page = page_of(replace(looked, name=repo_id.partition("/")[2]))
+    return CardPicture(PICTURE_FILE, alt_text(page)), png(figure(page))
 
 
 def _report(folder: Path, adapter: Adapter) -> dict[str, Any] | None:

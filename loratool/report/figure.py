@@ -74,7 +74,11 @@ def figure(page: Page) -> Spec:
 
 def alt_text(page: Page) -> str:
     """What the picture shows, without any name from a file."""
-    about = [f"Map of {page.mapped[0].label} by layer and module"] if page.mapped else []
+    about = []
+    if page.mapped and _has_map(page):
+        about.append(f"Map of {page.mapped[0].label} by layer and module")
+    elif page.mapped:
+        about.append(f"Bars: {page.mapped[0].label} of the {page.row_word}s that have most")
     if _strongest(page):
         about.append(f"{page.curves.title.lower()} on a logarithmic scale" if page.curves else "")
     return ", and ".join(filter(None, about)) or page.kind

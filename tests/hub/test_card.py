@@ -16,6 +16,7 @@ from loratool.hub.card import (
     END_MARKER,
     MARKER,
     CardFacts,
+    CardPicture,
     has_own_text,
     merge_card,
     render_card,
@@ -240,6 +241,14 @@ def test_a_persons_body_stays_byte_for_byte(head: str, body: str) -> None:
     assert set(FACTS.tags) <= set(values["tags"])
     if "license" in head:
         assert values["license"] == "mit"
+
+
+def test_a_picture_comes_and_goes_with_our_part() -> None:
+    picture = CardPicture("loratool_picture.png", "Map of ‖ΔW‖ by layer and module")
+    card = render_card(with_(picture=picture))
+    assert '<img src="loratool_picture.png" alt="Map of ‖ΔW‖ by layer and module"' in rendered(card)
+    assert merge_card(card, with_(picture=picture)) == card
+    assert merge_card(card, FACTS) == render_card(FACTS)
 
 
 @pytest.mark.parametrize("head", HEADS)

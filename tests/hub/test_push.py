@@ -14,6 +14,7 @@ from tests.hub.hub_processes import Result
 from tests.hub.hub_state import Fault, Hub
 
 Push = Callable[..., Result]
+PICTURE = "loratool_picture.png"
 SNAPSHOT = "from huggingface_hub import snapshot_download; print(snapshot_download('alice/lora'))"
 
 
@@ -71,6 +72,31 @@ def test_a_download_gives_the_same_bytes(
     for name in (CONFIG, WEIGHTS, REPORT):
         assert (folder / name).read_bytes() == (adapter / name).read_bytes()
     assert not (adapter / "README.md").exists(), "a push writes nothing into the folder"
+
+
+def test_a_picture_goes_up_with_the_card_that_shows_it(hub: Hub, push: Push) -> None:
+    planned = json.loads(push("alice/lora", "--picture", "--dry-run", "--json").out)
+    assert PICTURE in {file["name"] for file in planned["files"]}
+    result = push("alice/lora", "--picture")
+    assert result.code == 0, result.err
+    files = hub.repos["alice/lora"].files
+    assert files[PICTURE].startswith(b"\x89PNG")
+    shown = "![Bars: ‖ΔW‖ of the updates that have most, and singular values"
+    assert shown in files["README.md"].decode()
+    assert f"]({PICTURE})" in files["README.md"].decode()
+    assert push("alice/lora").code == 0
+    again = hub.repos["alice/lora"].files["README.md"].decode()
+    assert PICTURE not in again, "the card is written anew"
+
+
+def test_a_picture_that_nobody_sees_is_said(hub: Hub, push: Push, adapter: Path) -> None:
+    (adapter / "README.md").write_text("# Mine\n\nWords of my own.\n")
+    for options in (("--dry-run",), ()):
+        result = push("alice/lora", "--picture", *options)
+        assert result.code == 0
+        assert "does not show the picture" in result.err
+    assert "Words of my own" in hub.repos["alice/lora"].files["README.md"].decode()
+    assert PICTURE in hub.repos["alice/lora"].files
 
 
 def test_card_metadata(hub: Hub, push: Push) -> None:

@@ -110,4 +110,8 @@ def test_words_for_those_who_do_not_see_it() -> None:
     assert alt_text(page_of(report("adapter"))) == (
         "Map of ‖ΔW‖ by layer and module, and singular values of the update on a logarithmic scale"
     )
+    rows = (UpdateRow("q", (8, 8), 1, 1.0, 1.0, 1.0, 1.0, ()),)
+    assert alt_text(page_of(AdapterReport("a", "PEFT", None, rows, (), (), 1, 2))) == (
+        "Bars: ‖ΔW‖ of the updates that have most"
+    )
     assert "script" not in alt_text(page_of(hostile_report()))
