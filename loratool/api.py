@@ -215,6 +215,7 @@ def merge_in_place(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     base_check: bool = False,
+    ties: Literal["refuse", "both"] = "refuse",
     lost: bool = False,
     allow_overflow: bool = False,
     allow_lossy: bool = False,
@@ -224,7 +225,8 @@ def merge_in_place(
     """Like ``merge``, into the base's own files, under a journal.
 
     Files that are links become the folder's own first. If anything fails, everything is put back;
-    after a kill, ``recover`` finishes or undoes it. Raises a LoratoolError subclass.
+    after a kill, ``recover`` finishes or undoes it. ``ties`` as in ``merge``; what would make the
+    files longer is refused. Raises a LoratoolError subclass.
     """
     plan = _merge_in_place.plan_in_place(
         Path(base),
@@ -235,6 +237,7 @@ def merge_in_place(
         include=include,
         exclude=exclude,
         base_check=base_check,
+        ties=TieChoice(ties),
         asked=Asked(lost, allow_overflow),
         allow_lossy=allow_lossy,
     )

@@ -179,14 +179,14 @@ def merge_command(
                 "--dtype": dtype,
                 "--max-shard-size": max_shard_size,
                 "--untie": ties == "apart",
-                "--tied": ties == "both",
                 "--add-bias": add_bias,
                 "--link": link,
                 "--receipt": receipt_file or receipt,
                 "--overwrite": overwrite,
             }
         )
-        result = _merge_in_place(out, base, adapters, values, engine, dry_run)
+        choice = TieChoice(ties or TieChoice.REFUSE)
+        result = _merge_in_place(out, base, adapters, values, choice, engine, dry_run)
     elif output is None:
         raise UsageError("no output is named", hint="name it after -o, or merge --in-place")
     else:
@@ -266,12 +266,13 @@ def _merge_in_place(
     base: Path,
     adapters: tuple[tuple[Path, float], ...],
     values: Values,
+    ties: TieChoice,
     engine: Engine,
     dry_run: bool,
 ) -> MergeReport | None:
     from loratool.ops.merge_in_place import plan_in_place, run_in_place
 
-    plan = plan_in_place(base, adapters, **values._asdict())
+    plan = plan_in_place(base, adapters, ties=ties, **values._asdict())
     if not dry_run:
         return run_in_place(plan, engine, out.progress())
     body = plan.to_json(engine.workers)
@@ -291,5 +292,6 @@ def _refuse_with_in_place(given: dict[str, object]) -> None:
     if clashing:
         raise UsageError(
             f"--in-place does not go with {', '.join(clashing)}",
-            hint="in place, the files keep their names, dtypes and sizes",
+            hint="in place, the files keep their names, dtypes and sizes: no tensor has room to be "
+            "added, and no receipt has both sides to compare; merge into a new folder with -o",
         )

@@ -11,7 +11,8 @@ from typing import Any
 
 from loratool.adapter import LowRankUpdate, Replacement
 from loratool.engine import Engine, NoProgress, Progress
-from loratool.errors import OutputError, UnsupportedInput
+from loratool.errors import OutputError, UnsupportedInput, UsageError
+from loratool.layouts.placed import TieChoice
 from loratool.ops.merge_inputs import Merging, check_base_copies, plan_merging
 from loratool.ops.merge_jobs import NOTHING_MORE, WAITING, Asked, MergeJob, merge_rows
 from loratool.ops.merge_layout import OutTensor
@@ -27,6 +28,7 @@ from loratool.storage.tensors import TensorInfo
 
 BLOCK_BYTES = 16 * 2**20
 COMMAND = "merge --in-place"
+_ELSE = "merge it into a new folder with -o"
 _ROW_BY_ROW = (LowRankUpdate, Replacement)
 """Updates of which a row depends on that row of the base alone."""
 
@@ -110,14 +112,17 @@ def plan_in_place(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     base_check: bool = False,
+    ties: TieChoice = TieChoice.REFUSE,
     asked: Asked = NOTHING_MORE,
     allow_lossy: bool = False,
 ) -> InPlacePlan:
     """Read headers and place every update of the adapters. Nothing is written.
 
-    Raises what ``plan_merge`` does, and UnsupportedInput for files that cannot be changed in
-    place: torch pickles, and shards in subfolders.
+    Raises what ``plan_merge`` does, UnsupportedInput for files that cannot be changed in place
+    (torch pickles, and shards in subfolders), and UsageError for what would change their sizes.
     """
+    if ties is TieChoice.APART:
+        raise UsageError("untying adds a tensor, for which files in place have no room", hint=_ELSE)
     model = open_model(base)
     _check_files(model.checkpoint)
     merging = plan_merging(
@@ -129,9 +134,16 @@ def plan_in_place(
         include=include,
         exclude=exclude,
         base_check=base_check,
+        ties=ties,
         asked=asked,
+        grow=True,
         allow_lossy=allow_lossy,
     )
+    for name, rows in merging.placement.grown.items():
+        raise UsageError(
+            f"{name}: would grow to {rows} tokens, for which files in place have no room",
+            hint=_ELSE,
+        )
     options = {
         "base": os.path.relpath(base, model.checkpoint.folder),
         "adapters": [[os.path.abspath(path), weight.hex()] for path, weight in adapters],
@@ -140,6 +152,7 @@ def plan_in_place(
         "device": device,
         "include": list(include),
         "exclude": list(exclude),
+        "ties": str(ties),
         "lost": asked.lost,
         "allow_overflow": asked.allow_overflow,
         "allow_lossy": allow_lossy,
@@ -157,6 +170,7 @@ def plan_again(folder: Path, asked: Mapping[str, Any]) -> InPlacePlan:
         device=asked["device"],
         include=asked["include"],
         exclude=asked["exclude"],
+        ties=TieChoice(asked.get("ties", TieChoice.REFUSE)),
         asked=Asked(asked["lost"], asked["allow_overflow"]),
         allow_lossy=asked["allow_lossy"],
     )
@@ -245,12 +259,12 @@ def _check_files(checkpoint: Checkpoint) -> None:
         if not file.is_safetensors:
             raise UnsupportedInput(
                 f"{file.path}: is a torch pickle, which cannot be changed in place",
-                hint="merge it into a new folder with -o",
+                hint=_ELSE,
             )
         if file.path.parent != checkpoint.folder:
             raise UnsupportedInput(
                 f"{file.path}: lies in a subfolder of its checkpoint; in place works on one folder",
-                hint="merge it into a new folder with -o",
+                hint=_ELSE,
             )
         if not os.access(checkpoint.folder, os.W_OK) or not os.access(file.path, os.W_OK):
             raise OutputError(f"{file.path}: may not be written")

@@ -207,3 +207,27 @@ def test_verify_looks_at_what_was_added(tmp_path: Path, fast: bool) -> None:
         save_file(weights, merged / FILE, {"format": "pt"})
         report = lt.verify(merged, head, used, fast=fast)
         assert [row.name for row in report.rows if row.status == "missing"] == [name]
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_in_place_a_tie_is_kept_or_nothing_is_done(tmp_path: Path, stored: str) -> None:
+    state = tied_state()
+    if stored == "twice":
+        state[f"{HEAD}.weight"] = state["model.embed_tokens.weight"].clone()
+    base = save_folder(state, tmp_path / "tied", TIED)
+    adapter = save_sides(tmp_path / "adapter", {HEAD: factors(50, 24)})
+    before = bytes_of(base)
+    with pytest.raises(DisagreementError, match="but the base ties it to"):
+        lt.merge_in_place(base, adapter)
+    bias, _ = with_bias(tmp_path / "bias")
+    with pytest.raises(DisagreementError, match="have none in the base"):
+        lt.merge_in_place(base, bias)
+    for option in ("--untie", "--add-bias"):
+        refused = invoke("merge", base, adapter, "--in-place", option)
+        assert refused.code == 2
+        assert "no tensor has room to be added" in refused.err
+    assert bytes_of(base) == before
+    lt.merge(base, adapter, tmp_path / "elsewhere", ties="both")
+    ended = invoke("merge", base, adapter, "--in-place", "--tied")
+    assert ended.code == 0
+    assert bytes_of(base) == bytes_of(tmp_path / "elsewhere") != before
