@@ -19,6 +19,7 @@ from loratool.algebra.exact_matrix import (
     Scaled,
     Stored,
     Tucker,
+    diagonal_product,
     matrix_product,
 )
 from loratool.algebra.lowrank import LowRank
@@ -95,6 +96,36 @@ class DoraUpdate:
     def describe(self, weight: float = 1.0) -> str:
         weighted = f", weight {weight:g}" if weight != 1 else ""
         return f"DoRA of {self.low_rank.describe()}{weighted}"
+
+
+@dataclass(frozen=True)
+class KasaUpdate:
+    """W becomes T(W) + scale · B @ diag(d) @ A, T leaving out the r smallest singular components.
+
+    diagonal: (r,), with r the rank of the factors. PEFT trains it beside the base T(W), rounded to
+    the base's dtype, and merges it into that.
+    """
+
+    low_rank: LowRankUpdate
+    diagonal: LazyTensor
+    is_additive: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.low_rank.shape
+
+    @property
+    def tensors(self) -> tuple[LazyTensor, ...]:
+        return (*self.low_rank.tensors, self.diagonal)
+
+    def load(self) -> Scaled:
+        """What is added to T(W)."""
+        b, a = self.low_rank.b.read(), self.low_rank.a.read()
+        product = diagonal_product(b, self.diagonal.read(), a)
+        return Scaled(product, self.low_rank.scale)
+
+    def describe(self, weight: float = 1.0) -> str:
+        return f"KaSA of {self.low_rank.describe()}"
 
 
 @dataclass(frozen=True)
@@ -253,6 +284,7 @@ class Replacement:
 Update = (
     LowRankUpdate
     | DoraUpdate
+    | KasaUpdate
     | HadamardUpdate
     | KroneckerUpdate
     | DenseUpdate

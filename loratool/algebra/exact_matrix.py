@@ -97,6 +97,33 @@ def matrix_product(b: Tensor, a: Tensor) -> MatrixProduct:
     return MatrixProduct(checked(b).double(), checked(a).double())
 
 
+@dataclass(frozen=True)
+class WideProduct:
+    """The same with factors of up to 48 bits: products of two stored values."""
+
+    b: Tensor
+    a: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def T(self) -> WideProduct:  # noqa: N802
+        return WideProduct(self.a.T, self.b.T)
+
+    def block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return MatrixProduct(self.b, self.a).block(rows)
+
+    def exact(self, rows: Tensor, columns: Tensor) -> np.ndarray:
+        return np.concatenate(two_product(self.b[rows].T.numpy(), self.a[:, columns].numpy()))
+
+
+def diagonal_product(b: Tensor, d: Tensor, a: Tensor) -> WideProduct:
+    """b @ diag(d) @ a of stored values. Raises NonFiniteValues and UnsupportedInput."""
+    return WideProduct(checked(b).double() * checked(d).double(), checked(a).double())
+
+
 def low_rank_matrix(value: LowRank) -> Scaled:
     """scale · b @ a. Raises NonFiniteValues and UnsupportedInput."""
     return Scaled(matrix_product(value.b, value.a), value.scale)

@@ -32,17 +32,15 @@ _REFUSED_FLAGS = {
     "layer_replication": "layer_replication",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
 }
 _WHY = {
-    "layer_replication": "its layers share weights that one merge cannot give several values; "
-    "write the expanded model out first, then retrain or rename the adapter for it",
-    "kasa_config": "PEFT merges it into a base whose small singular values were cut off, not "
-    "into the base itself",
+    "layer_replication": "several of its layers share one weight, which a merge would have to give "
+    "several values; write the model with the copied layers out (mergekit's passthrough does), "
+    "then take layer_replication out of adapter_config.json: its names are those of that model",
 }
 
 

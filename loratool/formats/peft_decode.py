@@ -13,6 +13,7 @@ from loratool.adapter import (
     Adapter,
     DenseUpdate,
     DoraUpdate,
+    KasaUpdate,
     LowRankUpdate,
     Replacement,
     TokenRows,
@@ -25,6 +26,7 @@ from loratool.formats.peft_config import CONFIG_FILE, Scaling, read_config, scal
 from loratool.formats.peft_experts import Wrapped, decode_parameter, is_bare
 from loratool.formats.peft_keys import (
     BASE_COPY,
+    DIAGONAL,
     FACTOR,
     FACTOR_BIAS,
     LYCORIS,
@@ -109,8 +111,6 @@ class _Reader:
     def _sort(self, key: str) -> None:
         name = key.removeprefix(PREFIX)
         tensor = self.tensors[key]
-        if ".lora_diag" in name:
-            raise UnsupportedInput(f"{self.label}: {key}: KaSA adapters are not supported")
         if found := FACTOR.fullmatch(name):
             module, embedding, side = found.groups()
             self._part(module, f"{embedding or ''}{side}", key)
@@ -118,6 +118,8 @@ class _Reader:
             self._part(found[1], "bias", key)
         elif found := MAGNITUDE.fullmatch(name):
             self._part(found[1], "magnitude", key)
+        elif found := DIAGONAL.fullmatch(name):
+            self._part(found[1], "diagonal", key)
         elif found := LYCORIS.fullmatch(name):
             self._claim(f"{found[2]} of {found[1]}", key)
             self.lycoris.setdefault(found[1], {})[found[2]] = tensor
@@ -189,6 +191,8 @@ class _Reader:
             raise MalformedFile(
                 f"{self.label}: {module}: use_dora is set, but it has no lora_magnitude_vector"
             )
+        if self.config.get("kasa_config") or "diagonal" in parts:
+            whole = self._kasa(module, update, parts)
         if "magnitude" in parts:
             whole = self._dora(module, update, parts["magnitude"])
         self._put(f"{module}.weight", whole, parts[side_a])
@@ -210,7 +214,9 @@ class _Reader:
         if len(a.shape) > 2 and grouped:
             raise UnsupportedInput(
                 f"{self.label}: {module}: is a grouped convolution (lora_B {list(b.shape)} for "
-                f"rank {a.shape[0]}); PEFT itself does not merge those",
+                f"rank {a.shape[0]}); its lora_A mixes channels of all groups, for which the "
+                "weight has no place, so PEFT does not merge it either",
+                hint="train it as LoHa or LoKr, or without that layer",
             )
         if a.shape[0] != b.shape[1] or a.shape[0] == 0 or any(side != 1 for side in b.shape[2:]):
             raise MalformedFile(
@@ -218,6 +224,20 @@ class _Reader:
             )
         scale, alpha = scaling.of(module, a.shape[0])
         return LowRankUpdate(b, a, scale, alpha, embedding)
+
+    def _kasa(self, module: str, update: LowRankUpdate, parts: Mapping[str, str]) -> KasaUpdate:
+        if "diagonal" not in parts or not self.config.get("kasa_config"):
+            raise DisagreementError(
+                f"{self.label}: {module}: kasa_config in the config and a lora_diag in the file go "
+                "together, and one of them is missing",
+            )
+        diagonal = self.tensors[parts["diagonal"]]
+        if "magnitude" in parts or update.is_embedding or diagonal.shape != (update.rank,):
+            raise MalformedFile(
+                f"{self.label}: {module}: a KaSA with a lora_diag {list(diagonal.shape)} for rank "
+                f"{update.rank}" + (" and a magnitude" if "magnitude" in parts else "")
+            )
+        return KasaUpdate(update, diagonal)
 
     def _dora(self, module: str, update: LowRankUpdate, key: str) -> DoraUpdate:
         if not self.config.get("use_dora"):

@@ -7,6 +7,7 @@ import math
 from loratool.adapter import (
     DoraUpdate,
     HadamardUpdate,
+    KasaUpdate,
     KroneckerUpdate,
     LowRankUpdate,
     ModuleKind,
@@ -36,6 +37,12 @@ def on_piece(
             f"{source}: is replaced, but the base stores it as a part of {target} or in parts",
             hint=f"leave it out with --exclude {source}",
         )
+    if isinstance(update, KasaUpdate):
+        raise UnsupportedInput(
+            f"{source}: is a KaSA, but the base stores it as a part of {target} or in parts, whose "
+            "singular values are others",
+            hint="merge it into a base with the adapter's own names",
+        )
     if piece.member is not None and not isinstance(update, LowRankUpdate):
         raise UnsupportedInput(
             f"{source}: {update.describe()}: only low-rank updates are merged into stacks of "
@@ -62,7 +69,9 @@ def oriented(
     """The update on the whole of its tensor. Raises ShapeMismatch and UnsupportedInput."""
     if isinstance(update, TokenRows):
         return _rows_of_table(source, target, update, stored)
-    core = update.low_rank if isinstance(update, DoraUpdate) else update
+    core = update.low_rank if isinstance(update, DoraUpdate | KasaUpdate) else update
+    if isinstance(update, KasaUpdate) and kind is not ModuleKind.LINEAR:
+        raise UnsupportedInput(f"{target}: is a {kind}; KaSA is for linear layers")
     is_product = isinstance(core, LowRankUpdate | HadamardUpdate | KroneckerUpdate)
     of_table = isinstance(core, LowRankUpdate) and core.is_embedding
     shape: tuple[int, ...] = update.shape
@@ -75,7 +84,7 @@ def oriented(
         if shape != stored and (stored[:1], stored[2:]) == (shape[:1], shape[2:]):
             raise UnsupportedInput(
                 f"{target}: is a grouped convolution {list(stored)}, the update is for {shape[1]} "
-                "input channels; PEFT itself does not merge those",
+                "input channels, which cross its groups; PEFT does not merge it either",
                 hint=f"leave it out with --exclude {source}",
             )
     elif isinstance(core, HadamardUpdate | KroneckerUpdate):  # of convolutions as well

@@ -8,6 +8,7 @@ from dataclasses import replace
 from loratool.adapter import (
     Adapter,
     DenseUpdate,
+    KasaUpdate,
     ModuleKind,
     Replacement,
     TokenRows,
@@ -74,6 +75,13 @@ def place(
 
 
 def _check_summable(name: str, placed: Sequence[PlacedUpdate]) -> None:
+    for update in placed:
+        if isinstance(update.update, KasaUpdate) and (len(placed) > 1 or update.weight != 1):
+            raise DisagreementError(
+                f"{name}: a KaSA changes the base that it adds to, so it goes in alone and with "
+                "weight 1",
+                details=[f"adapter {one.adapter + 1}: {one.describe()}" for one in placed],
+            )
     replacing = [update for update in placed if isinstance(update.update, Replacement | TokenRows)]
     if replacing and len(placed) > 1:
         what = "one adapter replaces values of it and another changes it as well"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from loratool.adapter import DoraUpdate, TokenRows, Update
+from loratool.adapter import DoraUpdate, KasaUpdate, TokenRows, Update
 from loratool.errors import DisagreementError, UnsupportedInput, UsageError
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.ties import Tie, output_head, same_values
@@ -121,5 +121,5 @@ def _same_update(first: Update, second: Update) -> bool:
 
 
 def _constants(update: Update) -> tuple[object, ...]:
-    core = update.low_rank if isinstance(update, DoraUpdate) else update
+    core = update.low_rank if isinstance(update, DoraUpdate | KasaUpdate) else update
     return (getattr(core, "scale", None), getattr(update, "indices", None))

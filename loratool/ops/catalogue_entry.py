@@ -13,6 +13,7 @@ from loratool.adapter import (
     Adapter,
     DoraUpdate,
     HadamardUpdate,
+    KasaUpdate,
     KroneckerUpdate,
     LowRankUpdate,
     Update,
@@ -314,7 +315,7 @@ def _with_updates(entry: Entry, adapter: Adapter) -> Entry:
 
 
 def _low_rank_part(update: Update) -> LowRankUpdate | HadamardUpdate | KroneckerUpdate | None:
-    if isinstance(update, DoraUpdate):
+    if isinstance(update, DoraUpdate | KasaUpdate):
         return update.low_rank
     if isinstance(update, LowRankUpdate | HadamardUpdate | KroneckerUpdate):
         return update

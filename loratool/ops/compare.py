@@ -17,6 +17,7 @@ from loratool.adapter import (
     DenseUpdate,
     DoraUpdate,
     HadamardUpdate,
+    KasaUpdate,
     KroneckerUpdate,
     LowRankUpdate,
     Replacement,
@@ -53,6 +54,7 @@ from loratool.ops.sources import open_adapters
 
 _NOT_COMPARED = {
     DoraUpdate: "DoRA",
+    KasaUpdate: "KaSA",
     HadamardUpdate: "LoHa",
     KroneckerUpdate: "LoKr",
     DenseUpdate: "differences",

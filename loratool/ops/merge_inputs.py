@@ -12,6 +12,7 @@ import torch
 
 from loratool.adapter import (
     Adapter,
+    KasaUpdate,
     LowRankUpdate,
     Replacement,
     TokenRows,
@@ -107,8 +108,20 @@ class Merging:
             for update in placed
         )
         each = _IN_FLOAT32 if plain and self._is_16_bit() else _BY_FLOAT64 if plain else IN_FLOAT64
-        one = each * BLOCK_ELEMENTS + _PER_THREAD + 4 * max(factors, default=0)
+        one = each * BLOCK_ELEMENTS + _PER_THREAD + 4 * max(factors, default=0) + self._for_kasa()
         return (workers + WAITING) * one
+
+    def _for_kasa(self) -> int:
+        """What a KaSA takes: the whole weight, its Gram matrix and that one's eigenvectors."""
+        tensors = self.base.checkpoint.tensors
+        return max(
+            (
+                tensors[name].nbytes + 4 * 8 * min(tensors[name].shape) ** 2
+                for name, placed in self.placement.updates.items()
+                if _is_kasa(placed)
+            ),
+            default=0,
+        )
 
     def _is_16_bit(self) -> bool:
         """Whether float32 decides most weights: no changed tensor is wider than 16 bits."""
@@ -196,6 +209,12 @@ def plan_merging(
             f"{len(placement.added)} biases are added that the base has not: a model class that "
             "has none there would ignore them (attention_bias in config.json, for example)"
         )
+    kasa = [name for name, placed in placement.updates.items() if _is_kasa(placed)]
+    if kasa:
+        notes.append(
+            f"KaSA leaves out the smallest singular components of {len(kasa)} weights; they come "
+            "from float64 eigenvectors, whose last bits may differ between machines"
+        )
     scaled = scales_of(placement.updates, model, lossy=allow_lossy)
     _check_dtypes(placement, model, scaled)
     return Merging(
@@ -256,6 +275,10 @@ def _check_scale(scale: float, adapters: Sequence[WeightedAdapter]) -> None:
             details=replaced[:12],
             hint="leave them out with --exclude, or merge at scale 1",
         )
+
+
+def _is_kasa(placed: Sequence[PlacedUpdate]) -> bool:
+    return isinstance(placed[0].update, KasaUpdate)
 
 
 def _check_dtypes(placement: Placement, model: Model, scaled: Mapping[str, ScaledBy]) -> None:

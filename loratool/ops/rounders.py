@@ -12,6 +12,7 @@ from loratool.adapter import (
     DenseUpdate,
     DoraUpdate,
     HadamardUpdate,
+    KasaUpdate,
     KroneckerUpdate,
     LowRankUpdate,
     Replacement,
@@ -22,10 +23,11 @@ from loratool.algebra.certified_scaled import CertifiedScaled
 from loratool.algebra.certified_terms import CertifiedTerms
 from loratool.algebra.dora import CertifiedDora, Dora
 from loratool.algebra.exact_matrix import ExactMatrix, Scaled, Spread, checked, low_rank_matrix
+from loratool.algebra.kasa import KasaSum
 from loratool.algebra.kernels import Decide, decide_bf16_when_loaded
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.rounding import CertifiedSum, RoundedBlock, Rounder, round_once
-from loratool.errors import NonFiniteValues, UnsupportedInput
+from loratool.errors import DisagreementError, NonFiniteValues, UnsupportedInput
 from loratool.layouts.placing import PlacedUpdate
 from loratool.layouts.scales import ScaledBy
 from loratool.storage.tensors import LazyTensor
@@ -68,8 +70,12 @@ def rounder_of(
         if kinds in ({Replacement}, {TokenRows}):
             (only,) = updates
             return _replaced(only, start)
+        if kinds == {KasaUpdate}:
+            (only,) = updates
+            assert isinstance(only.update, KasaUpdate)
+            return KasaSum(base.read(), only.update.low_rank.rank, only.update.load(), start)
         return _mixed(updates, base, start)
-    except (NonFiniteValues, UnsupportedInput) as error:
+    except (NonFiniteValues, UnsupportedInput, DisagreementError) as error:
         sources = " + ".join(dict.fromkeys(update.source for update in updates))
         raise type(error)(f"{sources}: {error.message}") from None
 

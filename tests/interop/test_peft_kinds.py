@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import (
+    KasaConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -93,6 +94,12 @@ KINDS: dict[str, tuple[Maker, PeftConfig]] = {
             init_weights=False,
             decompose_both=True,
             decompose_factor=8,
+        ),
+    ),
+    "kasa": (
+        llama,
+        LoraConfig(
+            **LORA, target_modules=["q_proj", "k_proj", "up_proj"], kasa_config=KasaConfig()
         ),
     ),
     "lokr whole": (llama, LoKrConfig(r=64, alpha=5, target_modules=MATRICES, init_weights=False)),
