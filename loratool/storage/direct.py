@@ -26,6 +26,7 @@ LEAST_BYTES = 2**20
 
 _CHUNK_BYTES = 4 * 2**20
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_BTRFS = 0x9123683E
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 Fill = Callable[[memoryview, int], int]
@@ -70,15 +71,25 @@ def reserve(file: int, nbytes: int) -> None:
 
     Threads can then write to it side by side: what has to find blocks first goes one at a time.
     Raises OSError when the disk is full. (``os.posix_fallocate`` would write zeros instead where
-    the file system cannot.)
+    the file system cannot.) Btrfs shares blocks with other files instead, and would keep all that
+    was reserved for as long as one block of it is used.
     """
     fallocate = getattr(_LIBC, "fallocate64", None)
-    if fallocate is None or not nbytes:
+    if fallocate is None or not nbytes or _file_system(file) == _BTRFS:
         return
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     if fallocate(file, 0, 0, nbytes) and (code := ctypes.get_errno()) in NO_SPACE:
         os.ftruncate(file, 0)  # gives back what it took before there was no more
         raise OSError(code, os.strerror(code))
+
+
+def _file_system(file: int) -> int | None:
+    """The magic number of the file system that an open file is on, by statfs(2)."""
+    about = ctypes.create_string_buffer(256)
+    statfs = getattr(_LIBC, "fstatfs64", None)
+    if statfs is None or statfs(ctypes.c_int(file), about):
+        return None
+    return int.from_bytes(about.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
 
 
 class _Memory(threading.local):
