@@ -13,6 +13,7 @@ from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import NothingMatches, Unplaced
 from loratool.ops.adapter_folder import write_adapter
+from loratool.ops.base_check import samples_of
 from loratool.ops.extract_adapter import base_modules, build_adapter, stored_size
 from loratool.ops.extract_biases import settled
 from loratool.ops.extract_jobs import (
@@ -76,7 +77,8 @@ def run_extract(
             device=str(plan.device),
             seed=plan.seed,
             base_model=plan.base_model,
-            base=_side(plan.base),
+            base=_side(plan.base)
+            | {"samples": samples_of(job.pair.base for job in jobs if _is_in(job, adapter))},
             tuned=_side(plan.tuned),
             notes=(*_notes(plan, adapter, allocation, rows), *fitted.notes),
             stored=stored_size(fitted.adapter),
@@ -219,6 +221,10 @@ def _into_notes(jobs: Sequence[ExtractJob], rows: Sequence[TensorRow]) -> list[s
             f"({', '.join(idle[:3])})"
         )
     return notes
+
+
+def _is_in(job: ExtractJob, adapter: Adapter) -> bool:
+    return job.pair.name in adapter.updates
 
 
 def _side(model: Model) -> dict[str, Any]:

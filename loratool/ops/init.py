@@ -19,6 +19,7 @@ from loratool.layouts.config import is_hub_id
 from loratool.layouts.pairs import Alignment, align
 from loratool.layouts.qkv_parts import PARTS
 from loratool.ops.adapter_folder import write_adapter, write_encoded
+from loratool.ops.base_check import samples_of
 from loratool.ops.extract_adapter import base_modules
 from loratool.ops.init_jobs import InitJob, InitRow, start_module
 from loratool.ops.init_modules import choose_modules
@@ -236,6 +237,12 @@ def _check_residual(init: Init, residual: Path | None, output: Path) -> None:
 
 def _facts(plan: InitPlan) -> dict[str, Any]:
     checkpoint = plan.base.checkpoint
+    base: dict[str, Any] = {
+        "name": checkpoint.path.resolve().name,
+        "fingerprint": fingerprint(checkpoint),
+    }
+    if plan.residual is None:
+        base["samples"] = samples_of(job.pair.base for job in plan.jobs)
     return {
         "format": plan.format,
         "fused_parts": list(plan.fused_parts),
@@ -245,7 +252,7 @@ def _facts(plan: InitPlan) -> dict[str, Any]:
         "alpha": plan.alpha,
         "dtype": plan.jobs[0].dtype.name,
         "base_model": plan.base_model,
-        "base": {"name": checkpoint.path.resolve().name, "fingerprint": fingerprint(checkpoint)},
+        "base": base,
         "residual": plan.residual.name if plan.residual else None,
         "notes": list(plan.notes),
     }

@@ -11,6 +11,7 @@ from loratool.adapter import (
     DenseUpdate,
     DoraUpdate,
     HadamardUpdate,
+    KasaUpdate,
     KroneckerUpdate,
     Update,
 )
@@ -55,7 +56,7 @@ def refuse_others(label: str, adapter: Adapter, also: Collection[type]) -> None:
 
 def _why(update: Update) -> str:
     text = update.describe()
-    if isinstance(update, DoraUpdate):
+    if isinstance(update, DoraUpdate | KasaUpdate):
         return f"{text}: what it changes depends on the weight of the base"
     if isinstance(update, HadamardUpdate | KroneckerUpdate):
         rows, columns = update.shape

@@ -177,11 +177,13 @@ def plan_merging(
     asked: Asked = NOTHING_MORE,
     grow: bool = False,
     allow_lossy: bool = False,
+    holds_base: bool = True,
 ) -> Merging:
     """Read the adapters' headers and place every update.
 
     ``scale`` multiplies every weight. ``base_check`` makes it an error when what an adapter
-    records of its base is not this base. add_bias, ties, grow: see ``place``. Raises InputError,
+    records of its base is not this base. add_bias, ties, grow: see ``place``. holds_base: whether
+    the model's values are the base's, and not only its form. Raises InputError,
     DisagreementError or UsageError.
     """
     target = resolve_device(device)
@@ -189,7 +191,9 @@ def plan_merging(
     if not opened:
         raise UsageError("no adapter is named")
     notes = [
-        note for one in opened for note in check_base(model, one.path, one.adapter, base_check)
+        note
+        for one in opened
+        for note in check_base(model, one.path, one.adapter, required=base_check, values=holds_base)
     ]
     names = {name: None for one in opened for name in one.adapter.updates}
     chosen = select(list(names), include, exclude)

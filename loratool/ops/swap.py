@@ -120,7 +120,7 @@ def plan_swap(
         )
     check_output(output, overwrite=overwrite, inputs=[path for path, _ in add])
     _check_same_layout(out)
-    merging = plan_merging(out.merged, add, alpha=alpha, device=device)
+    merging = plan_merging(out.merged, add, alpha=alpha, device=device, holds_base=False)
     if merging.placement.added:
         raise UsageError(
             "the adapter adds biases that the base does not have", hint="use unmerge, then merge"

@@ -210,10 +210,38 @@ def test_the_base_is_compared_with_what_the_adapter_records(tmp_path: Path) -> N
     assert lt.merge(base, plain, out, overwrite=True).facts["notes"] == []
 
 
+BAD = json.dumps({"base": {"samples": {f"{Q0}.weight": 7, "x": "F32:", "y": "BF16:0"}}})
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_base_of_the_same_form_and_other_values_is_said(tmp_path: Path, large: bool) -> None:
+    """A base and its sibling share names, headers and sizes."""
+    state = llama_like(torch.bfloat16)
+    if large:
+        state[f"{Q0}.weight"] = torch.randn(600, 24, generator=torch.Generator()).bfloat16()
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = state | {f"{Q0}.weight": state[f"{Q0}.weight"] + 0.1}
+    lt.extract(base, save_folder(tuned, tmp_path / "tuned", LLAMA), tmp_path / "made", rank=2)
+    out, made = tmp_path / "out", tmp_path / "made"
+    sibling = save_folder(tuned, tmp_path / "sibling", LLAMA)
+    (note,) = lt.merge(sibling, made, out).facts["notes"]
+    assert "1 of 1 tensors that it changes hold other values" in note
+    assert f"{Q0}.weight" in note
+    with pytest.raises(DisagreementError, match="not an adapter of this base"):
+        lt.merge(sibling, made, out, base_check=True, overwrite=True)
+    untouched = tuned | {f"{Q0}.weight": state[f"{Q0}.weight"]}
+    untouched["model.norm.weight"] = untouched["model.norm.weight"] + 1
+    other = save_folder(untouched, tmp_path / "other", LLAMA)
+    assert lt.merge(other, made, out, base_check=True, overwrite=True).facts["notes"] == []
+    wide = save_folder({n: v.float() for n, v in state.items()}, tmp_path / "wide", LLAMA)
+    (note,) = lt.merge(wide, made, out, overwrite=True).facts["notes"]
+    assert "other headers" in note
+
+
 def test_a_recorded_base_may_be_nonsense(tmp_path: Path) -> None:
     base = save_folder(llama_like(), tmp_path / "base", LLAMA)
     adapter = save_peft(tmp_path / "adapter", {Q0: factors(24, 24)})
-    for text in ("{", "[]", '{"base": 3}', '{"base": {"fingerprint": 7}}'):
+    for text in ("{", "[]", '{"base": 3}', '{"base": {"fingerprint": 7}}', BAD):
         (adapter / "loratool_report.json").write_text(text)
         assert lt.merge(base, adapter, tmp_path / "out", overwrite=True).facts["notes"] == []
 

@@ -114,3 +114,16 @@ def test_config_files_come_along(made: Path) -> None:
     lt.swap(made / "merged", made / "old", made / "new", made / "swapped")
     assert (made / "swapped" / "tokenizer.json").is_file()
     assert (made / "swapped" / RECEIPT_FILE).is_file()
+
+
+def test_a_new_adapter_of_the_same_base_is_no_cause_for_a_note(tmp_path: Path) -> None:
+    """It records samples of the base, which the merged checkpoint does not hold."""
+    state = llama_like(torch.bfloat16)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for index in (1, 2):
+        tuned = save_folder(state | {name: state[name] + index}, tmp_path / f"t{index}", LLAMA)
+        lt.extract(base, tuned, tmp_path / f"a{index}", rank=1)
+    lt.merge(base, tmp_path / "a1", tmp_path / "merged", receipt=True)
+    report = lt.swap(tmp_path / "merged", tmp_path / "a1", tmp_path / "a2", tmp_path / "out")
+    assert report.facts["notes"] == []
