@@ -25,8 +25,10 @@ from loratool.ops import extract_plan as _extract_plan
 from loratool.ops import init as _init
 from loratool.ops import inspect as _inspect
 from loratool.ops import inspect_forecast as _forecast
+from loratool.ops import intruders as _intruders
 from loratool.ops import merge as _merge
 from loratool.ops import merge_in_place as _merge_in_place
+from loratool.ops import mitigate as _mitigate
 from loratool.ops import pictures as _pictures
 from loratool.ops import recipe as _recipe
 from loratool.ops import recover as _recover
@@ -46,6 +48,7 @@ from loratool.ops.extract_report import ExtractReport
 from loratool.ops.init import InitReport
 from loratool.ops.inspect import AdaptersReport
 from loratool.ops.inspect_level import Level, parse_level
+from loratool.ops.intruders import IntruderReport
 from loratool.ops.merge_jobs import Asked
 from loratool.ops.merge_report import MergeReport
 from loratool.ops.recover import RecoverReport
@@ -624,6 +627,74 @@ def write_picture(report: Viewable, path: PathArg, *, overwrite: bool = False) -
     Takes the extra ``report``. Raises a LoratoolError subclass; nothing is written then.
     """
     _pictures.write_pictures([_pictures.picture_at(Path(path), overwrite=overwrite)], report)
+
+
+def intruders(
+    base: PathArg,
+    tuned: PathArg,
+    *,
+    top: int = _intruders.TOP,
+    epsilon: float = _intruders.EPSILON,
+    exact: bool = False,
+    only: Sequence[str] = (),
+    alpha: float | None = None,
+    device: str = "auto",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> IntruderReport:
+    """Strong directions of a tuned checkpoint, or of an adapter's merge, that ``base`` lacks.
+
+    top: leading left singular vectors of each linear layer to examine. epsilon: the cosine that
+    an intruder has with none of the base's. exact: full decompositions. Raises a LoratoolError
+    subclass.
+    """
+    looking = _intruders.plan_looking(
+        Path(base),
+        Path(tuned),
+        top=top,
+        epsilon=epsilon,
+        exact=exact,
+        only=only,
+        alpha=alpha,
+        device=device,
+    )
+    return _intruders.find_intruders(looking, engine=_engine(jobs), progress=progress)
+
+
+def mitigate(
+    base: PathArg,
+    tuned: PathArg,
+    output: PathArg,
+    *,
+    factor: float,
+    top: int = _intruders.TOP,
+    epsilon: float = _intruders.EPSILON,
+    exact: bool = False,
+    only: Sequence[str] = (),
+    alpha: float | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> IntruderReport:
+    """Write ``tuned``, a checkpoint or an adapter, with its intruders at ``factor`` of their size.
+
+    The rest is as in ``intruders``. Raises a LoratoolError subclass; nothing is written then.
+    """
+    plan = _mitigate.plan_mitigate(
+        Path(base),
+        Path(tuned),
+        Path(output),
+        factor=factor,
+        top=top,
+        epsilon=epsilon,
+        exact=exact,
+        only=only,
+        alpha=alpha,
+        device=device,
+        overwrite=overwrite,
+    )
+    return _mitigate.run_mitigate(plan, _engine(jobs), progress)
 
 
 def list_models(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.cli import options
-from loratool.cli.inspect_adapter import show_adapter
-from loratool.cli.inspect_adapters import show_side_by_side
-from loratool.cli.inspect_amplification import show_amplification
-from loratool.cli.inspect_checkpoint import show_checkpoint
-from loratool.cli.inspect_forecast import show_forecast
-from loratool.cli.inspect_pair import SORTS, show_pair
+from loratool.cli import (
+    inspect_adapter,
+    inspect_adapters,
+    inspect_amplification,
+    inspect_checkpoint,
+    inspect_forecast,
+    inspect_intruders,
+    inspect_pair,
+    options,
+)
+from loratool.cli.inspect_intruders import Looking, Writing, look_for_intruders
 from loratool.cli.output import Output
 from loratool.cli.pictures import Pictures, picture_options
 from loratool.cli.tables import write_csv
@@ -21,9 +26,38 @@ from loratool.errors import UsageError
 
 if TYPE_CHECKING:
     from loratool.api import InspectReport
+    from loratool.ops.inspect import AdaptersReport
+    from loratool.ops.intruders import IntruderReport
 
-_ROWS = {"checkpoint": "tensors", "adapter": "updates", "pair": "changed"}
+    Report = InspectReport | AdaptersReport | IntruderReport
+
+_ROWS = {
+    "checkpoint": "tensors",
+    "adapter": "updates",
+    "pair": "changed",
+    "intruders": "weights",
+}
 """What is inspected → the field of its document with a row per tensor."""
+
+_VIEWS: dict[str, Callable[[Output, Any, str | None], None]] = {
+    "checkpoint": inspect_checkpoint.show_checkpoint,
+    "adapter": inspect_adapter.show_adapter,
+    "adapters": inspect_adapters.show_side_by_side,
+    "amplification": inspect_amplification.show_amplification,
+    "forecast": inspect_forecast.show_forecast,
+    "intruders": inspect_intruders.show_intruders,
+    "pair": inspect_pair.show_pair,
+}
+_SORTS: dict[str, Iterable[str]] = {
+    "checkpoint": inspect_checkpoint.SORTS,
+    "adapter": inspect_adapter.SORTS,
+    "adapters": inspect_adapters.SORTS,
+    "amplification": inspect_amplification.SORTS,
+    "forecast": inspect_forecast.SORTS,
+    "intruders": inspect_intruders.SORTS,
+    "pair": inspect_pair.SORTS,
+}
+"""What is inspected → how it is shown, and what --sort takes there, the default first."""
 
 
 @click.command("inspect")
@@ -49,18 +83,45 @@ _ROWS = {"checkpoint": "tensors", "adapter": "updates", "pair": "changed"}
 )
 @click.option(
     "--sort",
-    type=click.Choice(list(SORTS)),
-    help="Order of a pair's modules, the largest first (default: energy).",
+    type=click.Choice(sorted({name for sorts in _SORTS.values() for name in sorts})),
+    help="Order of the table, the largest first; each view has its own (default of a pair: "
+    "energy).",
 )
 @click.option("--exact", is_flag=True, help="Every singular value of a pair's changes.")
 @click.option(
     "--csv", "csv_file", type=options.PATH, metavar="FILE", help="Also write a line per tensor."
 )
 @picture_options
+@click.option(
+    "--intruders",
+    is_flag=True,
+    help="Of a pair, or an adapter with --base: strong directions of the tuned weights that the "
+    "base does not have.",
+)
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Leading directions of each weight to examine for intruders (default: 10).",
+)
+@click.option(
+    "--epsilon",
+    type=options.FINITE,
+    metavar="E",
+    help="An intruder's cosines to all directions of the base are below this (default: 0.5).",
+)
+@click.option(
+    "--mitigate",
+    type=options.FINITE,
+    metavar="FACTOR",
+    help="Write what was tuned to -o with its intruders at FACTOR times their size.",
+)
+@click.option("-o", "--output", type=options.PATH, help="Where --mitigate writes.")
 @options.alpha_option
 @options.device_option
 @options.jobs_option
 @options.report_option
+@options.dry_run_option
 @options.framed
 def inspect_command(
     out: Output,
@@ -72,10 +133,16 @@ def inspect_command(
     exact: bool,
     csv_file: Path | None,
     pictures: Pictures,
+    intruders: bool,
+    top: int | None,
+    epsilon: float | None,
+    mitigate: float | None,
+    output: Path | None,
     alpha: float | None,
     device: str,
     jobs: int | None,
     report: Path | None,
+    dry_run: bool,
 ) -> None:
     """Look inside a checkpoint or an adapter; at what fine-tuning changed from one checkpoint,
     BASE, to another, TUNED; at several adapters side by side.
@@ -89,20 +156,30 @@ def inspect_command(
       loratool inspect base/ tuned/
       loratool inspect base/ tuned/ --html report.html
       loratool inspect tuned/ --base base/ --only '*.mlp.*' --csv changes.csv
+      loratool inspect base/ tuned/ --intruders
+      loratool inspect adapter/ --base base/ --mitigate 0.75 -o milder/
     """
-    from loratool.api import inspect, inspect_adapters
-    from loratool.ops.amplification import AmplificationReport
-    from loratool.ops.inspect import (
-        AdapterReport,
-        AdaptersReport,
-        CheckpointReport,
-        PairReport,
+    if intruders or mitigate is not None:
+        view = Looking(top, epsilon, exact, only, alpha, device, jobs, level)
+        writing = Writing(mitigate, output, dry_run=dry_run, overwrite=pictures.overwrite)
+        pictures.refuse("intruders")
+        found = look_for_intruders(out, paths, base, view, writing)
+        if found is not None:
+            _say(out, found, sort, csv_file, report)
+        return
+    _refuse_alone(
+        {
+            "--top": top is not None,
+            "--epsilon": epsilon is not None,
+            "-o": output is not None,
+            "--dry-run": dry_run,
+        }
     )
-    from loratool.ops.inspect_forecast import ForecastReport
+    from loratool.api import inspect, inspect_adapters
     from loratool.ops.sources import is_adapter
 
     pictures.check()
-    result: InspectReport | AdaptersReport
+    result: Report
     if len(paths) > 2 or (len(paths) == 2 and all(is_adapter(path) for path in paths)):
         if base is not None or exact:
             raise UsageError("adapters side by side take neither --base nor --exact")
@@ -121,29 +198,42 @@ def inspect_command(
             jobs=jobs,
             progress=out.progress(),
         )
-    if sort is not None and not isinstance(result, PairReport):
-        raise UsageError("--sort is for pairs of checkpoints")
+    from loratool.ops.inspect import PairReport
+
+    if base is not None and isinstance(result, PairReport):
+        out.line(f"the pair {result.base} and {result.tuned}, as inspect BASE TUNED shows it")
+    pictures.write(result)
+    _say(out, result, sort, csv_file, report)
+    pictures.show(out)
+
+
+def _say(
+    out: Output, result: Report, sort: str | None, csv_file: Path | None, report: Path | None
+) -> None:
+    """The result in every form that was asked for."""
     document = result.to_json()
+    check_sort(sort, document["what"])
     write_csv(csv_file, _rows(document))
     out.report_file(report, document)
-    pictures.write(result)
     if out.as_json:
         out.document(document)
-    elif isinstance(result, CheckpointReport):
-        show_checkpoint(out, result)
-    elif isinstance(result, AdapterReport):
-        show_adapter(out, result)
-    elif isinstance(result, AdaptersReport):
-        show_side_by_side(out, result.adapters)
-    elif isinstance(result, AmplificationReport):
-        show_amplification(out, result)
-    elif isinstance(result, ForecastReport):
-        show_forecast(out, result)
     else:
-        if base is not None:
-            out.line(f"the pair {result.base} and {result.tuned}, as inspect BASE TUNED shows it")
-        show_pair(out, result, sort or "energy")
-    pictures.show(out)
+        _VIEWS[document["what"]](out, result, sort)
+
+
+def check_sort(sort: str | None, what: str) -> None:
+    """Raises UsageError for an order that the view does not have."""
+    if sort is not None and sort not in _SORTS[what]:
+        raise UsageError(f"--sort {sort}: this view is sorted by {', '.join(_SORTS[what])}")
+
+
+def _refuse_alone(given: dict[str, bool]) -> None:
+    clashing = [name for name, is_given in given.items() if is_given]
+    if clashing:
+        raise UsageError(
+            f"{', '.join(clashing)}: goes with --intruders or --mitigate",
+            hint="inspect writes nothing else than reports",
+        )
 
 
 def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -152,6 +242,9 @@ def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
         return [
             {"adapter": one["name"]} | row for one in document["adapters"] for row in _rows(one)
         ]
-    rows: list[dict[str, Any]] = document.get(_ROWS.get(document["what"], "updates"), [])
+    field = _ROWS.get(document["what"], "updates")
+    if document["what"] == "pair" and document["level"] == "headers":
+        field = "tensors"
+    rows: list[dict[str, Any]] = document[field]
     values = {row["name"]: row for row in document.get("values", [])}
     return [row | values.get(row["name"], {}) for row in rows]

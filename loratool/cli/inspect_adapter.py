@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.cli.inspect_values import show_values
 from loratool.cli.output import Output, fitting, size_text, span, spark
+from loratool.cli.tables import Sorts, in_order
 
 if TYPE_CHECKING:
     from loratool.ops.inspect import AdapterReport
@@ -17,7 +18,16 @@ _ORDER = ("module", "tensors", "rank", "alpha", "scale", "‖ΔW‖", "stable ra
 _BY_WORTH = ("‖ΔW‖", "spectrum", "scale", "alpha", "tensors", "stable rank")
 
 
-def show_adapter(out: Output, report: AdapterReport) -> None:
+SORTS: Sorts[tuple[str, list[UpdateRow]]] = {
+    "model": lambda line: 0,
+    "name": lambda line: line[0],
+    "norm": lambda line: -max(row.norm or 0.0 for row in line[1]),
+    "rank": lambda line: -max(row.rank for row in line[1]),
+    "stable-rank": lambda line: -max(row.stable_rank or 0.0 for row in line[1]),
+}
+
+
+def show_adapter(out: Output, report: AdapterReport, sort: str | None = None) -> None:
     from loratool.layouts.families import family_of
 
     families: dict[str, list[UpdateRow]] = defaultdict(list)
@@ -32,7 +42,7 @@ def show_adapter(out: Output, report: AdapterReport) -> None:
             "scale": span([row.scale for row in rows]),
             **_spectrum_cells(rows),
         }
-        for name, rows in families.items()
+        for name, rows in in_order(list(families.items()), sort, SORTS)
     ]
     title = f"adapter {report.name} ({report.format}), base: {report.base_model or 'not recorded'}"
     columns = fitting(out.width, lines, _ORDER, ("module", "rank"), _BY_WORTH) if lines else []

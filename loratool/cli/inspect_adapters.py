@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.cli.output import Output, fitting, size_text, span
+from loratool.cli.tables import Sorts, in_order
 
 if TYPE_CHECKING:
-    from loratool.ops.inspect import AdapterReport
+    from loratool.ops.inspect import AdapterReport, AdaptersReport
 
 _ORDER = (
     *("adapter", "format", "base", "updates", "other", "rank", "alpha", "scale", "‖ΔW‖"),
@@ -21,8 +21,18 @@ _BY_WORTH = (
 _TARGETS = 4
 
 
-def show_side_by_side(out: Output, reports: Sequence[AdapterReport]) -> None:
+SORTS: Sorts[AdapterReport] = {
+    "given": lambda report: 0,
+    "name": lambda report: report.name,
+    "norm": lambda report: -sum(row.norm**2 for row in report.rows if row.norm is not None),
+    "rank": lambda report: -max((row.rank for row in report.rows), default=0),
+    "size": lambda report: -report.nbytes,
+}
+
+
+def show_side_by_side(out: Output, report: AdaptersReport, sort: str | None = None) -> None:
     """A line per adapter; of what differs within one, the span."""
+    reports = in_order(report.adapters, sort, SORTS)
     lines = [_line(report) for report in reports]
     columns = fitting(out.width, lines, _ORDER, ("adapter", "rank"), _BY_WORTH)
     out.table(

@@ -6,19 +6,29 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from loratool.cli.output import Output, span
+from loratool.cli.tables import Sorts, in_order
 
 if TYPE_CHECKING:
     from loratool.ops.amplification import AmplificationReport, AmplificationRow
 
 
-def show_amplification(out: Output, report: AmplificationReport) -> None:
+SORTS: Sorts[tuple[str, list[AmplificationRow]]] = {
+    "model": lambda line: 0,
+    "name": lambda line: line[0],
+    "amplification": lambda line: -max(row.amplification or 0.0 for row in line[1]),
+    "norm": lambda line: -max(row.delta_norm for row in line[1]),
+    "rank": lambda line: -max(row.rank for row in line[1]),
+}
+
+
+def show_amplification(out: Output, report: AmplificationReport, sort: str | None = None) -> None:
     from loratool.layouts.families import family_of
 
     families: dict[str, list[AmplificationRow]] = defaultdict(list)
     for row in report.rows:
         families[row.name if out.verbose else family_of(row.name)].append(row)
     cells = []
-    for name, rows in families.items():
+    for name, rows in in_order(list(families.items()), sort, SORTS):
         factors = [row.amplification for row in rows if row.amplification is not None]
         left = [row.phi_left for row in rows if row.phi_left is not None]
         right = [row.phi_right for row in rows if row.phi_right is not None]

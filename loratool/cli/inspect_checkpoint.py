@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from loratool.cli.inspect_values import show_values
 from loratool.cli.output import Output, counted, size_text
+from loratool.cli.tables import Sorts, in_order
 
 if TYPE_CHECKING:
     from loratool.ops.inspect import CheckpointReport
+    from loratool.ops.inspect_checkpoint import KindRow
+
+SORTS: Sorts[KindRow] = {
+    "size": lambda row: -row.nbytes,
+    "parameters": lambda row: -row.parameters,
+    "name": lambda row: row.kind,
+}
+_TENSOR_SORTS: Sorts[dict[str, Any]] = {
+    "model": lambda row: 0,
+    "size": lambda row: -row["bytes"],
+    "parameters": lambda row: -math.prod(row["shape"]),
+    "name": lambda row: row["name"],
+}
 
 
-def show_checkpoint(out: Output, report: CheckpointReport) -> None:
+def show_checkpoint(out: Output, report: CheckpointReport, sort: str | None = None) -> None:
     out.table(
         f"checkpoint {report.name}"
         + (f" ({report.architecture})" if report.architecture else "")
@@ -25,7 +40,7 @@ def show_checkpoint(out: Output, report: CheckpointReport) -> None:
                 f"{row.parameters:,}",
                 size_text(row.nbytes),
             ]
-            for row in report.kinds
+            for row in in_order(report.kinds, sort, SORTS)
         ],
         text=2,
     )
@@ -35,7 +50,7 @@ def show_checkpoint(out: Output, report: CheckpointReport) -> None:
             ["tensor", "kind", "dtype", "shape"],
             [
                 [row["name"], row["kind"], row["dtype"], "×".join(map(str, row["shape"]))]
-                for row in report.tensors
+                for row in in_order(report.tensors, sort, _TENSOR_SORTS)
             ],
             text=3,
         )

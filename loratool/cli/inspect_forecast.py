@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from loratool.cli.output import Output, fitting, percent, span
+from loratool.cli.tables import Sorts, in_order
 
 if TYPE_CHECKING:
     from loratool.ops.inspect_forecast import ForecastReport, ForecastRow
@@ -14,7 +15,16 @@ _ORDER = ("module", "tensors", "‖ΔW‖/‖W‖", "σ(ΔW)/σ(W)", "lost in BF
 _BY_WORTH = ("lost in BF16", "lost in F16", "σ(ΔW)/σ(W)", "tensors")
 
 
-def show_forecast(out: Output, report: ForecastReport) -> None:
+SORTS: Sorts[tuple[str, list[ForecastRow]]] = {
+    "model": lambda line: 0,
+    "name": lambda line: line[0],
+    "lost": lambda line: -max(row.lost_share("BF16") or 0.0 for row in line[1]),
+    "norm": lambda line: -max(row.update_norm for row in line[1]),
+    "strength": lambda line: -max(row.strength or 0.0 for row in line[1]),
+}
+
+
+def show_forecast(out: Output, report: ForecastReport, sort: str | None = None) -> None:
     from loratool.layouts.families import family_of
 
     families: dict[str, list[ForecastRow]] = defaultdict(list)
@@ -28,7 +38,7 @@ def show_forecast(out: Output, report: ForecastReport) -> None:
             "σ(ΔW)/σ(W)": span([row.strength for row in rows if row.strength is not None]),
             **{f"lost in {dtype}": _lost(rows, dtype) for dtype in ("BF16", "F16")},
         }
-        for name, rows in families.items()
+        for name, rows in in_order(list(families.items()), sort, SORTS)
     ]
     columns = fitting(out.width, lines, _ORDER, ("module", "‖ΔW‖/‖W‖"), _BY_WORTH)
     out.table(

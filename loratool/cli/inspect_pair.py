@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.cli.heatmap import show_heatmap
 from loratool.cli.output import Output, counted, fitting, percent, size_text, span, spark
+from loratool.cli.tables import Sorts, in_order
 
 if TYPE_CHECKING:
     from loratool.algebra.spectrum import Spectrum
@@ -18,18 +18,17 @@ _BARS = 16
 _ROWS = 40
 """Modules in the table before -v is asked for."""
 
-SORTS: dict[str, Callable[[list[DeltaRow]], Any]] = {
-    "energy": lambda rows: -sum(row.delta_norm**2 for row in rows),
-    "change": lambda rows: -(_change(rows) or 0.0),
-    "stable-rank": lambda rows: (
-        -max((row.spectrum.stable_rank() for row in rows if row.spectrum), default=0.0)
+SORTS: Sorts[tuple[str, list[DeltaRow]]] = {
+    "energy": lambda line: -sum(row.delta_norm**2 for row in line[1]),
+    "change": lambda line: -(_change(line[1]) or 0.0),
+    "stable-rank": lambda line: (
+        -max((row.spectrum.stable_rank() for row in line[1] if row.spectrum), default=0.0)
     ),
-    "name": lambda rows: rows[0].name,
+    "name": lambda line: line[0],
 }
-"""--sort: field → key of a line of the table."""
 
 
-def show_pair(out: Output, report: PairReport, sort: str = "energy") -> None:
+def show_pair(out: Output, report: PairReport, sort: str | None = None) -> None:
     from loratool.ops.inspect_level import Level
 
     if report.level is Level.HEADERS:
@@ -115,14 +114,14 @@ def _heatmap(out: Output, report: PairReport) -> None:
     )
 
 
-def _table(out: Output, report: PairReport, sort: str) -> None:
+def _table(out: Output, report: PairReport, sort: str | None) -> None:
     from loratool.layouts.families import family_of, layer_of
 
     families: dict[str, list[DeltaRow]] = defaultdict(list)
     for row in report.rows:
         families[row.name if out.verbose else family_of(row.name)].append(row)
     top = max((row.relative_change or 0.0 for row in report.rows), default=0.0)
-    ordered = sorted(families.items(), key=lambda item: SORTS[sort](item[1]))
+    ordered = in_order(list(families.items()), sort, SORTS)
     lines = []
     for name, rows in ordered if out.verbose else ordered[:_ROWS]:
         rows = sorted(rows, key=lambda row: layer_of(row.name) or 0)
@@ -144,7 +143,7 @@ def _table(out: Output, report: PairReport, sort: str) -> None:
         lines.append(line)
     columns = fitting(out.width, lines, _ORDER, _ALWAYS, _BY_WORTH)
     out.table(
-        f"by {sort}, computed on {report.device}",
+        f"by {sort or 'energy'}, computed on {report.device}",
         columns,
         [[line.get(column, "") for column in columns] for line in lines],
     )

@@ -10,6 +10,7 @@ import click
 
 from loratool.cli.options import PATH, Command
 from loratool.cli.output import Output, size_text
+from loratool.errors import UsageError
 
 if TYPE_CHECKING:
     from loratool.ops.pictures import Picture
@@ -23,10 +24,11 @@ _ABOUT = {
 
 
 class Pictures:
-    """The files asked for."""
+    """The files asked for. overwrite: whether what exists may be replaced."""
 
-    def __init__(self, pictures: list[Picture]):
+    def __init__(self, pictures: list[Picture], *, overwrite: bool):
         self._pictures = pictures
+        self.overwrite = overwrite
         self._written: list[str] = []
 
     def check(self) -> None:
@@ -35,6 +37,11 @@ class Pictures:
             from loratool.ops.pictures import check_pictures
 
             check_pictures(self._pictures)
+
+    def refuse(self, what: str) -> None:
+        """Raises UsageError where pictures were asked for, of which this view has none."""
+        if self._pictures:
+            raise UsageError(f"--html, --png and --svg: there is no picture of {what}")
 
     def write(self, report: Viewable) -> None:
         """After it, and before anything is printed, so that an error is the only document."""
@@ -65,11 +72,11 @@ def picture_options(function: Command) -> Command:
             pictures = [
                 Picture(kind, path, overwrite) for kind, path in asked.items() if path is not None
             ]
-        function(*arguments, pictures=Pictures(pictures), **options)
+        function(*arguments, pictures=Pictures(pictures, overwrite=overwrite), **options)
 
     decorated: Command = run
     decorated = click.option(
-        "--overwrite", is_flag=True, help="Replace an existing page or picture."
+        "--overwrite", is_flag=True, help="Replace an existing file or output."
     )(decorated)
     for kind in reversed(_ABOUT):
         decorated = click.option(f"--{kind}", type=PATH, metavar="FILE", help=_ABOUT[kind])(

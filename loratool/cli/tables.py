@@ -1,14 +1,23 @@
-"""Rows of a report as a file of comma-separated values."""
+"""Rows of a report: sorted as asked, and as a file of comma-separated values."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loratool.errors import OutputError
+
+Row = TypeVar("Row")
+Sorts = Mapping[str, Callable[[Row], Any]]
+"""--sort: what can be asked for, the default first → key of a line."""
+
+
+def in_order(lines: Sequence[Row], sort: str | None, sorts: Sorts[Row]) -> list[Row]:
+    """The lines of a table as --sort asks for it, by the first of ``sorts`` where it does not."""
+    return sorted(lines, key=sorts[sort or next(iter(sorts))])
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -159,7 +159,7 @@ def amplification(
 
 
 def _measure(job: _Job) -> AmplificationRow:
-    weight, value = _on_weight(job)
+    weight, value = on_weight(job.placed, job.base, job.device)
     u, values, v = value.svd()
     rank = len(values)
     norm = math.sqrt(sum_of_squares(weight))
@@ -187,22 +187,27 @@ def _measure(job: _Job) -> AmplificationRow:
     )
 
 
-def _on_weight(job: _Job) -> tuple[Tensor, LowRank]:
-    """The weight as (out, in·k…), float32, and the update of it; of some rows where it has some."""
-    placed, update = job.placed, job.placed.update
+def on_weight(
+    placed: PlacedUpdate, base: TensorInfo, device: torch.device
+) -> tuple[Tensor, LowRank]:
+    """The weight as (out, in·k…), float32, and the update of it; of some rows where it has some.
+
+    Raises NonFiniteValues.
+    """
+    update = placed.update
     assert isinstance(update, LowRankUpdate)
     value = update.load()
     if not bool(torch.isfinite(value.b).all()) or not bool(torch.isfinite(value.a).all()):
         raise NonFiniteValues(f"{placed.source}: the adapter holds NaN or infinity")
     if placed.member is None:
-        stored = job.base.read()
+        stored = base.read()
     else:
-        stored = job.base.read_rows(placed.member, placed.member + 1)[0]
-    weight = stored.to(job.device).float().flatten(1)
+        stored = base.read_rows(placed.member, placed.member + 1)[0]
+    weight = stored.to(device).float().flatten(1)
     if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteValues(f"{job.base.name}: holds NaN or infinity")
+        raise NonFiniteValues(f"{base.name}: holds NaN or infinity")
     weight = weight.T.contiguous() if placed.transposed else weight
-    b, a = value.b.to(job.device), value.a.to(job.device)
+    b, a = value.b.to(device), value.a.to(device)
     if placed.places is not None:
         rows = [row for row, place in enumerate(placed.places) if place >= 0]
         weight, b = weight[rows], b[[placed.places[row] for row in rows]]

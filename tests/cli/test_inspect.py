@@ -41,7 +41,7 @@ def test_the_table_is_sorted_as_asked(pair: list[Path]) -> None:
     assert names == sorted(names)
     assert modules("energy") != names
     assert sorted(modules("change")) == names
-    assert invoke("inspect", pair[0], "--sort", "name").code == 2
+    assert invoke("inspect", pair[0], "--sort", "change").code == 2
 
 
 def test_a_line_per_tensor_as_csv(pair: list[Path], tmp_path: Path) -> None:
