@@ -103,6 +103,11 @@ def uses_conv1d(shapes: Shapes, config: ModelConfig) -> bool:
     return bool(stored_in_out) or bool(said)
 
 
+def may_be_conv1d(name: str) -> bool:
+    """Whether GPT-2's Conv1D layers have weights of this name."""
+    return _last(name) in _CONV1D_NAMES and name.endswith(".weight")
+
+
 def _last(name: str) -> str:
     return module_of(name).rpartition(".")[2]
 

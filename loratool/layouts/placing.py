@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from loratool.adapter import (
@@ -18,7 +18,7 @@ from loratool.adapter import (
 from loratool.errors import DisagreementError, NothingMatches, ShapeMismatch, UsageError
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.fusing import Offer, offered_names
-from loratool.layouts.kinds import classify
+from loratool.layouts.kinds import classify, may_be_conv1d
 from loratool.layouts.names import match_names, near_misses
 from loratool.layouts.orienting import on_piece, oriented
 from loratool.layouts.placed import PlacedUpdate, Placement, TieChoice, describe
@@ -110,7 +110,8 @@ def _place_one(
 ) -> Placement:
     if not adapter.updates:
         raise NothingMatches("the adapter holds no update", hint="was everything excluded?")
-    stored_as = {module: name for name, module in module_names(tensors, config).items()}
+    modules = module_names(tensors, config)
+    stored_as = {module: name for name, module in modules.items()}
     shapes = {module: tensors[name].shape for module, name in stored_as.items()}
     kinds = classify(shapes, config, adapter_says_conv1d=adapter.fan_in_fan_out)
     ties = find_ties(list(shapes), kinds, config)
@@ -140,6 +141,7 @@ def _place_one(
         if target in by_target:
             raise DisagreementError(f"{target}: two updates of the adapter claim it")
         by_target[target] = (source, adapter.updates[source])
+    _check_stored_once(by_target, modules)
     in_pieces = {name: by_target.pop(name) for name in list(by_target) if name in offers}
     infos = {module: tensors[name] for module, name in stored_as.items()}
     untied: dict[str, str] = {}
@@ -182,8 +184,42 @@ def _place_one(
     added: dict[str, tuple[PlacedUpdate, ...]] = {
         update.target: (update,) for update in new_biases.values()
     }
+    notes += _notes_on_squares(by_target, shapes, kinds, config)
     by_name = {stored_as[target]: rows for target, rows in grown.items()}
     return Placement(placed, copies, tuple(notes), added, untied, by_name)
+
+
+def _check_stored_once(targets: Collection[str], modules: Mapping[str, str]) -> None:
+    """modules: stored name → the module's parameter."""
+    if len(set(modules.values())) == len(modules):
+        return
+    for target in targets:
+        names = [name for name, module in modules.items() if module == target]
+        if len(names) > 1:
+            raise DisagreementError(
+                f"{target}: the base stores it twice, as {' and as '.join(names)}",
+                hint="take out the one that its model does not load",
+            )
+
+
+def _notes_on_squares(
+    targets: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    kinds: Mapping[str, ModuleKind],
+    config: ModelConfig,
+) -> list[str]:
+    """Square weights that may be (in, out), where neither config nor shapes tell."""
+    if config.uses_conv1d is not None:
+        return []
+    return [
+        f"{name} is square, and nothing tells how it is stored: it was read as (out, in)"
+        for name in targets
+        if name in shapes
+        and kinds[name] is ModuleKind.LINEAR
+        and may_be_conv1d(name)
+        and len(set(shapes[name])) == 1
+        and not any(may_be_conv1d(other) and len(set(shapes[other])) > 1 for other in shapes)
+    ]
 
 
 def _check_apart(name: str, placed: Sequence[PlacedUpdate]) -> None:

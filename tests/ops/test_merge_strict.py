@@ -79,3 +79,34 @@ def test_verify_names_the_tensor_that_holds_nan(tmp_path: Path) -> None:
     base = save_folder(state, tmp_path / "base", LLAMA)
     with pytest.raises(NonFiniteValues, match=rf"{Q}.weight: NaN or infinity at \[2, 3\]"):
         lt.verify(merged, base, adapter)
+
+
+def test_a_parameter_that_the_base_stores_under_two_names(tmp_path: Path) -> None:
+    norm = "encoder.layer.0.output.LayerNorm"
+    state = {f"{norm}.gamma": random_tensor(8), f"{norm}.weight": random_tensor(8, seed=1)}
+    base = save_folder(state, tmp_path / "base", {"model_type": "bert"})
+    adapter = replacing(tmp_path / "a", **{f"{norm}.weight": random_tensor(8, seed=2)})
+    with pytest.raises(DisagreementError, match=r"stores it twice, as .*gamma and as .*weight"):
+        lt.merge(base, adapter, tmp_path / "out")
+
+
+def test_a_square_weight_that_nothing_tells_the_sides_of(tmp_path: Path) -> None:
+    name = "h.0.attn.c_proj"
+    state = {f"{name}.weight": random_tensor(8, 8)}
+    adapter = save_peft(tmp_path / "a", {name: (random_tensor(2, 8), random_tensor(8, 2))})
+    base = save_folder(state, tmp_path / "base")
+    (note,) = lt.merge(base, adapter, tmp_path / "out").facts["notes"]
+    assert (
+        note
+        == f"{name}.weight is square, and nothing tells how it is stored: it was read as (out, in)"
+    )
+    for index, more in enumerate(
+        ({"h.0.mlp.c_fc.weight": random_tensor(8, 32), "h.0.mlp.c_fc.bias": random_tensor(32)}, {})
+    ):
+        config = None if more else {"model_type": "gpt2"}
+        told = save_folder(state | more, tmp_path / f"told{index}", config)
+        assert lt.merge(told, adapter, tmp_path / f"out{index}").facts["notes"] == []
+        merged = load_folder(tmp_path / f"out{index}")[f"{name}.weight"]
+        plain = load_folder(tmp_path / "out")[f"{name}.weight"]
+        turned = (merged - state[f"{name}.weight"]).T
+        torch.testing.assert_close(turned, plain - state[f"{name}.weight"], rtol=1e-4, atol=1e-6)
