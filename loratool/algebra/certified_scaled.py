@@ -3,27 +3,26 @@
 A weight q with the scale s means W0 = q·s. The target is Y = W0 + Σ ΔW, and the result the q' whose
 value is nearest to Y/s. q' changes where Y passes t·s, t being the middle between two neighbouring
 values of the format. q·s and t·s are exact in float64 (at most 5 and 24 significant bits). So Y is
-estimated in float64 with its bound, and where that leaves several q' possible, the sign of
-Y − t·s decides, from the exact sum. Ties go to the even code.
+estimated in float64 with its bound, and where that leaves several q' possible, Y rounded to odd
+is compared with t·s. Ties go to the even code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.algebra.certified_terms import finite_or_error, total
-from loratool.algebra.exact_matrix import TINY, U64, ExactMatrix
-from loratool.algebra.exact_sum import sum_rounded_to_odd
+from loratool.algebra.certified_terms import finite_or_error
+from loratool.algebra.exact_matrix import TINY, U64
 from loratool.algebra.rounding import RoundedBlock
 from loratool.errors import UnsupportedInput
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-_GATHER_DOUBLES = 2**22
 _SIGN = 0x80
 _UP = 1 + 1e-6
 
@@ -31,42 +30,52 @@ Scales = Callable[[int, int], Tensor]
 """The scales of rows first:last of a tensor, float64, broadcasting to (rows, columns)."""
 
 
-class CertifiedScaled:
-    """Σ of the terms, ready to be added to blocks of scaled rows, which count from ``start``.
+class Target(Protocol):
+    """What becomes of rows that are given exactly in float64; the rest as CertifiedTerms has it."""
 
-    terms: in the tensor's own orientation. scales: finite and positive where anything changes.
-    Works on the CPU.
+    def estimate(self, start: Tensor, first_row: int) -> tuple[Tensor, Tensor]: ...
+
+    def exactly(self, start: Tensor, first_row: int, row: Tensor, column: Tensor) -> np.ndarray: ...
+
+
+class CertifiedScaled:
+    """A target of unpacked rows, packed again with the same scales; rows count from ``start``.
+
+    target: in the tensor's own orientation, counting from there too. scales: finite and positive
+    where anything changes. Works on the CPU.
     """
 
-    def __init__(self, terms: Sequence[ExactMatrix], scales: Scales, start: int = 0):
-        self._terms = list(terms)
+    def __init__(self, target: Target, scales: Scales, start: int = 0):
+        self._target = target
         self._scales = scales
         self._start = start
 
     def add_to(self, w0: Tensor, first_row: int, dtype: torch.dtype) -> RoundedBlock:
-        """The nearest stored values to (w0·s + ΔW)/s, in w0's own dtype.
+        """The nearest stored values to Y/s, in w0's own dtype.
 
         Raises NonFiniteValues for NaN or infinity in w0, UnsupportedInput for impossible scales.
         What exceeds the format's range is counted and left at its largest value.
         """
         assert dtype == w0.dtype
         base = w0.cpu()
-        finite_or_error(base.float(), first_row)
-        first = self._start + first_row
-        rows = torch.arange(first, first + len(base))
-        scales = self._scales(first, first + len(base)).expand(base.shape)
-        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-            raise UnsupportedInput("a scale is zero, negative or not finite")
-        start = base.double() * scales
-        estimate, error = total(start, [term.block(rows) for term in self._terms])
+        start, scales = unpacked(base, self._scales, self._start + first_row, first_row)
+        estimate, error = self._target.estimate(start, first_row)
         margin = (error + 8 * U64 * estimate.abs() + TINY) * _UP
         codes, middles = _table(dtype)
         low = np.searchsorted(middles, ((estimate - margin) / scales).numpy(), side="left")
         high = np.searchsorted(middles, ((estimate + margin) / scales).numpy(), side="right")
+        undecided = ~torch.isfinite(margin).numpy()  # a division by about zero, in DoRA
+        low[undecided], high[undecided] = 0, len(codes) - 1
         open_ = np.flatnonzero(low != high)
         exact_zero = np.zeros(base.shape, bool)
         if len(open_):
-            low = self._settle(base, start, scales, rows, open_, low, high, exact_zero)
+            place = torch.from_numpy(open_)
+            row, column = place // base.shape[1], place % base.shape[1]
+            exact = self._target.exactly(start, first_row, row, column)
+            ends = low.reshape(-1)[open_], high.reshape(-1)[open_]
+            low = low.copy()
+            low.reshape(-1)[open_] = _between(exact, scales[row, column].numpy(), *ends, dtype)
+            exact_zero.reshape(-1)[open_] = exact == 0
         bits = codes[np.clip(low, 1, len(codes) - 2)]
         before = base.view(torch.uint8).numpy()
         unchanged = exact_zero & ((before & 0x7F) == 0)  # a zero keeps its sign
@@ -75,43 +84,40 @@ class CertifiedScaled:
         values = torch.from_numpy(bits).view(dtype)
         return RoundedBlock(values, int((bits != before).sum()), 0, len(open_), overflowed)
 
-    def _settle(
-        self,
-        base: Tensor,
-        start: Tensor,
-        scales: Tensor,
-        rows: Tensor,
-        open_: np.ndarray,
-        low: np.ndarray,
-        high: np.ndarray,
-        exact_zero: np.ndarray,
-    ) -> np.ndarray:
-        """Halve the possible range of each open position until one value is left.
 
-        Marks in ``exact_zero`` where Y is 0.
-        """
-        codes, middles = _table(base.dtype)
-        columns, zero = base.shape[1], exact_zero.reshape(-1)
-        low, high = low.reshape(-1).copy(), high.reshape(-1).copy()
-        width = 2 + sum(
-            len(term.exact(rows[:1], torch.zeros(1, dtype=torch.long))) for term in self._terms
-        )
-        for part in np.array_split(open_, 1 + len(open_) * width // _GATHER_DOUBLES):
-            row, column = torch.from_numpy(part // columns), torch.from_numpy(part % columns)
-            addends = [start[row, column].numpy()[None]]
-            addends += [term.exact(rows[row], column) for term in self._terms]
-            fixed, scale = np.concatenate(addends), scales[row, column].numpy()
-            while (left := low[part] < high[part]).any():
-                where = np.flatnonzero(left)
-                middle = (low[part[where]] + high[part[where]]) // 2
-                boundary = -middles[middle] * scale[where]
-                side = sum_rounded_to_odd(np.concatenate([fixed[:, where], boundary[None]]))
-                even_above = (codes[middle + 1] & 1) == 0
-                zero[part[where]] |= (side == 0) & (boundary == 0)
-                above = (side > 0) | ((side == 0) & even_above)
-                low[part[where]] = np.where(above, middle + 1, low[part[where]])
-                high[part[where]] = np.where(above, high[part[where]], middle)
-        return low.reshape(base.shape)
+def unpacked(
+    base: Tensor, scales: Scales, first: int, named_from: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Rows times their scales, exact in float64, and the scales as large as the rows.
+
+    first: the number of the first row. Raises NonFiniteValues, which counts rows from
+    ``named_from``, and UnsupportedInput.
+    """
+    finite_or_error(base.float(), named_from)
+    each = scales(first, first + len(base)).expand(base.shape)
+    if not bool((torch.isfinite(each) & (each > 0)).all()):
+        raise UnsupportedInput("a scale is zero, negative or not finite")
+    return base.double() * each, each
+
+
+def _between(
+    exact: np.ndarray, scales: np.ndarray, low: np.ndarray, high: np.ndarray, dtype: torch.dtype
+) -> np.ndarray:
+    """Which of the codes ``low`` to ``high`` is nearest, by halving.
+
+    exact: rounded to odd, so that a comparison with a boundary, which has far fewer bits, is that
+    of the true value.
+    """
+    codes, middles = _table(dtype)
+    low, high = low.copy(), high.copy()
+    while (left := low < high).any():
+        middle = (low[left] + high[left]) // 2
+        boundary, y = middles[middle] * scales[left], exact[left]
+        even_above = (codes[middle + 1] & 1) == 0
+        above = (y > boundary) | ((y == boundary) & even_above)
+        low[left] = np.where(above, middle + 1, low[left])
+        high[left] = np.where(above, high[left], middle)
+    return low
 
 
 def spacing(magnitudes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,27 +36,41 @@ class CertifiedTerms:
         """RN(w0 + ΔW) in ``dtype``. Raises NonFiniteValues when w0 holds NaN or infinity."""
         base = w0.cpu()
         finite_or_error(base, first_row)
-        rows = torch.arange(len(base)) + self._start + first_row
-        estimate, error = total(base.double(), [term.block(rows) for term in self._terms])
+        start = base.double()
+        estimate, error = self.estimate(start, first_row)
         values, open_ = decide(estimate, error, dtype)
         for part in torch.split(open_, _GATHER_ELEMENTS) if len(open_) else ():
             row, column = part // base.shape[1], part % base.shape[1]
-            self._settle(base, rows, row, column, values)
+            exact = torch.from_numpy(self.exactly(start, first_row, row, column))
+            settle(base, row, column, exact, values)
         return finished(base, values, len(open_))
 
-    def _settle(
-        self, base: Tensor, rows: Tensor, row: Tensor, column: Tensor, values: Tensor
-    ) -> None:
-        width = 1 + sum(len(term.exact(rows[row[:1]], column[:1])) for term in self._terms)
+    def estimate(self, start: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+        """start + ΔW of these rows in float64, and a bound on the error of each."""
+        rows = torch.arange(len(start)) + self._start + first_row
+        return total(start, [term.block(rows) for term in self._terms])
+
+    def exactly(self, start: Tensor, first_row: int, row: Tensor, column: Tensor) -> np.ndarray:
+        """start + ΔW at chosen places of the block, rounded to odd. start: exact in float64."""
+        found = [np.zeros(0)]
+        if not len(row):
+            return found[0]
+        rows = row + self._start + first_row
+        width = 1 + sum(len(term.exact(rows[:1], column[:1])) for term in self._terms)
         for part in torch.split(torch.arange(len(row)), max(1, _GATHER_DOUBLES // width)):
-            i, j = row[part], column[part]
-            start = base[i, j]
-            addends = [start.double().numpy()[None]]
-            addends += [term.exact(rows[i], j) for term in self._terms]
-            exact = torch.from_numpy(sum_rounded_to_odd(np.concatenate(addends)))
-            unchanged_zero = (exact == 0) & (start == 0)
-            rounded = round_float64(exact, values.dtype)
-            values[i, j] = torch.where(unchanged_zero, start.to(values.dtype), rounded)
+            i, j = rows[part], column[part]
+            addends = [start[row[part], j].numpy()[None]]
+            addends += [term.exact(i, j) for term in self._terms]
+            found.append(sum_rounded_to_odd(np.concatenate(addends)))
+        return np.concatenate(found)
+
+
+def settle(base: Tensor, row: Tensor, column: Tensor, exact: Tensor, values: Tensor) -> None:
+    """Round the exact results at these places, in ``values``; a zero that stays keeps its sign."""
+    start = base[row, column]
+    unchanged_zero = (exact == 0) & (start == 0)
+    rounded = round_float64(exact, values.dtype)
+    values[row, column] = torch.where(unchanged_zero, start.to(values.dtype), rounded)
 
 
 def total(start: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

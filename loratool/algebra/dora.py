@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.algebra.certified_terms import decide, finished, finite_or_error, total
+from loratool.algebra.certified_terms import decide, finished, finite_or_error, settle, total
 from loratool.algebra.exact_matrix import TINY, U64, ExactMatrix
 from loratool.algebra.exact_sum import fraction_to_odd
-from loratool.algebra.rounding import RoundedBlock, round_float64
+from loratool.algebra.rounding import RoundedBlock
 from loratool.errors import NonFiniteValues
 
 _BLOCK_ELEMENTS = 2**20
@@ -47,7 +47,8 @@ class Dora:
 class CertifiedDora:
     """Several DoRAs and additive terms on one tensor; blocks of rows count from ``start``.
 
-    read_rows: rows ``i:j`` of the base tensor as a matrix, which norms over columns need.
+    read_rows: rows ``i:j`` of the base tensor as a matrix, which norms over columns need, exact in
+    float64.
     Works on the CPU. Raises NonFiniteValues for a line that cannot be normalised.
     """
 
@@ -73,23 +74,32 @@ class CertifiedDora:
         """The merged rows. Raises NonFiniteValues when w0 holds NaN or infinity."""
         base = w0.cpu()
         finite_or_error(base, first_row)
-        rows = torch.arange(len(base)) + self._start + first_row
         start = base.double()
+        estimate, error = self.estimate(start, first_row)
+        values, open_ = decide(estimate, error, dtype)
+        row, column = open_ // base.shape[1], open_ % base.shape[1]
+        exact = torch.from_numpy(self.exactly(start, first_row, row, column))
+        settle(base, row, column, exact, values)
+        return finished(base, values, len(open_))
+
+    def estimate(self, start: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+        """The merged rows in float64, and a bound on the error of each value.
+
+        start: those rows of the base, exact in float64.
+        """
+        rows = torch.arange(len(start)) + self._start + first_row
         parts = [term.block(rows) for term in self._terms]
         for index, dora in enumerate(self._doras):
             parts += self._parts(index, dora, start, rows)
-        kept = self._kept(rows)
-        kept_base = start * kept
+        kept_base = start * self._kept(rows)
         estimate, error = total(kept_base, parts)
-        values, open_ = decide(estimate, error + 2 * U64 * kept_base.abs(), dtype)
-        for place in open_.tolist():
-            i, j = divmod(place, base.shape[1])
-            exact = self._exactly(base, rows, i, j)
-            if exact == 0 and base[i, j] == 0:
-                values[i, j] = base[i, j].to(dtype)
-            else:
-                values[i, j] = round_float64(torch.tensor(exact, dtype=torch.float64), dtype)
-        return finished(base, values, len(open_))
+        return estimate, error + 2 * U64 * kept_base.abs()
+
+    def exactly(self, start: Tensor, first_row: int, row: Tensor, column: Tensor) -> np.ndarray:
+        """The merged values at chosen places of the block, rounded to odd."""
+        rows = torch.arange(len(start)) + self._start + first_row
+        places = zip(row.tolist(), column.tolist(), strict=True)
+        return np.array([self._exactly(start, rows, i, j) for i, j in places], dtype=np.float64)
 
     # float64 -----------------------------------------------------------------------------------
 

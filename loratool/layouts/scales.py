@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loratool.errors import UnsupportedInput
 from loratool.layouts.config import ModelConfig
+from loratool.storage.dtypes import BF16, F16, F32
 from loratool.storage.tensors import TensorInfo
 
 _SUFFIXES = ("_scale_inv", "_scale")
@@ -47,6 +48,11 @@ def scaled_by(name: str, tensors: Mapping[str, TensorInfo], config: ModelConfig)
     found = next((tensors[name + end] for end in _SUFFIXES if name + end in tensors), None)
     if found is None:
         return None
+    if found.dtype not in (F32, F16, BF16):
+        raise UnsupportedInput(
+            f"{found.name}: is {found.dtype.name}; scales are known in F32, F16 and BF16",
+            hint="convert the base to 16 bits first",
+        )
     info = tensors[name]
     if len(info.shape) == 2:
         shape = (info.shape[0], info.shape[1])

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loratool.adapter import DenseUpdate, HadamardUpdate, KroneckerUpdate, LowRankUpdate
+from loratool.adapter import (
+    DenseUpdate,
+    DoraUpdate,
+    HadamardUpdate,
+    KroneckerUpdate,
+    LowRankUpdate,
+)
 from loratool.algebra.certified_scaled import EIGHT_BITS
 from loratool.errors import UnsupportedInput
 from loratool.layouts.placing import PlacedUpdate
 from loratool.layouts.scales import ScaledBy, scaled_by
 from loratool.ops.sources import Model
 
-_SUMMED = (LowRankUpdate, DenseUpdate, HadamardUpdate, KroneckerUpdate)
+_TAKEN = (LowRankUpdate, DoraUpdate, DenseUpdate, HadamardUpdate, KroneckerUpdate)
 
 
 def scales_of(
@@ -30,11 +36,11 @@ def scales_of(
         other = [
             update.describe()
             for update in placed
-            if not isinstance(update.update, _SUMMED) or update.member is not None
+            if not isinstance(update.update, _TAKEN) or update.member is not None
         ]
         if other or len(info.shape) != 2:
             raise UnsupportedInput(
-                f"{name}: is stored in 8 bits, to which only sums of matrices can be added",
+                f"{name}: is stored in 8 bits, which only LoRA, DoRA, LoHa and LoKr can change",
                 details=other,
                 hint="convert the base to 16 bits first",
             )

@@ -190,6 +190,8 @@ def guess_for_record(
 ) -> Guess:
     """The guess that a new receipt's corrections start from. parked: a name for files beside it."""
     method = guess_method(updates, merged, base.shape)
+    if method == "lines" and scaled is not None:
+        method = "keep"  # 8 bits a value are not worth the norms
     fitting = leading(merged, base.shape)
     norms = None
     if method == "lines":

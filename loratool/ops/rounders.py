@@ -19,7 +19,7 @@ from loratool.adapter import (
     TokenRows,
     Update,
 )
-from loratool.algebra.certified_scaled import CertifiedScaled
+from loratool.algebra.certified_scaled import CertifiedScaled, unpacked
 from loratool.algebra.certified_terms import CertifiedTerms
 from loratool.algebra.dora import CertifiedDora, Dora
 from loratool.algebra.exact_matrix import ExactMatrix, Scaled, Spread, checked, low_rank_matrix
@@ -60,8 +60,7 @@ def rounder_of(
     kinds = {type(update.update) for update in updates}
     try:
         if scaled is not None:
-            terms = [_in_place(_scaled(one.update, one.weight), one) for one in updates]
-            return CertifiedScaled(terms, scaled.rows, start)
+            return CertifiedScaled(_mixed(updates, base, start, scaled), scaled.rows, start)
         if any(update.member is not None for update in updates):
             return _Members(tuple(updates), start, device, find_pass)
         if kinds == {LowRankUpdate}:
@@ -181,8 +180,13 @@ def _low_rank(placed: PlacedUpdate, start: int, stop: int, device: torch.device)
     return LowRank(part.b.to(device), part.a.to(device), part.scale * placed.weight)
 
 
-def _mixed(updates: Sequence[PlacedUpdate], base: LazyTensor, start: int) -> Rounder:
-    """Any kinds that can be summed, on the CPU."""
+def _mixed(
+    updates: Sequence[PlacedUpdate],
+    base: LazyTensor,
+    start: int,
+    scaled: ScaledBy | None = None,
+) -> CertifiedTerms | CertifiedDora:
+    """Any kinds that can be summed, on the CPU. scaled: of a base in 8 bits."""
     doras = [_dora(placed) for placed in updates if isinstance(placed.update, DoraUpdate)]
     terms = [
         _in_place(_scaled(placed.update, placed.weight), placed)
@@ -193,7 +197,8 @@ def _mixed(updates: Sequence[PlacedUpdate], base: LazyTensor, start: int) -> Rou
         return CertifiedTerms(terms, start)
 
     def read_rows(first: int, last: int) -> Tensor:
-        return base.read_rows(first, last).reshape(last - first, -1)
+        rows = base.read_rows(first, last).reshape(last - first, -1)
+        return unpacked(rows, scaled.rows, first, first)[0] if scaled else rows
 
     return CertifiedDora(doras, terms, read_rows, start)
 

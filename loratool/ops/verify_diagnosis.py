@@ -37,6 +37,8 @@ _ALIKE = 1e-6
 
 def can_be_diagnosed(job: VerifyJob) -> bool:
     """Whether differences in these dtypes can be measured against the update."""
+    if job.scaled is not None and not all_additive(job.updates):
+        return False
     known = (*MERGEABLE, *EIGHT_BITS)
     return job.base.dtype.torch in known and job.merged.dtype.torch in known
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratool.algebra.certified_scaled import EIGHT_BITS, CertifiedScaled
+from loratool.algebra.certified_terms import CertifiedTerms
+from loratool.algebra.dora import CertifiedDora, Dora
 from loratool.algebra.exact_matrix import low_rank_matrix
 from loratool.algebra.lowrank import LowRank
 from loratool.errors import NonFiniteValues, UnsupportedInput
@@ -45,7 +47,7 @@ def nearest(target: Fraction, scale: float, before: int, dtype: torch.dtype) -> 
 
 def check(q: Tensor, scales: Tensor, value: LowRank) -> None:
     grid = scales.double().expand(q.shape)
-    rounder = CertifiedScaled([low_rank_matrix(value)], lambda i, j: grid[i:j])
+    rounder = CertifiedScaled(CertifiedTerms([low_rank_matrix(value)]), lambda i, j: grid[i:j])
     block = rounder.add_to(q, 0, q.dtype)
     got = block.values.view(torch.uint8)
     before = q.view(torch.uint8)
@@ -124,7 +126,58 @@ def test_refusals() -> None:
     for bad in (0.0, -1.0, float("nan")):
         scales = torch.full((1, 1), bad).double()
         with pytest.raises(UnsupportedInput, match="a scale is"):
-            CertifiedScaled([value], lambda i, j, s=scales: s).add_to(q, 0, q.dtype)
+            CertifiedScaled(CertifiedTerms([value]), lambda i, j, s=scales: s).add_to(q, 0, q.dtype)
     nan = torch.tensor([[127]], dtype=torch.uint8).view(torch.float8_e4m3fn)
     with pytest.raises(NonFiniteValues):
-        CertifiedScaled([value], lambda i, j: torch.ones(1, 1).double()).add_to(nan, 0, q.dtype)
+        CertifiedScaled(CertifiedTerms([value]), lambda i, j: torch.ones(1, 1).double()).add_to(
+            nan, 0, q.dtype
+        )
+
+
+def nearest_root(numerator: Fraction, square: Fraction, scale: float, dtype: torch.dtype) -> int:
+    """The code nearest to numerator/√square/scale, which is no boundary, by exact comparison."""
+    sign = -1 if numerator < 0 else 1
+    finite = [(value, code) for value, code in codes_of(dtype) if value * sign >= 0]
+    ordered = sorted(finite, key=lambda pair: abs(pair[0]))
+    code = ordered[0][1]
+    for (low, _), (high, above) in pairwise(ordered):
+        boundary = abs(low + high) / 2 * Fraction(scale)
+        if numerator**2 < boundary**2 * square:
+            break
+        code = above
+    return 128 if code == 0 and sign < 0 else code
+
+
+@KINDS
+@pytest.mark.parametrize("by_column", [False, True])
+def test_dora_of_scaled_weights(dtype: torch.dtype, by_column: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(5, 7, generator=generator).to(dtype)
+    scales = (torch.rand(5, 1, generator=generator) * 0.1 + 0.01).double().expand(5, 7)
+    b, a = torch.randn(5, 2, generator=generator), torch.randn(2, 7, generator=generator) * 0.05
+    lines = 7 if by_column else 5
+    magnitude = torch.rand(lines, generator=generator).double().float().double() * 0.2
+    dora = Dora(low_rank_matrix(LowRank(b, a, 0.3)), magnitude, by_column=by_column)
+
+    def read_rows(i: int, j: int) -> Tensor:
+        return q[i:j].double() * scales[i:j]
+
+    rounder = CertifiedScaled(CertifiedDora([dora], [], read_rows), lambda i, j: scales[i:j])
+    got = torch.cat([rounder.add_to(q[i : i + 2], i, dtype).values for i in (0, 2, 4)]).view(
+        torch.uint8
+    )
+    v = [
+        [
+            Fraction(float(q[i, j].double())) * Fraction(float(scales[i, j]))
+            + Fraction(0.3)
+            * sum(Fraction(float(b[i, k])) * Fraction(float(a[k, j])) for k in range(2))
+            for j in range(7)
+        ]
+        for i in range(5)
+    ]
+    for i in range(5):
+        for j in range(7):
+            line = [row[j] for row in v] if by_column else v[i]
+            square = sum((x * x for x in line), Fraction(0))
+            m = Fraction(float(magnitude[j if by_column else i]))
+            assert got[i, j] == nearest_root(m * v[i][j], square, float(scales[i, j]), dtype)

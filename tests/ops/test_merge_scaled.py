@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool as lt
+from loratool.algebra.certified_scaled import spacing
 from loratool.errors import RangeOverflow, UnsupportedInput
 from tests.algebra.test_certified_scaled import Fraction as Exact
 from tests.algebra.test_certified_scaled import nearest
@@ -127,7 +128,7 @@ def test_what_8_bits_do_not_take(tmp_path: Path) -> None:
         '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": ["up_proj"], '
         '"target_modules": ["x"]}'
     )
-    with pytest.raises(UnsupportedInput, match="only sums of matrices"):
+    with pytest.raises(UnsupportedInput, match="which only LoRA, DoRA, LoHa and LoKr can change"):
         lt.merge(base, whole, out)
     assert not out.exists()
 
@@ -162,3 +163,50 @@ def test_a_receipt_undoes_it(tmp_path: Path, dtype: torch.dtype, scaled: bool) -
 
 def codes(folder: Path) -> Tensor:
     return load_folder(folder)[f"{NAME}.weight"].view(torch.uint8)
+
+
+def dora(folder: Path, factor: float = 1.0) -> Path:
+    """One whose magnitudes are about the norms of the rows."""
+    a, b = pair()
+    made = save_peft(folder, {NAME: (a * factor, b)}, lora_alpha=2, use_dora=True)
+    file = made / "adapter_model.safetensors"
+    tensors = load_file(file)
+    magnitudes = torch.linspace(0.3, 3, ROWS)
+    save_file(tensors | {f"base_model.model.{NAME}.lora_magnitude_vector": magnitudes}, file)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_dora_goes_in_and_out(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = base_state("weight_scale_inv", GRID, dtype)
+    base = save_folder(state, tmp_path / "base", BLOCKED)
+    adapter, other = dora(tmp_path / "adapter"), dora(tmp_path / "other", 2.0)
+    merged = tmp_path / "merged"
+    report = lt.merge(base, adapter, merged, receipt=True)
+    assert report.total("changed") > 100
+    assert lt.verify(merged, base, adapter).is_equal
+    assert lt.verify(merged, base, other).differs
+    lt.unmerge(merged, adapter, tmp_path / "back")
+    assert bytes_of(tmp_path / "back") == bytes_of(base)
+    lt.swap(merged, adapter, other, tmp_path / "swapped")
+    lt.merge(base, other, tmp_path / "afresh", receipt=True)
+    assert bytes_of(tmp_path / "swapped") == bytes_of(tmp_path / "afresh")
+    scales = spread(GRID, (BLOCK, BLOCK))
+    a, b = pair()
+    v = state[f"{NAME}.weight"].double() * scales + b.double() @ a.double()
+    wanted = torch.linspace(0.3, 3, ROWS).double()[:, None] * v / v.norm(dim=1, keepdim=True)
+    got = load_folder(merged)[f"{NAME}.weight"]
+    step = torch.maximum(
+        spacing(got.double().abs(), dtype), spacing((wanted / scales).abs(), dtype)
+    )
+    assert ((got.double() - wanted / scales).abs() <= 0.5000001 * step).all()
+    lt.merge_in_place(base, adapter)
+    (merged / "loratool_receipt.safetensors").unlink()
+    assert bytes_of(base) == bytes_of(merged)
+
+
+def test_scales_of_more_bits_than_are_exact(tmp_path: Path) -> None:
+    base = save_folder(base_state("weight_scale_inv", GRID.double()), tmp_path / "base", BLOCKED)
+    adapter = save_peft(tmp_path / "adapter", {NAME: pair()}, lora_alpha=2)
+    with pytest.raises(UnsupportedInput, match="weight_scale_inv: is F64; scales are known in"):
+        lt.merge(base, adapter, tmp_path / "out")
