@@ -7,6 +7,7 @@ from typing import Any
 
 import report_combine
 import report_pissa
+import report_spectra
 
 Row = Sequence[str]
 
@@ -111,6 +112,13 @@ def _pissa_section(measured: dict[str, Any]) -> list[str]:
     ]
 
 
+def _spectra_section(measured: dict[str, Any]) -> list[str]:
+    return [
+        report_spectra.text(measured),
+        _table(report_spectra.COLUMNS, report_spectra.rows(measured)),
+    ]
+
+
 def _memory_section(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [
         "Peak resident memory of the commands, start-up included.",
@@ -132,6 +140,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Any], list[str]]], ...] = (
     ("Extract against mergekit-extract-lora", "extract_mergekit", _rival_section),
     ("Combine and resize", "combine", _combine_section),
     ("PiSSA against PEFT", "pissa", _pissa_section),
+    ("Inspect, spectra of a pair", "spectra", _spectra_section),
     ("Memory and depth", "memory", _memory_section),
     ("Receipts", "receipt", _receipt_section),
 )
@@ -198,6 +207,24 @@ def _pissa_targets(measured: dict[str, Any]) -> list[Row]:
             "PiSSA: energy short of the optimum",
             100 * report_pissa.missed(measured),
             100 * report_pissa.MISSED,
+            " %",
+        ),
+    ]
+
+
+def _spectra_targets(measured: dict[str, Any]) -> list[Row]:
+    return [
+        _target(
+            "full SVDs of a pair's changes ÷ inspect",
+            measured["ratio"],
+            report_spectra.SVD_OVER_INSPECT,
+            "×",
+            least=True,
+        ),
+        _target(
+            "inspect: worst error of a printed singular value",
+            100 * measured["worst_error"],
+            100 * report_spectra.LARGEST_ERROR,
             " %",
         ),
     ]
@@ -450,5 +477,6 @@ TARGETS: tuple[tuple[str, Callable[[Any], list[Row]]], ...] = (
         "extract_bounds",
         lambda b: [_target("violated bounds on the excess", b["violations"], 0, "")],
     ),
+    ("spectra", _spectra_targets),
     ("memory", _memory_targets),
 )

@@ -34,6 +34,7 @@ STAGES = (
     "extract_bounds",
     "extract_whole",
     "extract_mergekit",
+    "spectra",
     "memory",
     "receipt",
     "combine",
@@ -75,6 +76,9 @@ def measure(
         ],
         "extract_whole": lambda: extract_whole(pairs[1], min(rounds, 3)),
         "combine": lambda: run(python("bench_combine.py", *(["--quick"] if quick else []))).json(),
+        "spectra": lambda: run(
+            python("pair_spectra.py", pairs[1], "--rounds", str(min(rounds, 3)))
+        ).json(),
         "memory": lambda: peaks(pairs, min(rounds, 3)),
         "receipt": receipt_costs,
         "pissa": lambda: compare_pissa(_pair(*to_start, "--decaying"), min(rounds, 3)),

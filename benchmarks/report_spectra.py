@@ -1,0 +1,41 @@
+"""What pair_spectra.py measured, as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SVD_OVER_INSPECT, LARGEST_ERROR = 30.0, 1e-2
+COLUMNS = ("shape", "matrices", "decomposed in full", "full SVD, each")
+
+
+def text(measured: dict[str, Any]) -> str:
+    """What was measured, and ours."""
+    whole = measured["checked"] == measured["matrices"]
+    scaled = "" if whole else ", timed on the first of each shape and multiplied by their number"
+    return (
+        f"All {measured['matrices']} changed matrices of a pair, {measured['bytes'] / 1e9:.2f} GB "
+        f"on both sides. What `loratool inspect BASE TUNED` computes (reading, norms, noise floors "
+        f"and up to {measured['values']} singular values of each) takes "
+        f"{measured['seconds']:.1f} s without start-up ({measured['cpu_seconds']:.1f} s of "
+        f"processor time; median of {measured['rounds']}), {measured['over_reading']:.1f} × what "
+        f"reading the files takes ({measured['read_seconds']:.2f} s). All singular values of each "
+        f"change by `torch.linalg.svdvals` in float32 on {measured['threads']} threads, as "
+        f"weightwatcher has them{scaled}: {measured['svd_seconds']:.0f} s, "
+        f"{measured['ratio']:.0f} × as long, {measured['cpu_ratio']:.0f} × by processor time, "
+        "without reading. Against float64 eigenvalues of the decomposed ones' Gram matrices, the "
+        f"largest singular value is off by at most {100 * measured['worst_error_of_largest']:.2g} "
+        f"%, any printed one by at most {100 * measured['worst_error']:.2g} %."
+    )
+
+
+def rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row per shape."""
+    return [
+        (
+            "×".join(map(str, shape["shape"])),
+            str(shape["matrices"]),
+            str(shape["timed"]),
+            f"{shape['svd_seconds']:.2f} s",
+        )
+        for shape in measured["shapes"]
+    ]
