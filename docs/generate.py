@@ -1,12 +1,13 @@
 """Write the parts of docs/ that come from the code, or with --check say which are out of date.
 
 docs/cli.md: every command's --help. docs/ranks.md: the registered rank rules. docs/methods.md: the
-registered methods of combining.
+registered methods of combining. docs/schemas/: JSON Schemas of what documents.py describes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 os.environ["COLUMNS"] = "100"
 
 import click
+from documents import DOCUMENTS, json_schema
 
 from loratool.algebra.ranks import REGISTRY
 from loratool.cli.errors import EXIT_CODES
@@ -125,17 +127,30 @@ def _parameter(own: Parameter) -> str:
 PAGES = {"cli.md": command_line, "ranks.md": rank_rules, "methods.md": methods}
 
 
+def schemas() -> dict[str, str]:
+    """docs/schemas/: file name → JSON Schema."""
+    return {
+        f"schemas/{name.replace('/', '-')}.json": json.dumps(json_schema(name), indent=1) + "\n"
+        for name in DOCUMENTS
+    }
+
+
 def main() -> None:
     """Write the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     check = parser.parse_args().check
     stale = []
-    for name, make in PAGES.items():
-        path, text = DOCS / name, make()
+    texts = {name: make() for name, make in PAGES.items()} | schemas()
+    left_over = {f"schemas/{path.name}" for path in (DOCS / "schemas").glob("*")} - texts.keys()
+    if left_over:
+        sys.exit(f"left over: {', '.join(sorted(left_over))}; remove them")
+    for name, text in texts.items():
+        path = DOCS / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(name)
             if not check:
+                path.parent.mkdir(exist_ok=True)
                 path.write_text(text, encoding="utf-8")
     if check and stale:
         sys.exit(f"out of date: {', '.join(stale)}; run make docs")

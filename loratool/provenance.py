@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -45,10 +46,21 @@ def _description(file: WeightFile) -> bytes:
 
 
 def document(command: str, schema_version: int, body: Mapping[str, Any]) -> dict[str, Any]:
-    """A report as JSON: ``schema`` says which fields to expect, whatever loratool's version."""
+    """A report as JSON: ``schema`` says which fields to expect, whatever loratool's version.
+
+    NaN and infinities, which JSON lacks, are null.
+    """
     return {
         "schema": f"loratool/{command}/{schema_version}",
         "command": command,
         "version": loratool_version(),
-        **body,
+        **{name: _storable(value) for name, value in body.items()},
     }
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _storable(part) for name, part in value.items()}
+    return [_storable(part) for part in value] if isinstance(value, list | tuple) else value

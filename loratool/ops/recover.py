@@ -12,7 +12,7 @@ from loratool.ops.merge_in_place import COMMAND, change_blocks, plan_again
 from loratool.provenance import document
 from loratool.storage.in_place import Journal, State
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class RecoverReport:
     bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return document("recover", SCHEMA_VERSION, dict(vars(self)))
+        body = {name: value for name, value in vars(self).items() if name != "command"}
+        return document("recover", SCHEMA_VERSION, body | {"interrupted": self.command})
 
 
 def look(path: Path) -> RecoverReport:
