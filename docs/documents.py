@@ -241,7 +241,7 @@ EXTRACT: Form = {
     "device": TEXT,
     "seed": WHOLE,
     "base_model": maybe(TEXT),
-    "base": SIDE,
+    "base": {**SIDE, "?samples": by_name(TEXT)},
     "tuned": SIDE,
     "lora": maybe(TEXT),
     "notes": [TEXT],
@@ -315,6 +315,7 @@ EXTRACT_RANKS: Form = {
 
 COMBINED_FROM: Form = {"format": TEXT, "base_model": maybe(TEXT), **WEIGHTED}
 COMBINE_FACTS: Form = {
+    "format": TEXT,
     "method": TEXT,
     "parameters": by_name(either(NUMBER, TEXT, YES_NO)),
     "rank": TEXT,
@@ -325,6 +326,7 @@ COMBINE_FACTS: Form = {
     "adapters": [COMBINED_FROM],
 }
 RESIZE_FACTS: Form = {
+    "format": TEXT,
     "adapter": TEXT,
     "adapter_format": TEXT,
     "base_model": maybe(TEXT),
@@ -397,6 +399,7 @@ CONVERT_PLAN: Form = {
 }
 CONVERT: Form = {
     **CONVERT_PLAN,
+    "notes": [TEXT],
     "totals": {"updates": WHOLE, "parameters": WHOLE, "bytes": WHOLE},
 }
 INIT: Form = {
@@ -408,7 +411,7 @@ INIT: Form = {
     "alpha": NUMBER,
     "dtype": TEXT,
     "base_model": maybe(TEXT),
-    "base": {"name": TEXT, "fingerprint": TEXT},
+    "base": {"name": TEXT, "fingerprint": TEXT, "?samples": by_name(TEXT)},
     "residual": maybe(TEXT),
     "notes": [TEXT],
     "totals": {"modules": WHOLE, "parameters": WHOLE},
@@ -613,6 +616,13 @@ VALUES: Form = {
     "?outlier": maybe(NUMBER),
     "?outlier_rows": WHOLE,
 }
+SPECTRUM: Form = {
+    "stable_rank": maybe(NUMBER),
+    "effective_rank": maybe(NUMBER),
+    "participation_rank": maybe(NUMBER),
+    "rank_for": by_name(maybe(WHOLE)),
+}
+SIZES = maybe(by_name({"bytes": WHOLE, "at_least": YES_NO}))
 CHECKPOINT: Form = {
     "what": one_of("checkpoint"),
     "level": LEVEL,
@@ -638,6 +648,7 @@ ADAPTER: Form = {
     "base_model": maybe(TEXT),
     "parameters": WHOLE,
     "bytes": WHOLE,
+    "adapter_bytes": SIZES,
     "updates": [
         {
             "name": TEXT,
@@ -646,7 +657,7 @@ ADAPTER: Form = {
             "alpha": NUMBER,
             "scale": NUMBER,
             "norm": maybe(NUMBER),
-            "stable_rank": maybe(NUMBER),
+            **SPECTRUM,
             "values": [NUMBER],
         }
     ],
@@ -665,7 +676,7 @@ PAIR: Form = {
     "delta_norm": NUMBER,
     "lora": maybe(TEXT),
     "notes": [TEXT],
-    "adapter_bytes": maybe(by_name({"bytes": WHOLE, "at_least": YES_NO})),
+    "adapter_bytes": SIZES,
     "tensors": [
         {
             "name": TEXT,
@@ -685,13 +696,10 @@ PAIR: Form = {
             "base_norm": NUMBER,
             "changed_share": NUMBER,
             "singular_values": maybe([NUMBER]),
-            "stable_rank": maybe(NUMBER),
-            "effective_rank": maybe(NUMBER),
-            "participation_rank": maybe(NUMBER),
+            **SPECTRUM,
             "noise_floor": maybe(NUMBER),
             "above_noise": maybe(WHOLE),
             "gavish_donoho": maybe(WHOLE),
-            "rank_for": by_name(maybe(WHOLE)),
             "noise_share": NUMBER,
             "near_noise": YES_NO,
             "lora_rank": maybe(WHOLE),
@@ -731,6 +739,7 @@ FORECAST: Form = {
     "base": TEXT,
     "device": TEXT,
     "lost_share": by_name(maybe(NUMBER)),
+    "swallowed_share": by_name(maybe(NUMBER)),
     "updates": [
         {
             "name": TEXT,
@@ -738,6 +747,7 @@ FORECAST: Form = {
             "update_norm": NUMBER,
             "base_norm": NUMBER,
             "lost_share": by_name(maybe(NUMBER)),
+            "swallowed_share": by_name(maybe(NUMBER)),
             "spectral_norm": maybe(NUMBER),
             "base_spectral_norm": maybe(NUMBER),
             "strength": maybe(NUMBER),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.cli.inspect_values import show_values
 from loratool.cli.output import Output, fitting, size_text, span, spark
+from loratool.cli.spectra import SHARES, known_ranks, show_sizes
 from loratool.cli.tables import Sorts, in_order
 
 if TYPE_CHECKING:
@@ -14,8 +15,14 @@ if TYPE_CHECKING:
     from loratool.ops.inspect_adapter import UpdateRow
 
 _BARS = 16
-_ORDER = ("module", "tensors", "rank", "alpha", "scale", "‖ΔW‖", "stable rank", "spectrum")
-_BY_WORTH = ("‖ΔW‖", "spectrum", "scale", "alpha", "tensors", "stable rank")
+_ORDER = (
+    *("module", "tensors", "rank", "alpha", "scale", "‖ΔW‖", "spectrum"),
+    *("90 %", "95 %", "99 %", "stable rank", "effective", "particip."),
+)
+_BY_WORTH = (
+    *("‖ΔW‖", "spectrum", "scale", "alpha", "90 %", "tensors", "stable rank"),
+    *("99 %", "effective", "95 %", "particip."),
+)
 
 
 SORTS: Sorts[tuple[str, list[UpdateRow]]] = {
@@ -68,17 +75,34 @@ def show_adapter(out: Output, report: AdapterReport, sort: str | None = None) ->
         out.line(f"… {len(report.zero_b) - 12} more with a zero B")
     if report.values:
         show_values(out, report.values, report.equal)
+    if any(row.spectrum is not None for row in report.rows):
+        show_sizes(
+            out,
+            "update",
+            report.adapter_bytes,
+            lambda share: [row.rank_for(share) for row in report.rows],
+        )
     if "spectrum" in columns:
         out.line("spectrum: singular values of the strongest update of each row, largest first")
+    if "90 %" in columns:
+        out.line("90 %, 95 %, 99 %: the rank that keeps this share of an update's energy")
+    if "effective" in columns:
+        out.line("stable, effective, particip.: three counts of the directions that matter")
 
 
 def _spectrum_cells(rows: list[UpdateRow]) -> dict[str, str]:
-    norms = [row.norm for row in rows if row.norm is not None]
-    if not norms:
+    spectra = [row.spectrum for row in rows if row.spectrum is not None]
+    if not spectra:
         return {}
-    strongest = max(rows, key=lambda row: row.norm or 0.0)
+    strongest = max(spectra, key=lambda spectrum: spectrum.total_energy)
     return {
-        "‖ΔW‖": span(norms),
-        "stable rank": f"{strongest.stable_rank or 0.0:.1f}",
-        "spectrum": spark(strongest.values[:_BARS]),
+        "‖ΔW‖": span([spectrum.norm for spectrum in spectra]),
+        "spectrum": spark(strongest.values[:_BARS].tolist()),
+        **{
+            f"{100 * share:.0f} %": known_ranks([row.rank_for(share) for row in rows], 0)
+            for share in SHARES
+        },
+        "stable rank": f"{strongest.stable_rank():.1f}",
+        "effective": f"{strongest.effective_rank():.1f}",
+        "particip.": f"{strongest.participation_ratio():.1f}",
     }

@@ -47,7 +47,10 @@ def show_forecast(out: Output, report: ForecastReport, sort: str | None = None) 
         [[line.get(column, "") for column in columns] for line in lines],
     )
     for dtype in ("BF16", "F16"):
-        out.line(f"stored in {dtype}, {percent(report.lost_share(dtype))} of the update is lost")
+        out.line(
+            f"stored in {dtype}, {percent(report.lost_share(dtype))} of the update is lost; "
+            f"{percent(report.swallowed_share(dtype))} of its entries change nothing"
+        )
     out.line("lost: energy of the rounding of merged values, as a share of the update's")
     if "σ(ΔW)/σ(W)" in columns:
         out.line("σ(ΔW)/σ(W): largest singular value of the update, and of the weight")

@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from loratool.cli.heatmap import show_heatmap
-from loratool.cli.output import Output, counted, fitting, percent, size_text, span, spark
+from loratool.cli.output import Output, counted, fitting, percent, span, spark
+from loratool.cli.spectra import SHARES, known_ranks, show_sizes
 from loratool.cli.tables import Sorts, in_order
 
 if TYPE_CHECKING:
@@ -76,16 +77,13 @@ def _summary(out: Output, report: PairReport) -> None:
     )
     if summary := report.lora_summary():
         out.line(summary)
-    sizes = []
-    for share in (0.9, 0.95, 0.99) if report.matrices else ():
-        size, beyond = report.adapter_bytes(share)
-        ranks = [rank for row in report.matrices if (rank := row.rank_for(share)) is not None]
-        most = f"rank {span(ranks)}" if ranks else "ranks beyond those resolved"
-        sizes.append(
-            f"{100 * share:.0f} %: {'at least ' if beyond else ''}{size_text(size)} ({most})"
+    if report.matrices:
+        show_sizes(
+            out,
+            "matrix's change",
+            report.adapter_bytes,
+            lambda share: [row.rank_for(share) for row in report.matrices],
         )
-    if sizes:
-        out.line(f"an adapter that keeps this share of each matrix's change: {'; '.join(sizes)}")
     _headers(out, report)
 
 
@@ -192,30 +190,19 @@ def _spectrum_cells(rows: list[DeltaRow], spectra: list[Spectrum]) -> dict[str, 
     return {
         "spectrum": spark(resolved.values[:_BARS].tolist()),
         **{f"r={rank}": _energy_at(spectra, rank) for rank in (1, 4, 16)},
-        **{f"{100 * share:.0f} %": _rank_for(matrices, share) for share in _SHARES},
+        **{f"{100 * share:.0f} %": _rank_for(matrices, share) for share in SHARES},
         "stable": span([s.stable_rank() for s in spectra]),
         "effective": span([s.effective_rank() for s in complete]) or "?",
         "particip.": span([s.participation_ratio() for s in complete]) or "?",
-        "noise": _known([row.above_noise for row in matrices], len(resolved.values)),
+        "noise": known_ranks([row.above_noise for row in matrices], len(resolved.values)),
         "G–D": span([rank for s in complete if (rank := _gavish_donoho(s)) is not None]) or "?",
         "LoRA": _lora_answer(matrices),
     }
 
 
-_SHARES = (0.9, 0.95, 0.99)
-
-
 def _rank_for(rows: list[DeltaRow], share: float) -> str:
     most = max(len(row.spectrum.values) for row in rows if row.spectrum is not None)
-    return _known([row.rank_for(share) for row in rows], most)
-
-
-def _known(ranks: list[int | None], resolved: int) -> str:
-    """A span of ranks; ``>32`` where one lies beyond those resolved."""
-    known = [rank for rank in ranks if rank is not None]
-    if len(known) == len(ranks):
-        return span(known)
-    return f"{min(known):g}–>{resolved}" if known else f">{resolved}"
+    return known_ranks([row.rank_for(share) for row in rows], most)
 
 
 def _gavish_donoho(spectrum: Spectrum) -> int | None:

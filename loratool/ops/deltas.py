@@ -123,7 +123,8 @@ def _non_finite(pair: Pair, first_row: int, block: Tensor) -> NonFiniteValues:
     index = [int(part) for part in np.unravel_index(flat, pair.base.shape)]
     return NonFiniteValues(
         f"{pair.name}: NaN or infinity at {index} in base or tuned",
-        hint="the checkpoint is broken, or its training diverged",
+        hint="the checkpoint is broken, or its training diverged; inspect --level values of one "
+        "checkpoint counts such values",
     )
 
 

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 
 from loratool.adapter import Adapter, DoraUpdate, LowRankUpdate
+from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.layouts.patterns import select
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.inspect_values import TensorValues, equal_groups, read_values
 from loratool.ops.sources import open_adapter
+from loratool.ops.spectra import (
+    factor_bytes,
+    rank_for,
+    ranks_by_share,
+    shape_figures,
+    sizes_by_share,
+)
 from loratool.provenance import document
 from loratool.storage.tensors import LazyTensor
 
@@ -24,19 +32,47 @@ _B, _A, _MAGNITUDE = " B", " A", " magnitude"
 
 @dataclass(frozen=True)
 class UpdateRow:
-    """One low-rank update. At level spectra norm: ‖ΔW‖_F, and values: its singular values."""
+    """One low-rank update. spectrum: at level spectra, all min(r, out, in) values that can differ
+    from zero. bits: of a stored value."""
 
     name: str
     shape: tuple[int, int]
     rank: int
     alpha: float
     scale: float
-    norm: float | None = None
-    stable_rank: float | None = None
-    values: tuple[float, ...] = ()
+    bits: int
+    spectrum: Spectrum | None = None
+
+    @property
+    def norm(self) -> float | None:
+        """‖ΔW‖_F."""
+        return self.spectrum.norm if self.spectrum else None
+
+    @property
+    def stable_rank(self) -> float | None:
+        return self.spectrum.stable_rank() if self.spectrum else None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The singular values."""
+        return tuple(self.spectrum.values.tolist()) if self.spectrum else ()
+
+    def rank_for(self, share: float) -> int | None:
+        """Smallest rank that keeps this share of ‖ΔW‖²; None without a spectrum."""
+        return rank_for(self.spectrum, share)
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "shape": list(self.shape), "values": list(self.values)}
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "scale": self.scale,
+            "norm": self.norm,
+            **shape_figures(self.spectrum, complete=True),
+            "rank_for": ranks_by_share(self.spectrum),
+            "values": list(self.values),
+        }
 
 
 @dataclass(frozen=True)
@@ -54,6 +90,13 @@ class AdapterReport:
     level: Level = Level.SPECTRA
     values: tuple[TensorValues, ...] = ()
     """At level values: what one pass over each stored tensor found."""
+
+    def adapter_bytes(self, share: float) -> tuple[int, bool]:
+        """As of a pair: the size at ranks that keep this share of each update's energy."""
+        return factor_bytes(self._spectra(), share)
+
+    def _spectra(self) -> list[tuple[Spectrum, int]]:
+        return [(row.spectrum, row.bits) for row in self.rows if row.spectrum is not None]
 
     @property
     def zero_b(self) -> tuple[str, ...]:
@@ -78,6 +121,7 @@ class AdapterReport:
             "base_model": self.base_model,
             "parameters": self.parameters,
             "bytes": self.nbytes,
+            "adapter_bytes": sizes_by_share(self._spectra()),
             "updates": [row.to_json() for row in self.rows],
             "replaced": list(self.replaced),
             "others": list(self.others),
@@ -156,18 +200,13 @@ def describe_adapter(
 
 
 def _row(name: str, update: LowRankUpdate) -> UpdateRow:
-    return UpdateRow(name, update.shape, update.rank, update.alpha, update.scale)
+    bits = max(update.b.dtype.bits, update.a.dtype.bits)
+    return UpdateRow(name, update.shape, update.rank, update.alpha, update.scale, bits)
 
 
 def _with_spectrum(job: tuple[str, LowRankUpdate]) -> UpdateRow:
     name, update = job
-    spectrum = update.load().spectrum()
-    return replace(
-        _row(name, update),
-        norm=spectrum.norm,
-        stable_rank=spectrum.stable_rank(),
-        values=tuple(spectrum.values.tolist()),
-    )
+    return replace(_row(name, update), spectrum=update.load().spectrum())
 
 
 def _stored(adapter: Adapter) -> list[tuple[str, LazyTensor]]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from loratool.algebra.blocks import sum_of_squares
 from loratool.algebra.factorize import resolve_spectrum
 from loratool.algebra.ranks import parse_rank_rule
-from loratool.algebra.rounding import Rounder
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import NonFiniteValues, NothingMatches
@@ -25,7 +24,7 @@ from loratool.ops.merge_jobs import BLOCK_ELEMENTS, rounding_energies
 from loratool.ops.rounders import rounder_of
 from loratool.ops.sources import measurable, open_adapter, open_model
 from loratool.provenance import document
-from loratool.storage.dtypes import BF16, F16, F32, DType
+from loratool.storage.dtypes import BF16, F16, F32
 from loratool.storage.tensors import TensorInfo
 
 _FLOATS = (F32, F16, BF16)
@@ -35,10 +34,13 @@ OUTPUTS = (BF16, F16)
 
 @dataclass(frozen=True)
 class ForecastRow:
-    """One tensor that the adapter adds to. lost_energy: by dtype, ‖M − Y‖²_F of the merged values M
-    in that dtype and the exact ones Y; values beyond its range do not count. update_norm:
-    ‖Y − W‖_F. spectral_norm, base_spectral_norm: largest singular values of update and weight, None
-    of a stack of matrices.
+    """One tensor that the adapter adds to.
+
+    lost_energy: by dtype, ‖M − Y‖²_F of the merged values M in that dtype and the exact ones Y;
+    values beyond its range do not count. touched: entries that the update is not zero in;
+    swallowed: by dtype, in how many of them M is W itself as that dtype has it: the update is less
+    than half a unit in the last place. update_norm: ‖Y − W‖_F. spectral_norm, base_spectral_norm:
+    largest singular values of update and weight, None of a stack of matrices.
     """
 
     name: str
@@ -46,12 +48,18 @@ class ForecastRow:
     update_norm: float
     base_norm: float
     lost_energy: dict[str, float]
+    swallowed: dict[str, int]
+    touched: int
     spectral_norm: float | None
     base_spectral_norm: float | None
 
     def lost_share(self, dtype: str) -> float | None:
         """Share of the update's energy that rounding to ``dtype`` makes up; None of no update."""
         return self.lost_energy[dtype] / self.update_norm**2 if self.update_norm else None
+
+    def swallowed_share(self, dtype: str) -> float | None:
+        """Share of the update's nonzero entries that ``dtype`` swallows; None of no update."""
+        return self.swallowed[dtype] / self.touched if self.touched else None
 
     @property
     def strength(self) -> float | None:
@@ -67,6 +75,7 @@ class ForecastRow:
             "update_norm": self.update_norm,
             "base_norm": self.base_norm,
             "lost_share": {dtype: self.lost_share(dtype) for dtype in self.lost_energy},
+            "swallowed_share": {dtype: self.swallowed_share(dtype) for dtype in self.swallowed},
             "spectral_norm": self.spectral_norm,
             "base_spectral_norm": self.base_spectral_norm,
             "strength": self.strength,
@@ -88,6 +97,11 @@ class ForecastReport:
         energy = sum(row.update_norm**2 for row in self.rows)
         return sum(row.lost_energy[dtype] for row in self.rows) / energy if energy else None
 
+    def swallowed_share(self, dtype: str) -> float | None:
+        """Of all updates together."""
+        touched = sum(row.touched for row in self.rows)
+        return sum(row.swallowed[dtype] for row in self.rows) / touched if touched else None
+
     def to_json(self) -> dict[str, Any]:
         body = {
             "what": "forecast",
@@ -96,6 +110,7 @@ class ForecastReport:
             "base": self.base,
             "device": self.device,
             "lost_share": {dtype.name: self.lost_share(dtype.name) for dtype in OUTPUTS},
+            "swallowed_share": {dtype.name: self.swallowed_share(dtype.name) for dtype in OUTPUTS},
             "updates": [row.to_json() for row in self.rows],
             "notes": list(self.notes),
         }
@@ -170,6 +185,8 @@ def _measure(job: _Job) -> ForecastRow:
     update = torch.empty(rows, columns, device=job.device)
     weight = torch.empty(rows, columns, device=job.device)
     lost = {dtype.name: 0.0 for dtype in OUTPUTS}
+    swallowed = {dtype.name: 0 for dtype in OUTPUTS}
+    touched = 0
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -180,8 +197,14 @@ def _measure(job: _Job) -> ForecastRow:
         weight[start:stop] = block
         nothing = torch.zeros(block.shape, device=job.device)
         update[start:stop] = rounder.add_to(nothing, start, torch.float32).values
+        moves = update[start:stop] != 0
+        touched += int(moves.sum())
         for dtype in OUTPUTS:
-            lost[dtype.name] += _lost(rounder, before, start, block, dtype, job.device)
+            assert dtype.torch is not None
+            merged = rounder.add_to(block, start, dtype.torch).values
+            swallowed[dtype.name] += int((moves & (merged == block.to(dtype.torch))).sum())
+            energies = rounding_energies(rounder, before, start, merged.cpu(), job.device)
+            lost[dtype.name] += energies[0]
     is_matrix = len(info.shape) > 1 and all(placed.member is None for placed in job.updates)
     norms = [_spectral(m, info.name) if is_matrix else None for m in (update, weight)]
     return ForecastRow(
@@ -190,22 +213,10 @@ def _measure(job: _Job) -> ForecastRow:
         sum_of_squares(update) ** 0.5,
         sum_of_squares(weight) ** 0.5,
         lost,
+        swallowed,
+        touched,
         *norms,
     )
-
-
-def _lost(
-    rounder: Rounder,
-    before: Tensor,
-    first_row: int,
-    block: Tensor,
-    dtype: DType,
-    device: torch.device,
-) -> float:
-    """‖M − Y‖² of a block merged in this dtype."""
-    assert dtype.torch is not None
-    merged = rounder.add_to(block, first_row, dtype.torch).values.cpu()
-    return rounding_energies(rounder, before, first_row, merged, device)[0]
 
 
 def _spectral(matrix: Tensor, name: str) -> float:

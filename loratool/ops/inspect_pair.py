@@ -25,14 +25,15 @@ from loratool.ops.extract_treatments import LOW_RANK_KINDS
 from loratool.ops.findings import lora_summary, noise_warning
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.sources import open_model
+from loratool.ops.spectra import (
+    SPECTRUM_VALUES,
+    factor_bytes,
+    rank_for,
+    ranks_by_share,
+    shape_figures,
+    sizes_by_share,
+)
 from loratool.provenance import document
-
-SPECTRUM_VALUES = 32
-"""How many leading singular values a pair's spectra resolve."""
-
-
-SHARES = (0.9, 0.95, 0.99)
-"""Of the energy, for which ranks and adapter sizes are stated."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ class DeltaRow:
 
     def rank_for(self, share: float) -> int | None:
         """Smallest rank that keeps this share of ‖D‖²; None where it was not resolved."""
-        if self.spectrum is None:
-            return None
-        return parse_rank_rule(f"energy:{share}")(self.spectrum)
+        return rank_for(self.spectrum, share)
 
     def values_for(self, rank: int) -> int:
         """Values of the two factors of this rank."""
@@ -92,15 +91,13 @@ class DeltaRow:
             "base_norm": self.base_norm,
             "changed_share": self.changed_share,
             "singular_values": spectrum.values.tolist() if spectrum else None,
-            "stable_rank": spectrum.stable_rank() if spectrum else None,
-            "effective_rank": spectrum.effective_rank() if complete and spectrum else None,
-            "participation_rank": spectrum.participation_ratio() if complete and spectrum else None,
+            **shape_figures(spectrum, complete=complete),
             "noise_floor": spectrum.noise_floor if spectrum else None,
             "above_noise": self.above_noise,
             "gavish_donoho": parse_rank_rule("gavish-donoho")(spectrum)
             if complete and spectrum
             else None,
-            "rank_for": {f"{share:g}": self.rank_for(share) for share in SHARES},
+            "rank_for": ranks_by_share(spectrum),
             "noise_share": self.noise_share,
             "near_noise": self.near_noise,
             "lora_rank": self.lora_rank,
@@ -136,14 +133,10 @@ class PairReport:
         """Size of an adapter that keeps this share of each matrix's energy, and whether it is only
         a lower bound, because some rank lies beyond what was resolved.
         """
-        total, beyond = 0, False
-        for row in self.matrices:
-            assert row.spectrum is not None
-            rank = row.rank_for(share)
-            beyond |= rank is None
-            least = len(row.spectrum.values) if rank is None else rank
-            total += row.values_for(least) * row.bits // 8
-        return total, beyond
+        return factor_bytes(self._spectra(), share)
+
+    def _spectra(self) -> list[tuple[Spectrum, int]]:
+        return [(row.spectrum, row.bits) for row in self.rows if row.spectrum is not None]
 
     @property
     def energy(self) -> float:
@@ -169,13 +162,7 @@ class PairReport:
             "delta_norm": self.energy**0.5,
             "lora": self.lora_summary(),
             "notes": list(self.notes),
-            "adapter_bytes": {
-                f"{share:g}": {"bytes": size, "at_least": beyond}
-                for share in SHARES
-                for size, beyond in [self.adapter_bytes(share)]
-            }
-            if self.matrices
-            else None,
+            "adapter_bytes": sizes_by_share(self._spectra()),
             "tensors": [vars(row) for row in self.paired],
             "changed": [row.to_json() for row in self.rows],
             "unchanged": list(self.unchanged),

@@ -1,4 +1,8 @@
-"""Real documents against the JSON Schemas in docs/schemas."""
+"""Real documents against the JSON Schemas in docs/schemas.
+
+A field that was added is a line in docs/documents.py, after which docs/generate.py renews the
+schemas; one that went or has another meaning is a new version.
+"""
 
 from __future__ import annotations
 

@@ -48,6 +48,17 @@ def test_adapter(tmp_path: Path) -> None:
     assert list(row.values) == pytest.approx(torch.linalg.svdvals(delta)[:3].tolist(), rel=1e-9)
     assert row.stable_rank == pytest.approx(row.norm**2 / row.values[0] ** 2)
     assert report.parameters == a.numel() + b.numel()
+    values = torch.linalg.svdvals(delta)[:3]
+    energy, shares = values.square().cumsum(0) / values.square().sum(), values / values.sum()
+    document = row.to_json()
+    for share in (0.9, 0.95, 0.99):
+        rank = int((energy < share).sum()) + 1
+        assert row.rank_for(share) == document["rank_for"][f"{share:g}"] == rank
+        assert report.adapter_bytes(share) == (rank * (24 + 24) * 4, False)
+    entropy = -float((shares * shares.log()).sum())
+    assert document["effective_rank"] == pytest.approx(2.718281828459045**entropy, rel=1e-9)
+    participation = float(values.square().sum() ** 2 / (values**4).sum())
+    assert document["participation_rank"] == pytest.approx(participation, rel=1e-9)
 
 
 def test_pair(tmp_path: Path) -> None:

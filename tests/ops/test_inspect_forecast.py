@@ -54,6 +54,23 @@ def test_it_foretells_what_merge_measures(dtype: torch.dtype, size: float, tmp_p
         assert report.lost_share(stored) == pytest.approx(merged.lost_share, rel=2e-2)
 
 
+def test_entries_that_rounding_swallows(tmp_path: Path) -> None:
+    """W = 1 and an update of each size from far below half a unit in the last place to above."""
+    name = "model.layers.0.self_attn.q_proj"
+    ulp = {"BF16": 2.0**-7, "F16": 2.0**-10}
+    sizes = torch.tensor([0.0, 0.2, 0.49, 0.51, 3.0])
+    for dtype, unit in ulp.items():
+        state = {f"{name}.weight": torch.ones(5, 4)}
+        base = save_folder(state, tmp_path / f"base {dtype}", LLAMA)
+        pairs = {name: (torch.ones(1, 4), (sizes * unit)[:, None])}
+        adapter = save_peft(tmp_path / f"a {dtype}", pairs, lora_alpha=1)
+        report = forecast(adapter, base)
+        (row,) = report.rows
+        assert row.touched == 16
+        assert row.swallowed[dtype] == 8
+        assert report.swallowed_share(dtype) == row.swallowed_share(dtype) == 0.5
+
+
 def test_norms(tmp_path: Path) -> None:
     state = llama_like(torch.float32)
     base = save_folder(state, tmp_path / "base", LLAMA)

@@ -6,7 +6,8 @@ from collections import Counter
 
 from loratool.layouts.families import family_of, layer_of
 from loratool.ops.inspect_level import Level
-from loratool.ops.inspect_pair import SHARES, DeltaRow, PairReport
+from loratool.ops.inspect_pair import DeltaRow, PairReport
+from loratool.ops.spectra import SHARES
 from loratool.report.page import (
     Column,
     Curve,
