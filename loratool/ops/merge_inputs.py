@@ -195,6 +195,12 @@ def plan_merging(
         for one in opened
         for note in check_base(model, one.path, one.adapter, required=base_check, values=holds_base)
     ]
+    paths = [one.path.resolve() for one in opened]
+    notes += [
+        f"{path.name} is given {paths.count(path)} times: its update is added as often"
+        for path in dict.fromkeys(paths)
+        if paths.count(path) > 1
+    ]
     names = {name: None for one in opened for name in one.adapter.updates}
     chosen = select(list(names), include, exclude)
     left_out = tuple(name for name in names if name not in chosen)

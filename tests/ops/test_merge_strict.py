@@ -110,3 +110,12 @@ def test_a_square_weight_that_nothing_tells_the_sides_of(tmp_path: Path) -> None
         plain = load_folder(tmp_path / "out")[f"{name}.weight"]
         turned = (merged - state[f"{name}.weight"]).T
         torch.testing.assert_close(turned, plain - state[f"{name}.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_given_twice_is_said(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    adapter = save_peft(tmp_path / "a", {Q: (random_tensor(1, 24), random_tensor(24, 1))})
+    (tmp_path / "link").symlink_to(adapter)
+    report = lt.merge(base, [(adapter, 0.5), (tmp_path / "link", 0.25)], tmp_path / "out")
+    assert "a is given 2 times: its update is added as often" in report.facts["notes"]
+    assert lt.merge(base, adapter, tmp_path / "once").facts["notes"] == []
