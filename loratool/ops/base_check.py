@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loratool.adapter import Adapter
 from loratool.errors import DisagreementError, MalformedFile
+from loratool.ops.receipt_match import receipt_beside, recorded_in
 from loratool.ops.sources import Model
 from loratool.provenance import REPORT_FILE, fingerprint
 from loratool.storage.checkpoint import read_json_file
@@ -64,6 +65,13 @@ def check_base(
             differing.append(
                 f"{len(other)} of {looked} tensors that it changes hold other values than in the "
                 f"base it was made for ({', '.join(other[:3])})"
+            )
+    receipt = receipt_beside(model.checkpoint.path) if values else None
+    if receipt is not None and receipt.is_file() and adapter.updates:
+        name = recorded_in(receipt, adapter)
+        if name is not None:
+            differing.append(
+                f"is merged into this base already, as {name}, by {receipt.name} in it"
             )
     if required and differing:
         raise DisagreementError(

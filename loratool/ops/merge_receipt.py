@@ -61,14 +61,6 @@ class _RecordJob:
         return self.base.nbytes
 
 
-def receipt_beside(output: Path) -> Path:
-    """Where the receipt of a merged checkpoint is found unless it was put elsewhere."""
-    if output.is_dir() or output.suffix != ".safetensors":
-        folder = output if output.is_dir() or not output.is_file() else output.parent
-        return folder / RECEIPT_FILE
-    return output.with_name(f"{output.stem}.{RECEIPT_FILE}")
-
-
 def likely_bytes(weights: int, tensors: int) -> tuple[int, int]:
     """About how large a receipt gets: for changes of 0.3 % and of 10 % of the weights' norm.
 

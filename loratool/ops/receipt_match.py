@@ -7,10 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratool.adapter import Adapter
-from loratool.errors import DisagreementError
+from loratool.errors import DisagreementError, LoratoolError
 from loratool.layouts.placing import PlacedUpdate
 from loratool.ops.restoring import describe_updates
-from loratool.receipt import AdapterRecord, Receipt, UpdateRecord, hex_double
+from loratool.receipt import (
+    RECEIPT_FILE,
+    AdapterRecord,
+    Receipt,
+    UpdateRecord,
+    hex_double,
+    read_receipt,
+    update_sha256,
+)
 
 Updates = Mapping[str, tuple[PlacedUpdate, ...]]
 Given = tuple[Path, float, Adapter]
@@ -113,3 +121,29 @@ def _of_tensor(
 
 def _number(text: str) -> str:
     return f"{hex_double(text)!r}" if text else "none"
+
+
+def receipt_beside(output: Path) -> Path:
+    """Where the receipt of a merged checkpoint is found unless it was put elsewhere."""
+    if output.is_dir() or output.suffix != ".safetensors":
+        folder = output if output.is_dir() or not output.is_file() else output.parent
+        return folder / RECEIPT_FILE
+    return output.with_name(f"{output.stem}.{RECEIPT_FILE}")
+
+
+def recorded_in(receipt: Path, adapter: Adapter) -> str | None:
+    """The name under which a receipt records this adapter as merged in; None where it does not, or
+    cannot be read."""
+    try:
+        found = read_receipt(receipt)
+    except LoratoolError:
+        return None
+    hashes = {
+        update.sha256: found.adapters[update.adapter].name
+        for record in found.tensors.values()
+        for update in record.updates
+    }
+    if not hashes:
+        return None
+    first = next(iter(adapter.updates.values()))
+    return hashes.get(update_sha256(first))

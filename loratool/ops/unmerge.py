@@ -20,9 +20,8 @@ from loratool.layouts.placed import TieChoice
 from loratool.layouts.placing import PlacedUpdate, place
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.eight_bits import scales_of
-from loratool.ops.merge_receipt import receipt_beside
 from loratool.ops.merge_sides import side_files_of
-from loratool.ops.receipt_match import given_as_recorded
+from loratool.ops.receipt_match import given_as_recorded, receipt_beside
 from loratool.ops.restoring import (
     Guess,
     RestoredTensor,

@@ -16,6 +16,7 @@ from loratool.algebra.exact_matrix import Scaled, diagonal_product
 from loratool.algebra.kasa import KasaSum
 from loratool.errors import DisagreementError, LoratoolError, MalformedFile, UnsupportedInput
 from tests.builders import random_tensor
+from tests.faults.killing import bytes_of
 from tests.ops.builders import LLAMA, llama_like, save_folder
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -91,6 +92,17 @@ def test_what_is_no_kasa(tmp_path: Path, case: str) -> None:
     assert isinstance(rank, int)
     with pytest.raises(error, match=message):
         lt.merge(base, adapter(tmp_path / "a", diagonal, rank, **config), tmp_path / "out")
+
+
+def test_in_place_it_is_the_same(tmp_path: Path) -> None:
+    base = save_folder(llama_like(torch.bfloat16), tmp_path / "base", LLAMA)
+    kasa = adapter(tmp_path / "a", torch.tensor([1.5, -0.5]), **GOOD)
+    report = lt.merge(base, kasa, tmp_path / "merged")
+    assert (
+        "KaSA leaves out the smallest singular components of 1 weights" in report.facts["notes"][0]
+    )
+    lt.merge_in_place(base, kasa)
+    assert bytes_of(base) == bytes_of(tmp_path / "merged")
 
 
 def test_it_goes_in_alone(tmp_path: Path) -> None:

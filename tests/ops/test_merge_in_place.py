@@ -103,7 +103,9 @@ def test_a_value_that_cannot_be_merged_puts_everything_back(
     assert bytes_of(base) == before
 
 
-def interrupted(base: Path, adapter: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted(
+    base: Path, adapter: Path, after: int, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
     """Leave a journal as a process does that is killed after some blocks."""
     original, done = Journal.change, []
 
@@ -119,7 +121,7 @@ def interrupted(base: Path, adapter: Path, after: int, monkeypatch: pytest.Monke
         patch.setattr(Journal, "change", change)
         patch.setattr(Journal, "undo", lambda *_: (_ for _ in ()).throw(OSError()))
         with pytest.raises(KeyboardInterrupt):
-            lt.merge_in_place(base, adapter, jobs=1)
+            lt.merge_in_place(base, adapter, jobs=1, **options)
     assert (base / JOURNAL).exists()
 
 
@@ -170,6 +172,20 @@ def test_forward_needs_the_same_adapter(
         lt.recover(base, "forward")
     lt.recover(base, "back")
     assert bytes_of(base) == before
+
+
+def test_forward_remembers_what_was_said_of_ties(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = llama_like()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    base = save_folder(state, tmp_path / "base", LLAMA | {"tie_word_embeddings": True})
+    adapter = save_peft(tmp_path / "adapter", {"lm_head": factors(50, 24)}, lora_alpha=6)
+    lt.merge(base, adapter, tmp_path / "whole", ties="both")
+    interrupted(base, adapter, 3, monkeypatch, ties="both")
+    monkeypatch.setattr(merge_in_place, "BLOCK_BYTES", 100)
+    lt.recover(base, "forward")
+    assert bytes_of(base) == bytes_of(tmp_path / "whole")
 
 
 def test_an_unknown_journal_is_left_alone(base: Path) -> None:

@@ -119,3 +119,22 @@ def test_an_adapter_given_twice_is_said(tmp_path: Path) -> None:
     report = lt.merge(base, [(adapter, 0.5), (tmp_path / "link", 0.25)], tmp_path / "out")
     assert "a is given 2 times: its update is added as often" in report.facts["notes"]
     assert lt.merge(base, adapter, tmp_path / "once").facts["notes"] == []
+
+
+def test_an_adapter_that_is_in_already_is_said(tmp_path: Path) -> None:
+    """As the receipt of the first merge has it."""
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    first, other = (
+        save_peft(tmp_path / name, {Q: (random_tensor(1, 24, seed=i), random_tensor(24, 1))})
+        for i, name in enumerate("ab")
+    )
+    lt.merge(base, [(first, 0.5)], tmp_path / "m", receipt=True)
+    (note,) = lt.merge(tmp_path / "m", first, tmp_path / "again").facts["notes"]
+    assert note.startswith("a: is merged into this base already, as a, by loratool_receipt")
+    with pytest.raises(DisagreementError, match="is not an adapter of this base"):
+        lt.merge(tmp_path / "m", first, tmp_path / "x", base_check=True)
+    assert lt.merge(tmp_path / "m", other, tmp_path / "both").facts["notes"] == []
+    (tmp_path / "m" / "loratool_receipt.safetensors").write_bytes(b"no receipt")
+    assert lt.merge(tmp_path / "m", first, tmp_path / "unknown").facts["notes"] == []
+    lt.merge(base, first, tmp_path / "m2", receipt=True)
+    assert lt.swap(tmp_path / "m2", first, first, tmp_path / "swapped").facts["notes"] == []
