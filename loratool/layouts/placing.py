@@ -15,7 +15,13 @@ from loratool.adapter import (
     Update,
     module_of,
 )
-from loratool.errors import DisagreementError, NothingMatches, ShapeMismatch, UsageError
+from loratool.errors import (
+    DisagreementError,
+    LoratoolError,
+    NothingMatches,
+    ShapeMismatch,
+    UsageError,
+)
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.fusing import Offer, offered_names
 from loratool.layouts.kinds import classify, may_be_conv1d
@@ -28,7 +34,7 @@ from loratool.layouts.ties import find_ties
 from loratool.layouts.vocabulary import grown_tables
 from loratool.storage.tensors import LazyTensor, TensorInfo
 
-__all__ = ["PlacedUpdate", "Placement", "TieChoice", "describe", "place"]
+__all__ = ["PlacedUpdate", "Placement", "TieChoice", "can_be_untied", "describe", "place"]
 
 
 def place(
@@ -72,6 +78,17 @@ def place(
     for name, placed in updates.items():
         _check_summable(name, placed)
     return Placement(updates, copies, tuple(dict.fromkeys(notes)), added, untied, grown)
+
+
+def can_be_untied(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> bool:
+    """Whether a head is tied to its embedding here, which TieChoice.APART can store apart."""
+    shapes = {module: tensors[name].shape for name, module in module_names(tensors, config).items()}
+    ties = find_ties(list(shapes), classify(shapes, config), config)
+    try:
+        without_head(ties, list(shapes), config)
+    except LoratoolError:
+        return False
+    return True
 
 
 def _check_summable(name: str, placed: Sequence[PlacedUpdate]) -> None:

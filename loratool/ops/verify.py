@@ -15,7 +15,7 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import UsageError
 from loratool.layouts.placed import TieChoice
-from loratool.layouts.placing import PlacedUpdate, describe, place
+from loratool.layouts.placing import PlacedUpdate, can_be_untied, describe, place
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.eight_bits import scales_of
 from loratool.ops.merge_inputs import added_by
@@ -86,7 +86,7 @@ def plan_verify(
             "without --base there is nothing to compare with",
             hint="name the base; with --fast, a receipt can stand for it",
         )
-    untied = origin.config.says_tied and not model.config.says_tied
+    untied = not model.config.says_tied and can_be_untied(origin.checkpoint.tensors, origin.config)
     placement = place(
         weighted,
         origin.checkpoint.tensors,

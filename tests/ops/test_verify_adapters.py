@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,23 @@ def test_8_bits_that_were_unpacked(tmp_path: Path) -> None:
     state[f"{NAME}.weight"] = random_tensor(20, 12)
     report = lt.verify(save_folder(state, tmp_path / "m", BLOCKED), base, adapter)
     assert report.updated[0].status is Status.SHAPE
+
+
+@pytest.mark.parametrize("said", [{}, {"tie_word_embeddings": True}])
+def test_a_merged_config_that_unties_what_was_never_tied(
+    tmp_path: Path, said: dict[str, bool]
+) -> None:
+    """As other tools write it: the base's config is silent, or wrong about the head it stores."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    base = save_folder(llama_like(), tmp_path / "base", config | said)
+    adapter = save_peft(tmp_path / "a", SECOND, lora_alpha=6)
+    lt.merge(base, adapter, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert lt.verify(tmp_path / "m", base, adapter).is_equal
+    headless = {n: v for n, v in llama_like().items() if "lm_head" not in n}
+    bare = save_folder(
+        headless, tmp_path / "bare", {"model_type": "llama", "architectures": ["LlamaModel"]}
+    )
+    lt.merge(bare, adapter, tmp_path / "m2")
+    (tmp_path / "m2" / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
+    assert lt.verify(tmp_path / "m2", bare, adapter).is_equal
