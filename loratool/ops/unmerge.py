@@ -12,25 +12,30 @@ from typing import Any
 import torch
 
 from loratool.adapter import Adapter
-from loratool.algebra.rounding import MERGEABLE
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
-from loratool.errors import DisagreementError, UnsupportedInput, UsageError
+from loratool.errors import DisagreementError, UsageError
 from loratool.layouts.placed import TieChoice
 from loratool.layouts.placing import PlacedUpdate, place
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.eight_bits import scales_of
 from loratool.ops.merge_sides import side_files_of
-from loratool.ops.receipt_match import given_as_recorded, receipt_beside
+from loratool.ops.receipt_match import given_as_recorded
 from loratool.ops.restoring import (
     Guess,
     RestoredTensor,
-    all_additive,
     byte_parts,
     leading,
     uncertain,
 )
 from loratool.ops.sources import Model, open_adapter, open_model
+from loratool.ops.unmerge_checks import (
+    check_can_be_taken_off,
+    check_dtypes,
+    check_layout,
+    files_as_merged,
+    find_receipt,
+)
 from loratool.ops.unmerge_report import UnmergeReport, UnmergeRow
 from loratool.receipt import (
     FileRecord,
@@ -169,15 +174,15 @@ def plan_unmerge(
     )
     if known is None:
         updates: Mapping[str, tuple[PlacedUpdate, ...]] = placement.updates
-        _check_can_be_taken_off(updates)
-        files = _files_as_merged(model)
+        check_can_be_taken_off(updates)
+        files = files_as_merged(model)
     else:
         assert found is not None
         updates = given_as_recorded(known, found, opened, placement.updates)
-        _check_layout(known, found, model)
+        check_layout(known, found, model)
         files = known.files
     scaled = scales_of(updates, model, lossy=True)
-    _check_dtypes(updates, scaled, model, known)
+    check_dtypes(updates, scaled, model, known)
     plan = UnmergePlan(
         model,
         opened,
@@ -238,83 +243,6 @@ def _facts(plan: UnmergePlan) -> dict[str, Any]:
         "tensors_total": len(plan.receipt.tensors if plan.receipt else plan.merged.checkpoint),
         "notes": list(plan.notes),
     }
-
-
-# Planning -------------------------------------------------------------------------------------
-
-
-def find_receipt(model: Model, receipt: Path | None) -> Path | None:
-    """The receipt that was named, or the one beside the merged checkpoint if there is one."""
-    if receipt is not None:
-        return receipt
-    checkpoint = model.checkpoint
-    usual = receipt_beside(checkpoint.path if checkpoint.is_single_file else checkpoint.folder)
-    return usual if usual.is_file() else None
-
-
-def _files_as_merged(model: Model) -> tuple[FileRecord, ...]:
-    checkpoint = model.checkpoint
-    if not all(file.is_safetensors for file in checkpoint.files):
-        raise UnsupportedInput(
-            f"{checkpoint.path}: holds torch pickles; merge writes safetensors, so it is no merge "
-            "of loratool's",
-        )
-    return tuple(
-        FileRecord(
-            str(file.path.relative_to(checkpoint.folder)),
-            file.raw_header or b"",
-            file.path.stat().st_size,
-        )
-        for file in checkpoint.files
-    )
-
-
-def _check_can_be_taken_off(updates: Mapping[str, tuple[PlacedUpdate, ...]]) -> None:
-    lost = [name for name, placed in updates.items() if not all_additive(placed)]
-    if lost:
-        raise DisagreementError(
-            f"{len(lost)} tensors cannot be restored without a receipt: the merge replaced their "
-            "values, or scaled their rows by norms that are lost",
-            details=lost[:12],
-            hint="name the receipt with --receipt; merge --receipt leaves one",
-        )
-
-
-def _check_dtypes(
-    updates: Mapping[str, tuple[PlacedUpdate, ...]],
-    scaled: Mapping[str, ScaledBy],
-    model: Model,
-    receipt: Receipt | None,
-) -> None:
-    for name in updates:
-        if name in scaled or (receipt and receipt.tensors[name].method == "keep"):
-            continue
-        dtype = model.checkpoint.tensors[name].dtype
-        if dtype.torch not in MERGEABLE:
-            raise UnsupportedInput(f"{name}: is stored as {dtype.name}, from which nothing can go")
-
-
-def _check_layout(receipt: Receipt, path: Path, model: Model) -> None:
-    """Headers alone: every tensor that the receipt builds on is there in the right shape."""
-    tensors = model.checkpoint.tensors
-    for name, info in receipt.base_tensors(model.checkpoint.folder).items():
-        record, merged = receipt.tensors[name], tensors.get(name)
-        if record.method == "keep" and not record.merged_sha256:
-            continue
-        same = record.method == "same"
-        fits = merged is not None and merged.shape == info.shape
-        if record.method == "keep":  # of a table that got rows
-            fits = leading(merged, info.shape) is not None
-        if merged is None or not fits or (same and merged.dtype != info.dtype):
-            has = f"{merged.dtype.name} {list(merged.shape)}" if merged else "no such tensor"
-            raise DisagreementError(
-                f"{path}: was made for a merge in which {name} is {list(info.shape)}; "
-                f"{model.checkpoint.path} has {has}",
-                hint="this receipt belongs to another merged checkpoint",
-            )
-
-
-# Running --------------------------------------------------------------------------------------
 
 
 def restore_tensor(job: RestoreJob) -> UnmergeRow | None:

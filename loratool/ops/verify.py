@@ -23,7 +23,7 @@ from loratool.ops.merge_layout import Added
 from loratool.ops.receipt_match import given_as_recorded
 from loratool.ops.restoring import beyond, leading, value_sha256
 from loratool.ops.sources import Model, open_adapter, open_model
-from loratool.ops.unmerge import find_receipt
+from loratool.ops.unmerge_checks import find_receipt
 from loratool.ops.verify_report import VerifyReport
 from loratool.ops.verify_row import Status, VerifyJob, VerifyRow
 from loratool.ops.verify_tensor import verify_tensor

@@ -214,7 +214,8 @@ def _cause(
                 return cause
         if all(min(abs(one), abs(one - 1)) < _NEAR for one in factors) and not right_scale:
             return Cause.PART
-        return Cause.VALUES if right_scale else Cause.SCALE
+        many = sums.beyond > _FEW * sums.elements and any(abs(one - 1) > 0.1 for one in factors)
+        return Cause.VALUES if right_scale and not many else Cause.SCALE
     if sums.beyond <= _FEW * sums.elements and abs(fit - 1) < 0.1:
         return Cause.VALUES
     if sums.uu and sums.dt:

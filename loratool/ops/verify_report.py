@@ -111,7 +111,7 @@ _SENTENCES = {
     Cause.SUBTRACTED: "the update was subtracted",
     Cause.TWICE: "the update was applied twice",
     Cause.TRANSPOSED: "the update was added transposed",
-    Cause.VALUES: "the update is in, but single values are off",
+    Cause.VALUES: "the update is in, but some values are off",
     Cause.OTHER: "something else than this update was added",
 }
 
