@@ -3,42 +3,59 @@
 from __future__ import annotations
 
 import os
+import weakref
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loratool.storage.tensors import LazyTensor, TensorInfo, read_into
+from loratool.storage.tensors import LazyTensor, TensorInfo, fill
 
 
 class RowReader:
     """Rows of one tensor, through one buffer that every read uses again.
 
-    Fresh memory for each block would cost more than reading it from the page cache.
+    Fresh memory for each block would cost more than reading it from the page cache, and opening
+    the file for each about as much. The file is closed with the reader.
     """
 
     def __init__(self, tensor: LazyTensor, most_rows: int):
         """At most ``most_rows`` rows at a time."""
         self._tensor = tensor
-        self._raw: Tensor | None = None
-        is_plain = isinstance(tensor, TensorInfo) and tensor.strides is None and tensor.shape
-        if is_plain and tensor.dtype.torch is not None:
-            self._raw = torch.empty(most_rows * self._row_bytes, dtype=torch.uint8)
+        self._raw: memoryview | None = None
+        is_plain = isinstance(tensor, TensorInfo) and tensor.strides is None and tensor.nbytes
+        if is_plain and tensor.shape and tensor.dtype.torch is not None:
+            raw = torch.empty(most_rows * self._row_bytes, dtype=torch.uint8)
+            self._raw = raw.numpy().data
+            self._rows = raw.view(tensor.dtype.torch).view(most_rows, *tensor.shape[1:])
+            self._handle: int | None = None
 
     def __call__(self, start: int, stop: int) -> Tensor:
         """Rows ``start:stop`` on the CPU, valid until the next call. Raises MalformedFile."""
         info = self._tensor
         if self._raw is None or not isinstance(info, TensorInfo):
             return info.read_rows(start, stop)
-        raw = self._raw[: (stop - start) * self._row_bytes]
-        read_into(info.path, info.offset + start * self._row_bytes, raw.numpy().data, info.name)
-        assert info.dtype.torch is not None
-        return raw.view(info.dtype.torch).view(stop - start, *info.shape[1:])
+        count, row_bytes = stop - start, self._row_bytes
+        fill(
+            self._open(info.path),
+            info.path,
+            info.offset + start * row_bytes,
+            self._raw[: count * row_bytes],
+            info.name,
+        )
+        return self._rows[:count]
 
-    @property
+    def _open(self, path: Path) -> int:
+        if self._handle is None:
+            self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            weakref.finalize(self, os.close, self._handle)
+        return self._handle
+
+    @cached_property
     def _row_bytes(self) -> int:
         assert isinstance(self._tensor, TensorInfo)
-        rows = self._tensor.rows
-        return self._tensor.nbytes // rows if rows else 0
+        return self._tensor.nbytes // self._tensor.rows
 
 
 def read_ahead(tensor: LazyTensor) -> None:

@@ -127,12 +127,17 @@ def _read_elements(info: TensorInfo, offset: int, nbytes: int) -> Tensor:
 def read_into(path: Path, offset: int, buffer: memoryview, what: str) -> None:
     """Fill ``buffer`` from ``path`` at ``offset``; a short file is MalformedFile, not a crash."""
     with open(path, "rb", buffering=0) as file:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(file.fileno(), [buffer[done:]], offset + done)
-            if count == 0:
-                raise MalformedFile(
-                    f"{path}: ends in the middle of {what}",
-                    hint="the file is truncated or changed while it was read; fetch it again",
-                )
-            done += count
+        fill(file.fileno(), path, offset, buffer, what)
+
+
+def fill(handle: int, path: Path, offset: int, buffer: memoryview, what: str) -> None:
+    """The same from a file that is open; ``path`` and ``what`` are for the error."""
+    done = os.preadv(handle, [buffer], offset)
+    while done < len(buffer):
+        count = os.preadv(handle, [buffer[done:]], offset + done)
+        if count == 0:
+            raise MalformedFile(
+                f"{path}: ends in the middle of {what}",
+                hint="the file is truncated or changed while it was read; fetch it again",
+            )
+        done += count

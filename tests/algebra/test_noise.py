@@ -37,6 +37,22 @@ def test_floor_bounds_the_norm_of_real_rounding(dtype: torch.dtype) -> None:
     assert floor.energy == pytest.approx(error.square().sum().item(), rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [*SIXTEEN_BITS, torch.float32])
+@pytest.mark.parametrize("size", [1e-37, 1e-20, 1e-4, 1.0, 1e4, 1e20, 1e37])
+def test_floor_is_that_of_the_formula_at_any_size(dtype: torch.dtype, size: float) -> None:
+    """Squares of ulps leave float32's range long before the ulps do. Fine rows beside coarse."""
+    if dtype == torch.float16 and not 1e-5 < size < 1e5:
+        return
+    torch.manual_seed(4)
+    rows = torch.tensor([1.0, 1e-3, 0.0, 1e-1]).repeat(50)[:, None]
+    stored = (torch.randn(200, 700) * rows * size / 10).to(dtype)
+    variance = ulp(stored).double().square() / 12
+    threshold = variance.sum(1).max().sqrt() + variance.sum(0).max().sqrt()
+    floor = noise_floor(stored)
+    assert floor.threshold == pytest.approx(float(threshold), rel=1e-5)
+    assert floor.energy == pytest.approx(float(variance.sum()), rel=1e-5)
+
+
 def change(
     dtype: torch.dtype, relative: float, tail: float = 0.0, rank: int = 8
 ) -> tuple[torch.Tensor, NoiseFloor, float]:
