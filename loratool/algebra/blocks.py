@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 4 * 2**20
+_SQUARED_ELEMENTS = 2**16
 
 
 def block_rows(columns: int) -> int:
@@ -34,9 +35,28 @@ def float64_blocks(d: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, buffer[: part.shape[0]].copy_(part)
 
 
+class SquareSum:
+    """‖x‖² of one matrix after another, squares and sum in float64, through one buffer."""
+
+    def __init__(self, device: torch.device):
+        self._buffer = torch.empty(_SQUARED_ELEMENTS, dtype=torch.float64, device=device)
+
+    def of(self, x: Tensor) -> float:
+        """Σx² of a contiguous tensor."""
+        total = 0.0
+        for part in torch.split(x.view(-1), _SQUARED_ELEMENTS):
+            wide = self._buffer[: len(part)].copy_(part)
+            total += float(torch.dot(wide, wide))
+        return total
+
+
 def sum_of_squares(d: Tensor) -> float:
     """‖d‖²_F with the squares and their sum in float64, block by block."""
-    return math.fsum(float(torch.dot(b.view(-1), b.view(-1))) for _, b in float64_blocks(d))
+    squares = SquareSum(d.device)
+    step = block_rows(d.shape[1])
+    return (
+        math.fsum(squares.of(rows.contiguous()) for rows in torch.split(d, step)) if len(d) else 0.0
+    )
 
 
 def large_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

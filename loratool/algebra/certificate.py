@@ -6,7 +6,8 @@ for any η ≥ ‖E‖₂². With the thin factor R of G,
 
     T = [[Θ², Rᵀ], [R, η·I]]   ⇒   σᵢ² ≤ max(λᵢ(T), η),
 
-so the squared error of the best rank-k matrix is at least L = ‖D‖² − Σ_{i≤k} max(λᵢ(T), η).
+so the squared error of the best rank-k matrix is at least L = ‖D‖² − Σ_{i≤k} max(λᵢ(T), η). It is
+held against the error of the factors themselves, ‖D‖² less the squares of their singular values.
 
 Where the spectrum falls fast, η = ‖E‖²_F = ‖D‖² − ΣΘ² does, and is certain. Otherwise η comes
 from random probes and power steps (Halko, Martinsson and Tropp, 2011, Lemma 4.1): with t probes it
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratool.algebra.passes import image_and_back
+from loratool.algebra.krylov import Ritz
+from loratool.algebra.passes import back_of, image_and_back, image_of
 from loratool.algebra.random import gaussian
 
 PROBES = 16
@@ -30,7 +32,12 @@ ALPHA = math.sqrt(10)
 POWER_STEPS = (2, 3, 5, 10)
 """Steps after which η is taken; the later ones only while the bound is loose."""
 
-LOOSE = 2e-3
+LOOSE = 5e-3
+"""A bound up to this is taken; a tighter one would cost further passes."""
+
+_JITTER = 1e-13
+_TINY = 1e-32
+
 NEGLIGIBLE = 1e-2
 """Below this share of ‖D‖ the optimum is too small to measure an excess against."""
 
@@ -50,29 +57,73 @@ class ExcessBound:
 EXACT = ExcessBound(0.0, 0.0)
 
 
-def excess_bound(
-    d: Tensor, theta: Tensor, v: Tensor, back: Tensor, rank: int, energy: float, key: str
-) -> ExcessBound:
-    """Bound the excess of the first ``rank`` of the Ritz pairs (theta, v) of ``d``.
+def excess_bound(d: Tensor, ritz: Ritz, rank: int, energy: float, key: str) -> ExcessBound:
+    """Bound the excess of the first ``rank`` of the triplets of ``d`` (m, n), float32.
 
-    d: (m, n) float32. theta: (l,) float64. v: (n, l) with orthonormal columns to float32. back:
-    DᵀD·v, float64. energy: ‖d‖²_F.
+    energy: ‖d‖²_F.
     """
     if energy == 0:
         return EXACT
-    g = back - v.double() * theta.square()
-    # any R with RᵀR = GᵀG serves; this one costs less than a QR of the tall G
-    square, vectors = torch.linalg.eigh(g.T @ g)
-    r = square.clamp(min=0).sqrt()[:, None] * vectors.T
-    rest = max(0.0, energy - float(theta.square().sum())) + _rounding(len(theta), energy)
-    best, failure = _excess(theta, r, rest, rank, energy), 0.0
-    if best > LOOSE:
-        for norm in _residual_norm_bounds(d, v, key):
+    gap = _Gap.of(ritz, rank, energy)
+    eta = max(0.0, energy - float(ritz.theta.square().sum())) + _rounding(gap.size, energy)
+    excess, failure = gap.worth(eta), 0.0
+    if excess is None or excess > LOOSE:
+        for norm in _residual_norm_bounds(d, ritz.v, key):
             failure += ALPHA**-PROBES
-            best = min(best, _excess(theta, r, norm**2, rank, energy))
-            if best <= LOOSE:
+            eta = min(eta, norm**2)
+            excess = gap.worth(eta)
+            if excess is not None and excess <= LOOSE:
                 break
-    return ExcessBound(best, failure)
+    return ExcessBound(gap.excess(eta) if excess is None else excess, failure)
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """What a rank's error is compared with, given a bound η on ‖E‖₂².
+
+    squares: θ² (l,). r: (l, l) with rᵀr ≥ GᵀG. missed: ‖D‖² less what the factors hold, padded.
+    """
+
+    squares: Tensor
+    r: Tensor
+    rank: int
+    energy: float
+    missed: float
+
+    @staticmethod
+    def of(ritz: Ritz, rank: int, energy: float) -> _Gap:
+        squares = ritz.theta.square()
+        g = ritz.back - ritz.v.double() * squares
+        square = g.T @ g
+        # a little more than GᵀG, so that it has a Cholesky factor; the bound becomes no tighter
+        square.diagonal().add_(_JITTER * float(square.trace()) + _TINY * energy**2)
+        kept = float(ritz.values[:rank].square().sum())
+        missed = max(0.0, energy - kept) + _rounding(len(squares), energy)
+        return _Gap(squares, torch.linalg.cholesky(square).T, rank, energy, missed)
+
+    @property
+    def size(self) -> int:
+        return len(self.squares)
+
+    def worth(self, eta: float) -> float | None:
+        """``excess``, or None where it is above LOOSE for certain: T's eigenvalues are ≥ θ²."""
+        least = self._against(self.squares[: self.rank].clamp(min=eta))
+        return self.excess(eta) if least <= LOOSE else None
+
+    def excess(self, eta: float) -> float:
+        """The bound on the excess."""
+        size, r = self.size, self.r
+        t = torch.diag(torch.cat([self.squares, torch.full_like(self.squares, eta)]))
+        t[size:, :size] = r
+        t[:size, size:] = r.T
+        return self._against(torch.linalg.eigvalsh(t).flip(0)[: self.rank].clamp(min=eta))
+
+    def _against(self, largest: Tensor) -> float:
+        """The excess if these were the squares of D's first singular values."""
+        least = max(0.0, self.energy - float(largest.sum()) - _rounding(self.size, self.energy))
+        if least >= NEGLIGIBLE**2 * self.energy:
+            return math.sqrt(self.missed / least) - 1
+        return (math.sqrt(self.missed) - math.sqrt(least)) / math.sqrt(self.energy)
 
 
 def _rounding(size: int, energy: float) -> float:
@@ -80,30 +131,17 @@ def _rounding(size: int, energy: float) -> float:
     return 4 * math.sqrt(size) * 2.0**-24 * energy
 
 
-def _excess(theta: Tensor, r: Tensor, eta: float, rank: int, energy: float) -> float:
-    size, extra = len(theta), r.shape[0]
-    t = torch.zeros(size + extra, size + extra, dtype=torch.float64, device=r.device)
-    t[:size, :size] = torch.diag(theta.square())
-    t[size:, :size] = r
-    t[:size, size:] = r.T
-    t[size:, size:] = eta * torch.eye(extra, dtype=torch.float64, device=r.device)
-    largest = torch.linalg.eigvalsh(t).flip(0)[:rank].clamp(min=eta)
-    padding = _rounding(size, energy)
-    missed = max(0.0, energy - float(theta[:rank].square().sum())) + padding
-    least = max(0.0, energy - float(largest.sum()) - padding)
-    if least >= NEGLIGIBLE**2 * energy:
-        return math.sqrt(missed / least) - 1
-    return (math.sqrt(missed) - math.sqrt(least)) / math.sqrt(energy)
-
-
 def _residual_norm_bounds(d: Tensor, v: Tensor, key: str) -> Iterator[float]:
     """Ever tighter bounds on ‖D − D·V·Vᵀ‖₂, each failing with probability α⁻ᵗ."""
     block = _project_out(gaussian(d.shape[1], PROBES, f"{key}:probe").to(d.device), v)
     growth = 0.0  # log of what the probes were divided by
     for step in range(1, max(POWER_STEPS) + 1):
-        image, back = image_and_back(d, block)
         if step - 1 in POWER_STEPS:
+            image = image_of(d, block)
             yield _norm_from_probes(image, growth, step - 1)
+            back = back_of(d, image)
+        else:
+            _, back = image_and_back(d, block)
         block = _project_out(back, v)
         scale = float(block.abs().max())
         if scale == 0:
@@ -111,7 +149,7 @@ def _residual_norm_bounds(d: Tensor, v: Tensor, key: str) -> Iterator[float]:
             return
         block = block / scale
         growth += math.log(scale)
-    yield _norm_from_probes(image_and_back(d, block)[0], growth, max(POWER_STEPS))
+    yield _norm_from_probes(image_of(d, block), growth, max(POWER_STEPS))
 
 
 def _norm_from_probes(image: Tensor, growth: float, steps: int) -> float:

@@ -49,7 +49,7 @@ def factorize_rows(matrix: RowBlocks, rule: RankRule, *, key: str) -> RowFactors
         spectrum = Spectrum(ritz.values[:guess].cpu(), energy, matrix.shape)
         rank = rule(spectrum)
         if rank is not None:
-            left, right = ritz.left(rank), ritz.v[:, :rank]
+            left, right = ritz.left(rank), ritz.right(rank)
             u, v = (right, left) if wide else (left, right)
             return RowFactors(_balanced(u, ritz.values[:rank], v), spectrum, "block Krylov")
         guess *= 2

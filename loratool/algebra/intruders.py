@@ -119,21 +119,21 @@ def leading(d: Tensor, count: int, key: str) -> Triplets:
         if float(sines.max()) <= CONVERGED:
             break
         start = ritz.v[:, : count + OVERSAMPLING]
-    u, v = ritz.left(count), ritz.v[:, :count]
+    u, v = ritz.q(count), ritz.v[:, :count]
     u, v = (u, v) if d.shape[0] >= d.shape[1] else (v, u)
-    return Triplets(u, ritz.values[:count], v, sines)
+    return Triplets(u, ritz.theta[:count], v, sines)
 
 
 def _sines(ritz: Ritz, count: int) -> Tensor:
-    squares = ritz.values.square()
+    squares = ritz.theta.square()
     rest = ritz.back - ritz.v.double() * squares
     residuals = torch.linalg.vector_norm(rest, dim=0)[:count]
     distances = (squares[:, None] - squares[None, :count]).abs()
     distances.fill_diagonal_(torch.inf)
     gaps = (distances.min(dim=0).values - residuals).clamp(min=0)
     sines = torch.where(gaps > 0, residuals / gaps, torch.inf)
-    safe = ritz.values[:count].clamp(min=_TINY)
-    return (sines * (ritz.values[0] / safe)).clamp(max=1.0)
+    safe = ritz.theta[:count].clamp(min=_TINY)
+    return (sines * (ritz.theta[0] / safe)).clamp(max=1.0)
 
 
 def _certified(base: Tensor, found: Triplets, epsilon: float, key: str) -> Examined | None:

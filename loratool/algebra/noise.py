@@ -54,30 +54,28 @@ class NoiseSums:
     def __init__(self, columns: int, device: torch.device):
         self._columns = torch.zeros(columns, dtype=torch.float64, device=device)
         self._largest_row = 0.0
-        self._power = torch.empty(0, columns, device=device)
+        self._mask = _EXPONENT.to(device)
         self._ones = torch.ones(columns, device=device)
         self._row_ones = self._ones[:0]
 
-    def add(self, values: Tensor, dtype: torch.dtype) -> None:
+    def add(self, values: Tensor, dtype: torch.dtype, power: Tensor) -> None:
         """Take in the next rows: their values in float32, and the dtype they are stored in.
 
-        Dtypes other than bf16, fp16 and fp32 add nothing.
+        power: working space of the same shape. Dtypes other than bf16, fp16 and fp32 add nothing.
         """
         if dtype not in _MANTISSA_BITS or not values.numel():
             return
-        count = values.shape[0]
-        if count > len(self._row_ones):
-            self._power = torch.empty_like(values)
-            self._row_ones = torch.ones(count, device=values.device)
-        power, unit = self._power[:count], 2.0 ** -_MANTISSA_BITS[dtype]
-        rows = torch.mv(_powers(values, dtype, power).square_(), self._ones)
+        if len(self._row_ones) != len(values):
+            self._row_ones = values.new_ones(len(values))
+        unit = 2.0 ** -_MANTISSA_BITS[dtype]
+        rows = torch.mv(_powers(values, dtype, self._mask, power).square_(), self._ones)
         largest = float(rows.max())
         if not _COMFORTABLE < largest < math.inf:
-            top = float(_powers(values, dtype, power).max()) or 1.0
+            top = float(_powers(values, dtype, self._mask, power).max()) or 1.0
             unit *= top
             rows = torch.mv(power.mul_(1 / top).square_(), self._ones)
             largest = float(rows.max())
-        columns = torch.mv(power.T, self._row_ones[:count])
+        columns = torch.mv(power.T, self._row_ones)
         self._columns.add_(columns, alpha=unit**2)
         self._largest_row = max(self._largest_row, largest * unit**2)
 
@@ -96,7 +94,8 @@ def noise_floor(stored: Tensor) -> NoiseFloor:
     sums = NoiseSums(stored.shape[1], stored.device)
     step = max(1, 2**16 // max(1, stored.shape[1]))
     for start in range(0, stored.shape[0], step):
-        sums.add(stored[start : start + step].float(), stored.dtype)
+        values = stored[start : start + step].float()
+        sums.add(values, stored.dtype, torch.empty_like(values))
     return sums.floor()
 
 
@@ -105,15 +104,15 @@ def ulp(values: Tensor) -> Tensor:
 
     fp32 ulps below float32's normal range come out as zero.
     """
-    power = _powers(values.float(), values.dtype, torch.empty_like(values, dtype=torch.float32))
+    wide = values.float()
+    power = _powers(wide, values.dtype, _EXPONENT.to(wide.device), torch.empty_like(wide))
     smallest = torch.finfo(values.dtype).tiny
     return power.clamp_(min=smallest).mul_(2.0 ** -_MANTISSA_BITS[values.dtype])
 
 
-def _powers(values: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
+def _powers(values: Tensor, dtype: torch.dtype, mask: Tensor, out: Tensor) -> Tensor:
     """The power of two at or below each magnitude, zero for float32's subnormals; ``out``."""
-    bits, mask = values.contiguous().view(torch.int32), _EXPONENT
-    torch.bitwise_and(bits, mask.to(values.device), out=out.view(torch.int32))
+    torch.bitwise_and(values.view(torch.int32), mask, out=out.view(torch.int32))
     if dtype == torch.float16:
         out.clamp_(min=torch.finfo(dtype).tiny)
     return out

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.algebra.blocks import large_matrix, sum_of_squares
+from loratool.algebra.blocks import SquareSum, large_matrix, sum_of_squares
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.noise import NoiseFloor, NoiseSums
 from loratool.errors import NonFiniteValues
@@ -18,7 +18,7 @@ from loratool.layouts.pairs import Pair
 from loratool.storage.row_reader import RowReader
 from loratool.storage.tensors import LazyTensor
 
-_BLOCK_ELEMENTS = 2**16
+_BLOCK_ELEMENTS = 2**18
 """Of a block on the CPU, whose float32 and float64 forms then stay in a core's cache."""
 
 _DEVICE_BLOCK_ELEMENTS = 2**20
@@ -91,29 +91,25 @@ def _compared(
     """The change with ``matrix`` for its own; ``target`` is where D's rows start:stop are put."""
     rows, columns = matrix_shape(pair.base.shape)
     step = _block_rows(pair, device)
-    read_base, read_tuned = (_reader(side, step) for side in (pair.base, pair.tuned))
-    single, wide = (
-        torch.empty(step, columns, dtype=dtype, device=device)
-        for dtype in (torch.float32, torch.float64)
-    )
+    read_base, read_tuned = (_reader(side, step, device) for side in (pair.base, pair.tuned))
+    single = torch.empty(step, columns, device=device)
+    squares = SquareSum(device)
     noise = NoiseSums(columns, device)
     energy = base_energy = 0.0
     changed = 0
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        before = read_base(start, stop).reshape(stop - start, columns).to(device)
-        after = read_tuned(start, stop).reshape(stop - start, columns).to(device)
-        block, buffer = target(start, stop), wide[: stop - start]
-        before32 = single[: stop - start]
+        before, after = read_base(start, stop), read_tuned(start, stop)
+        block, before32 = target(start, stop), single[: stop - start]
         if torch.float64 in (before.dtype, after.dtype):
-            noise.add(before32.copy_(after), after.dtype)
+            noise.add(block.copy_(after), after.dtype, before32)
             block.copy_(after.double() - before.double())
-            base_energy += _squares(buffer.copy_(before))
+            base_energy += squares.of(before)
         else:
-            noise.add(block.copy_(after), after.dtype)
+            noise.add(block.copy_(after), after.dtype, before32)
             block.sub_(before32.copy_(before))
-            base_energy += _squares(buffer.copy_(before32))
-        part = _squares(buffer.copy_(block))
+            base_energy += squares.of(before32)
+        part = squares.of(block)
         if not math.isfinite(part):
             raise _non_finite(pair, start, block)
         energy += part
@@ -142,16 +138,17 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _reader(tensor: LazyTensor, most_rows: int) -> Callable[[int, int], Tensor]:
+def _reader(
+    tensor: LazyTensor, most_rows: int, device: torch.device
+) -> Callable[[int, int], Tensor]:
+    """Rows of the tensor as a matrix, on the device."""
+    _, columns = matrix_shape(tensor.shape)
     if len(tensor.shape) < 2:
-        return lambda _start, _stop: tensor.read()
-    return RowReader(tensor, most_rows)
-
-
-def _squares(block: Tensor) -> float:
-    """Σx² of a contiguous float64 block."""
-    flat = block.view(-1)
-    return float(torch.dot(flat, flat))
+        return lambda _start, _stop: tensor.read().reshape(1, columns).to(device)
+    rows = RowReader(tensor, most_rows)
+    if len(tensor.shape) == 2 and device.type == "cpu":
+        return rows
+    return lambda start, stop: rows(start, stop).reshape(stop - start, columns).to(device)
 
 
 def _count_nonzero(block: Tensor) -> int:

@@ -293,7 +293,6 @@ def _dora(job: ExtractJob, row: TensorRow, delta: Delta, stopwatch: Stopwatch) -
 def _difference(job: ExtractJob, row: TensorRow, delta: Delta) -> ExtractResult:
     """A vector's change, divided by the scale that its module multiplies it with."""
     assert job.dtype.torch is not None
-    assert job.scratch is not None
     value = (delta.matrix.double() / job.scale).to(job.dtype.torch)
     missed = delta.matrix.double() - value.double() * job.scale
     if not bool(torch.isfinite(value).all()):
@@ -307,7 +306,7 @@ def _difference(job: ExtractJob, row: TensorRow, delta: Delta) -> ExtractResult:
         relative_error=float(torch.linalg.vector_norm(missed)) / delta.norm,
     )
     values = value.reshape(job.pair.base.shape)
-    parked = park(job.scratch / f"{job.index}.raw", {"value": values})
+    parked = park(parked_file(job), {"value": values})
     return ExtractResult(row, DenseUpdate(parked["value"], job.scale))
 
 
@@ -357,14 +356,19 @@ def _park(
 
     (out, r) and (r, in); of a convolution (out, r, 1…) and (r, in, k…). magnitude: (out,).
     """
-    assert job.scratch is not None
     if job.input_first:
         value = value.T
     kernel = job.pair.base.shape[1:] if job.pair.kind is ModuleKind.CONV else ()
     b, a = module_factors(value, kernel)
     beside = {} if magnitude is None else {"magnitude": magnitude}
-    parked = park(job.scratch / f"{job.index}.raw", {"b": b, "a": a, **beside})
+    parked = park(parked_file(job), {"b": b, "a": a, **beside})
     alpha = value.scale * value.rank
     is_embedding = job.pair.kind is ModuleKind.EMBEDDING
     update = LowRankUpdate(parked["b"], parked["a"], alpha / value.rank, alpha, is_embedding)
     return update if magnitude is None else DoraUpdate(update, parked["magnitude"])
+
+
+def parked_file(job: ExtractJob) -> Path:
+    """Where a job's factors lie until all are known."""
+    assert job.scratch is not None
+    return job.scratch / f"{job.index}.raw"

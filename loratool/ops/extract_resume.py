@@ -1,4 +1,8 @@
-"""Finished tensors of an extraction, kept beside their factors so that a killed run can go on."""
+"""Finished tensors of an extraction, kept beside their factors so that a killed run can go on.
+
+Nothing is flushed, since a worker would wait for the disk after every tensor: a record holds the
+digest of its factors' file, and what a crash of the machine left incomplete is done again.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import DenseUpdate, DoraUpdate, LowRankUpdate, Update
-from loratool.ops.extract_jobs import ExtractJob, ExtractResult
+from loratool.ops.extract_jobs import ExtractJob, ExtractResult, parked_file
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.provenance import loratool_version
 from loratool.storage.dtypes import BY_NAME
@@ -55,29 +59,36 @@ def resume_key(jobs: Sequence[ExtractJob], into: Path | None = None) -> str:
 
 def keep(job: ExtractJob, result: ExtractResult) -> None:
     """Record a finished tensor. The record appears whole, after the factors it speaks of."""
-    assert job.scratch is not None
-    record = {"row": asdict(result.row), "update": _described(result.update)}
+    record = {
+        "row": asdict(result.row),
+        "update": _described(result.update),
+        "sha256": None if result.update is None else _digest(job),
+    }
     path = _record(job)
     partial = path.with_suffix(".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(record, file)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_text(json.dumps(record), encoding="utf-8")
     os.replace(partial, path)
 
 
 def recall(job: ExtractJob) -> ExtractResult | None:
-    """What an earlier run recorded of this tensor, if it did and its factors are there."""
-    path = _record(job)
-    if not path.exists():
+    """What an earlier run recorded of this tensor, if it did and its factors are intact."""
+    try:
+        record = json.loads(_record(job).read_text(encoding="utf-8"))
+        if record["update"] is not None and record["sha256"] != _digest(job):
+            return None
+    except (FileNotFoundError, ValueError):
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
     row = record["row"]
     row["status"] = Status(row["status"])
     for field in ("shape", "singular_values"):
         row[field] = tuple(row[field])
     update = None if record["update"] is None else _update(job, record["update"])
     return ExtractResult(TensorRow(**row), update)
+
+
+def _digest(job: ExtractJob) -> str:
+    with open(parked_file(job), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _described(update: Update | None) -> dict[str, object] | None:

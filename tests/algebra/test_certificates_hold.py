@@ -49,6 +49,36 @@ def check(case: Case) -> int:
     return len(RANKS)
 
 
+@pytest.mark.parametrize("missed", [1.0, 1e-2, 1e-4, 1e-6, 0.0])
+@pytest.mark.parametrize("pattern", ["random", "equal rows", "equal entries", "last rows", "huge"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stated_error_is_true_of_many_rows(
+    missed: float, pattern: str, dtype: torch.dtype
+) -> None:
+    """Where most blocks are multiplied in float32, also if rounding follows a pattern."""
+    generator = torch.Generator().manual_seed(8)
+    rows, columns, rank = 1500, 400, 24
+    b, a = (
+        torch.randn(rows, rank, generator=generator),
+        torch.randn(rank, columns, generator=generator),
+    )
+    if pattern == "equal rows":
+        b = b[:1].expand(rows, rank)
+    if pattern == "equal entries":
+        b, a = torch.full_like(b, 1 / 3), torch.full_like(a, 0.7)
+    size = 2.0**100 if pattern == "huge" else 1.0
+    value = LowRank((b * size).to(dtype), a.to(dtype), 0.7)
+    rest = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    if pattern == "equal entries":
+        rest = torch.ones_like(rest)
+    if pattern == "last rows":
+        rest[:-3] = 0
+    d = (value.b.double() @ value.a.double() * value.scale + size * missed * rest).float()
+    true, stated = distance(d.double().numpy(), value), residual_norm(d, value)
+    norm = float(d.double().norm())
+    assert abs(stated - true) <= 1e-6 * true + 1e-12 * norm
+
+
 def distance(dense: np.ndarray, value: LowRank) -> float:
     """‖D − s·B·A‖ in float64, not by the package."""
     b, a = value.b.double().numpy(), value.a.double().numpy()

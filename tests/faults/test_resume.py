@@ -105,6 +105,27 @@ def test_finished_tensors_are_not_done_again(
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_what_a_crash_of_the_machine_left_incomplete_is_done_again(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records and factors are not flushed: any of them may come back cut, empty or as zeros."""
+    out = tmp_path / "out"
+    interrupt_after(20, pair, out, monkeypatch)
+    scratch = leftovers(tmp_path)[0] / "scratch"
+    factors, records = sorted(scratch.glob("*.raw")), sorted(scratch.glob("*.json"))
+    assert len(factors) >= 4
+    assert len(records) >= 6
+    factors[0].write_bytes(bytes(factors[0].stat().st_size))
+    factors[1].write_bytes(factors[1].read_bytes()[:-8])
+    factors[2].unlink()
+    records[-1].write_bytes(b"")
+    records[-2].write_bytes(records[-2].read_bytes()[:-30])
+    lt.extract(*pair, out, rank=4, jobs=1)
+    lt.extract(*pair, tmp_path / "whole", rank=4)
+    for name in os.listdir(out):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_other_options_or_inputs_start_afresh(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
