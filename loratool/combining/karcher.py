@@ -23,7 +23,8 @@ _TOL = Parameter("tol", float, 1e-5, "Step length that ends the iteration.", low
     weights="of the directions and of the lengths, divided by their sum",
     parameters=(_MAX_ITER, _TOL),
     notes="Runs on the N×N inner products, whatever the size of the weight. Zero updates have no "
-    "direction and count for the length only.",
+    "direction and count for the length only; one that is opposite to the mean does not pull at "
+    "it, since no way there is the shortest.",
 )
 def karcher(updates: Updates, *, max_iter: int, tol: float) -> LowRank:
     """The mean direction on the sphere, at the mean length."""
@@ -57,8 +58,9 @@ def _mean(units: Tensor, weights: Tensor, max_iter: int, tol: float) -> Tensor:
     for _ in range(max_iter):
         dots = (units @ mean).clamp(-1, 1)
         angles = dots.acos()
-        far = angles >= tol
-        stretch = torch.where(far, angles / torch.where(far, angles.sin(), 1.0), 0.0) * weights
+        sines = angles.sin()
+        far = sines >= tol  # neither where the mean is, nor opposite, where no way is the shortest
+        stretch = torch.where(far, angles / torch.where(far, sines, 1.0), 0.0) * weights
         tangent = stretch - (stretch @ dots) * mean
         step = length(tangent)
         if float(step) < tol:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from loratool.algebra.lowrank import LowRank
-from loratool.combining.geometry import COLLINEAR, cosines, gram, norms, spherical
+from loratool.combining.geometry import cosines, gram, norms, spherical
 from loratool.combining.method import Space, Updates, linear_combination, method
 from loratool.errors import DisagreementError
+
+_PARALLEL = 1e-12
+"""Of 1 − cos²: below, the arc of two opposite updates would be decided by rounding errors."""
 
 
 @method(
     "nuslerp",
     space=Space.FACTORS,
     source="mergekit's NuSLERP (nuslerp_flatten): Shoemake 1985, eq. 3, with t = w₂/(w₁ + w₂); "
-    "linear where 1 − cos² ≤ 10⁻¹⁶ or an update is zero",
+    "linear where 1 − cos² ≤ 10⁻¹² (mergekit: 10⁻¹⁶, which rounding decides) or an update is zero",
     cost="O((m+n)·R² + R³)",
     weights="decide the place between the updates, w₂/(w₁ + w₂), and do not scale them",
     adapters=(2, 2),
@@ -27,5 +30,5 @@ def nuslerp(updates: Updates) -> LowRank:
     t = updates.weights[1] / whole
     products = gram(updates.updates)
     cosine = float(cosines(products)[0, 1])
-    linear = 1 - cosine**2 <= COLLINEAR**2 or not bool((norms(products) > 0).all())
+    linear = 1 - cosine**2 <= _PARALLEL or not bool((norms(products) > 0).all())
     return linear_combination(updates.updates, (1 - t, t) if linear else spherical(cosine, t))
