@@ -1,12 +1,13 @@
-"""Combining and resizing against the peers' algorithms, one weight matrix at a time.
+"""Combining and resizing against the peers' algorithms, one Llama layer's linear modules at a time.
 
 Combining: PEFT's ``add_weighted_adapter(combination_type="svd")`` on a model of one linear layer
 per matrix, as PEFT runs it by default (dense sum, full SVD). Resizing: kohya's resize_lora, which
-multiplies the factors out and takes a dense SVD. Ours is what the commands run for one weight,
-without reading and writing. Prints JSON; ``--quick`` only shows that the script works.
+multiplies the factors out and takes a dense SVD. Ours is what the commands run for each weight,
+its error measured, on the commands' engine, without reading and writing.
 
-A rival's SVD of a long matrix takes minutes: by default only the square matrices of a layer are
-timed for it, and the ratio is of those. ``--all-shapes`` times all of them.
+A layer has four square matrices, two that are long and one that is wide. Ours runs all seven. The
+rival runs one of each shape, once, and its seconds count four, two and one times. Prints JSON;
+``--quick`` only shows that the script works.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.truncation import rounding, stored_error, total, truncate
+from loratool.engine import Engine, NoProgress
 
 RANK = 16
 
@@ -44,10 +46,10 @@ def factors(shape: tuple[int, int], seed: int, rank: int = RANK) -> LowRank:
     return LowRank(b, torch.randn(rank, shape[1], generator=generator), 2.0)
 
 
-def shapes_of(width: int) -> list[tuple[int, int]]:
-    """The different shapes of a Llama layer's linear modules."""
+def layer_of(width: int) -> list[tuple[tuple[int, int], int]]:
+    """The shapes of a Llama layer's linear modules, with how many there are of each."""
     inner = 256 * round(width * 8 / 3 / 256)
-    return [(width, width), (inner, width), (width, inner)]
+    return [((width, width), 4), ((inner, width), 2), ((width, inner), 1)]
 
 
 def ours_combined(values: list[LowRank]) -> LowRank:
@@ -103,53 +105,79 @@ def kohya_resized(value: LowRank, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] @ torch.diag(s[:rank]), vh[:rank]
 
 
-def compare_combining(
-    widths: list[int], counts: list[int], rounds: int, all_shapes: bool
-) -> list[dict[str, Any]]:
-    rows = []
-    for width in widths:
-        for count in counts:
-            for shape in shapes_of(width):
-                values = [factors(shape, seed) for seed in range(count)]
-                exact = total(values)
-                ours, found = timed(lambda v=values: ours_combined(v), rounds)
-                row: dict[str, Any] = {"shape": shape, "adapters": count, "ours": ours}
-                row["ours"]["error"] = error_of(exact, found)
-                if all_shapes or shape[0] == shape[1]:
-                    theirs, other = timed(peft_combined(values), 1)
-                    theirs["error"] = error_of(exact, other)
-                    row |= {"peft": theirs, "ratio": theirs["seconds"] / ours["seconds"]}
-                note(f"combine {shape}, {count} adapters: {row.get('ratio', 0):.0f}×")
-                rows.append(row)
-    return rows
+def all_ours(work: Callable[[Any], LowRank], jobs: list[Any]) -> list[LowRank]:
+    """A layer's matrices as the commands run them: side by side, one BLAS thread each."""
+    return Engine().map(work, jobs, cost=lambda _: 1, progress=NoProgress(), what="")
 
 
-def compare_resizing(widths: list[int], rounds: int, all_shapes: bool) -> list[dict[str, Any]]:
-    rows = []
-    for width in widths:
-        for shape in shapes_of(width):
-            value = factors(shape, 1, 2 * RANK)
-            ours, _ = timed(lambda v=value: ours_resized(v), rounds)
-            row: dict[str, Any] = {"shape": shape, "from": 2 * RANK, "to": RANK, "ours": ours}
-            if all_shapes or shape[0] == shape[1]:
-                theirs, _ = timed(lambda v=value: kohya_resized(v, RANK), 1)
-                row |= {"kohya": theirs, "ratio": theirs["seconds"] / ours["seconds"]}
-            note(f"resize {shape}: {row.get('ratio', 0):.0f}×")
-            rows.append(row)
-    return rows
+def compare_layer(
+    width: int,
+    values: Callable[[tuple[int, int]], Any],
+    ours: Callable[[Any], LowRank],
+    exact: Callable[[Any], LowRank],
+    theirs: Callable[[Any], Callable[[], LowRank]],
+    rounds: int,
+) -> dict[str, Any]:
+    """Seconds and errors of one layer. theirs: makes the rival's work, ready to be timed."""
+    shapes = layer_of(width)
+    inputs = [values(shape) for shape, count in shapes for _ in range(count)]
+    row: dict[str, Any] = {"width": width}
+    row["ours"], found = timed(lambda: all_ours(ours, inputs), rounds)
+    firsts = [sum(count for _, count in shapes[:i]) for i in range(len(shapes))]
+    rival, errors = {"seconds": 0.0, "cpu_seconds": 0.0}, []
+    for (shape, count), place in zip(shapes, firsts, strict=True):
+        seconds, other = timed(theirs(inputs[place]), 1)
+        note(f"{shape}: rival {seconds['seconds']:.1f} s")
+        rival = {key: rival[key] + count * seconds[key] for key in rival}
+        target = exact(inputs[place])
+        errors.append((error_of(target, found[place]), error_of(target, other)))
+    row["ours"]["error"], rival["error"] = (max(column) for column in zip(*errors, strict=True))
+    row |= {"rival": rival, "ratio": rival["seconds"] / row["ours"]["seconds"]}
+    note(f"width {width}: {row['ratio']:.0f}×")
+    return row
+
+
+def compare_combining(widths: list[int], counts: list[int], rounds: int) -> list[dict[str, Any]]:
+    return [
+        {"adapters": count}
+        | compare_layer(
+            width,
+            lambda shape, n=count: [factors(shape, seed) for seed in range(n)],
+            ours_combined,
+            total,
+            peft_combined,
+            rounds,
+        )
+        for width in widths
+        for count in counts
+    ]
+
+
+def compare_resizing(widths: list[int], rounds: int) -> list[dict[str, Any]]:
+    return [
+        {"from": 2 * RANK, "to": RANK}
+        | compare_layer(
+            width,
+            lambda shape: factors(shape, 1, 2 * RANK),
+            ours_resized,
+            lambda value: value,
+            lambda value: lambda: LowRank(*kohya_resized(value, RANK)),
+            rounds,
+        )
+        for width in widths
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--all-shapes", action="store_true")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     widths, counts = ([256], [4]) if given.quick else ([2048, 4096], [4, 8])
     result = {
         "threads": torch.get_num_threads(),
-        "combine": compare_combining(widths, counts, given.rounds, given.all_shapes),
-        "resize": compare_resizing(widths, given.rounds, given.all_shapes),
+        "combine": compare_combining(widths, counts, given.rounds),
+        "resize": compare_resizing(widths, given.rounds),
     }
     print(json.dumps(result, indent=1))
 

@@ -184,7 +184,7 @@ def _excess_targets(errors: Sequence[dict[str, Any]]) -> list[Row]:
 def _combine_targets(measured: dict[str, Any]) -> list[Row]:
     return [
         _target(
-            f"{rival} ÷ {what}, slowest square matrix",
+            f"{rival} ÷ {what}, slowest layer",
             report_combine.slowest(measured, what),
             report_combine.OVER_RIVAL,
             "×",
@@ -289,7 +289,7 @@ def _target(what: str, measured: float, limit: float, unit: str, *, least: bool 
     return (
         what,
         f"{measured:.2g}{unit}" if measured < 1 else f"{measured:.1f}{unit}",
-        (f"{sign} {limit:.2g}{unit}"),
+        f"{sign} {limit:,.0f}{unit}" if limit >= 100 else f"{sign} {limit:.2g}{unit}",
         "met" if met else "**not met**",
     )
 

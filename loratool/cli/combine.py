@@ -222,7 +222,9 @@ def combine_command(
     if found is not None:
         weights = ", ".join(f"{s.label} {s.weight:g}" for s in asked.sources)
         out.line(f"weights after {found['trials']} trials: {weights}")
-        out.line(f"score {found['best']['score']:g}, at the start {found['start']['score']}")
+        start = found["start"]["score"]
+        before = "none" if start is None else f"{start:g}"
+        out.line(f"score {found['best']['score']:g}, at the start {before}")
 
 
 def _tell_trial(out: Output, number: int, trial: Trial) -> None:
