@@ -26,6 +26,7 @@ GAMMA = Parameter(
     "what both masks leave, as in mergekit",
     cost="three passes over every update's m·n elements, then a randomised factorisation",
     weights="multiply the masked updates",
+    is_sum=True,
     parameters=(with_default(DENSITY, 0.9), GAMMA, LAMBDA),
     notes="Where density + gamma is above 1, fewer of the largest elements are removed.",
 )

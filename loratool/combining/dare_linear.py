@@ -20,6 +20,7 @@ from loratool.combining.method import Space, Updates, method
     "1 − p",
     cost="one pass over every update's m·n elements per pass of the randomised factorisation",
     weights="multiply the thinned updates",
+    is_sum=True,
     parameters=(DENSITY, LAMBDA),
     notes="The mask of an element depends on the seed, the parameter's name, the adapter's place "
     "in the list and the element's index.",

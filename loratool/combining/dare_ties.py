@@ -23,6 +23,7 @@ from loratool.combining.method import Space, Updates, method
     "TIES (arXiv 2306.01708)",
     cost="one pass over every update's m·n elements per pass of the randomised factorisation",
     weights="multiply the thinned updates before signs are elected",
+    is_sum=True,
     parameters=(DENSITY, LAMBDA, with_default(NORMALIZE, False), MAJORITY),
     notes="Masks as in dare_linear.",
 )

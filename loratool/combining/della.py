@@ -50,6 +50,7 @@ def check(parameters: Mapping[str, Value]) -> None:
     "density − ε + 2ε·(k−1)/(n−1) and divided by it",
     cost="a sort of every row of every update per pass of the randomised factorisation",
     weights="multiply the thinned updates before signs are elected",
+    is_sum=True,
     parameters=(DENSITY, EPSILON, LAMBDA, with_default(NORMALIZE, False), MAJORITY),
     validate=check,
     notes="Masks as in dare_linear.",

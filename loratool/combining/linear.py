@@ -14,6 +14,7 @@ from loratool.errors import DisagreementError
     source="Wortsman et al. 2022, model soups, arXiv 2203.05482, on the updates",
     cost="O((m+n)·R² + R³)",
     weights="divided by their sum, unless normalize is off",
+    is_sum=True,
     parameters=(NORMALIZE,),
 )
 def linear(updates: Updates, *, normalize: bool) -> LowRank:

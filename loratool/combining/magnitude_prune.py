@@ -19,6 +19,7 @@ from loratool.combining.method import Space, Updates, method
     source="the trimming step of TIES-Merging (arXiv 2306.01708) with a plain sum, as in PEFT",
     cost="three passes over every update's m·n elements, then a randomised factorisation",
     weights="multiply the pruned updates",
+    is_sum=True,
     parameters=(DENSITY, LAMBDA),
 )
 def magnitude_prune(updates: Updates, *, density: float, lambda_: float) -> RowBlocks:

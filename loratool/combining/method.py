@@ -135,8 +135,8 @@ class Method:
 
     run: from the updates of one weight and the parameters as keyword arguments to the combined
     update. adapters: fewest and most it takes. keeps_rank: its result is stored as it is, and
-    takes no rank rule. is_sum: its result is Σ wᵢΔWᵢ. validate: what must hold between
-    parameters, else UsageError.
+    takes no rank rule. is_sum: unless it normalises, its result is λ·Σ wᵢΔWᵢ, or that of
+    the elements it keeps. validate: what must hold between parameters, else UsageError.
     """
 
     name: str

@@ -13,6 +13,7 @@ from loratool.combining.method import Space, Updates, linear_combination, method
     source="Ilharco et al. 2023, arXiv 2212.04089, section 2: τ = λ·Σ wᵢτᵢ",
     cost="O((m+n)·R² + R³)",
     weights="multiply the updates; negative ones subtract",
+    is_sum=True,
     parameters=(LAMBDA,),
 )
 def task_arithmetic(updates: Updates, *, lambda_: float) -> LowRank:

@@ -22,6 +22,7 @@ from loratool.combining.method import Space, Updates, method
     source="Yadav et al. 2023, TIES-Merging, arXiv 2306.01708, Algorithm 1",
     cost="three passes over every update's m·n elements, then a randomised factorisation",
     weights="multiply the trimmed updates before signs are elected",
+    is_sum=True,
     parameters=(with_default(DENSITY, 0.2), LAMBDA, NORMALIZE, MAJORITY),
 )
 def ties(

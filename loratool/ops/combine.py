@@ -13,7 +13,7 @@ from loratool.formats import peft
 from loratool.ops.adapter_folder import write_encoded
 from loratool.ops.combine_biases import combine_biases
 from loratool.ops.combine_jobs import CombineResult, combine_weight
-from loratool.ops.combine_overlap import overlap_of
+from loratool.ops.combine_overlap import Overlap, overlap_of
 from loratool.ops.combine_plan import CombinePlan, plan_combine
 from loratool.ops.combine_report import UpdateRow, UpdatesReport
 from loratool.ops.combine_weights import names_of
@@ -46,10 +46,7 @@ def run_combine(
         )
         adapter, bias_rows = _adapter(plan, results)
         encoded = plan.format.encode(adapter)
-        overlap = overlap_of(
-            [result.products for result in results], [result.row.weights for result in results]
-        )
-        repeats = overlap.notes(names_of(plan.asked.sources)) if plan.method.is_sum else []
+        overlap, repeats = _overlap(plan, results)
         facts = plan.facts() | {"overlap": overlap.to_json()}
         report = UpdatesReport(
             "combine",
@@ -108,6 +105,15 @@ def _adapter(
         as_parameters=frozenset[str]().union(*(a.as_parameters for a in plan.adapters)),
     )
     return adapter, biases.rows
+
+
+def _overlap(plan: CombinePlan, results: list[CombineResult]) -> tuple[Overlap, list[str]]:
+    """What the adapters share, and what there is to say about it where they are added up."""
+    factor = float(plan.parameters.get("lambda", 1.0))
+    weights = [[factor * weight for weight in result.row.weights] for result in results]
+    overlap = overlap_of([result.products for result in results], weights)
+    adds_up = plan.method.is_sum and not plan.parameters.get("normalize", False)
+    return overlap, overlap.notes(names_of(plan.asked.sources)) if adds_up else []
 
 
 def _zero_notes(results: list[CombineResult]) -> list[str]:

@@ -35,8 +35,9 @@ def test_cosines_and_reach_are_those_of_the_whole_updates(tmp_path: Path) -> Non
 def test_a_sum_that_repeats_is_said(tmp_path: Path) -> None:
     paths = [adapter(tmp_path / name, 4, 0) for name in "ab"]  # one adapter, twice
 
-    def notes(weights: list[float], method: str = "svd") -> list[str]:
-        report = lt.combine(paths, tmp_path / "out", weights=weights, method=method, overwrite=True)
+    def notes(weights: list[float], method: str = "svd", **given: object) -> list[str]:
+        out = tmp_path / "out"
+        report = lt.combine(paths, out, weights=weights, method=method, overwrite=True, **given)
         return [note for note in report.notes if "repeats it" in note]
 
     (note,) = notes([1.0, 1.0])
@@ -48,6 +49,10 @@ def test_a_sum_that_repeats_is_said(tmp_path: Path) -> None:
     assert not notes([1.0, -0.5])
     assert not notes([1.0, 1.0], "linear")
     assert not notes([1.0, 1.0], "ties")
+    for method in ("task_arithmetic", "dare_linear", "dare_ties", "core_breadcrumbs"):
+        assert notes([1.0, 1.0], method)
+    assert not notes([1.0, 1.0], "task_arithmetic", lambda_=0.5)
+    assert notes([1.0, 1.0], "ties", normalize=False)
 
 
 def test_a_weight_above_one_alone_is_what_was_asked_for(tmp_path: Path) -> None:
