@@ -7,7 +7,6 @@ is tried out.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,9 @@ from loratool.combining.geometry import cosines
 
 NOTED = 1.1
 """Reach from which on a sum is said to overshoot."""
+
+ALIKE = 0.05
+"""Cosine from which on that is for what two adapters share, and not for the size of one."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,25 @@ class Overlap:
         beyond = [
             (reach, i)
             for i, (reach, own) in enumerate(zip(self.reach, self.own, strict=True))
-            if reach is not None and own is not None and reach > NOTED * max(1.0, own)
+            if reach is not None
+            and own is not None
+            and reach > NOTED * max(1.0, own)
+            and self._closest(i) >= ALIKE
         ]
         if not beyond:
             return []
         reach, i = max(beyond, key=lambda found: found[0])
-        pairs = itertools.combinations(range(len(labels)), 2)
-        most = max(self.cosines[one][two] for one, two in pairs)
+        cosine = f"{self._closest(i):.2f}"
         return [
-            f"the adapters share a part of what they do (cosines up to {most:.2f}) and the sum "
+            f"the adapters share a part of what they do (cosines up to {cosine}) and the sum "
             f"repeats it: it contains what {labels[i]} does {reach:.2f} times. Weights that add "
             "up to 1, or --method linear or pico, keep the adapters' size"
         ]
+
+    def _closest(self, adapter: int) -> float:
+        """The largest cosine with another adapter."""
+        others = [x for j, x in enumerate(self.cosines[adapter]) if j != adapter]
+        return max(others, default=0.0)
 
 
 def overlap_of(products: Sequence[Tensor], weights: Sequence[Sequence[float]]) -> Overlap:

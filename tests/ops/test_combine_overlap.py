@@ -65,3 +65,11 @@ def test_an_adapter_that_changes_nothing() -> None:
     overlap = overlap_of([products], [(1.0, 1.0)])
     assert overlap.reach == overlap.own == (1.0, None)
     assert overlap.notes(["a", "b"]) == []
+
+
+def test_a_large_adapter_beside_a_small_one_is_no_repetition() -> None:
+    """At right angles but for 0.02: the small one is touched, but nothing is shared."""
+    products = torch.tensor([[1.0, 2.0], [2.0, 10000.0]], dtype=torch.float64)
+    overlap = overlap_of([products], [(1.0, 1.0)])
+    assert overlap.reach == pytest.approx((3.0, 1.0002))
+    assert overlap.notes(["a", "b"]) == []
