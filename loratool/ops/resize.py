@@ -18,9 +18,7 @@ from loratool.adapter import (
     Update,
 )
 from loratool.algebra.budget import allocate, parse_size
-from loratool.algebra.ranks import RankLimits, RankRule, parse_rank_rule
-from loratool.algebra.spectrum import Spectrum
-from loratool.algebra.truncation import rounding, stored_error, truncate, wanted_rank
+from loratool.algebra.ranks import RankLimits, parse_rank_rule
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import NothingMatches, UsageError
@@ -29,61 +27,20 @@ from loratool.formats.written import DEFAULT as DEFAULT_FORMAT
 from loratool.formats.written import WrittenFormat, find_format
 from loratool.ops.adapter_folder import (
     dtype_of_factors,
-    in_scale,
-    load_update,
-    park_update,
-    stored_value,
     write_encoded,
 )
 from loratool.ops.biases import check_biases, load_bias, store_bias, weight_of
-from loratool.ops.combine_report import UpdateRow, UpdatesReport
+from loratool.ops.combine_report import UpdatesReport
 from loratool.ops.extract_adapter import stored_size
 from loratool.ops.low_rank_forms import in_low_rank_form, refuse_others
+from loratool.ops.resize_jobs import ResizeJob, ResizeResult, resize_update, spectrum_of
 from loratool.ops.sources import open_adapter
 from loratool.ops.stacks import at_one_rank, completed, is_indexed, nothing_like
 from loratool.profiles import Profile, find_profile, fit
-from loratool.profiles.padding import padded
 from loratool.storage.dtypes import DType
 from loratool.storage.outputs import check_free_space, check_output, staged
 
 _BUDGET = "budget:"
-
-
-@dataclass(frozen=True)
-class ResizeJob:
-    """One update and the rule for its rank.
-
-    scale: that of the result. balance: make new factors even where the rank stays.
-    """
-
-    index: int
-    name: str
-    label: str
-    update: LowRankUpdate
-    rule: RankRule
-    scale: float
-    balance: bool
-    dtype: DType
-    device: torch.device
-    seed: int
-    scratch: Path | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) as the factors have it."""
-        rows, columns = self.update.shape
-        return (columns, rows) if self.update.is_embedding else (rows, columns)
-
-    @property
-    def rank_at_most(self) -> int:
-        if self.rule.kind.name == "fixed":
-            return self.rule.first_guess(self.shape)
-        return self.rule.limits.apply(self.update.rank, self.shape)
-
-    @property
-    def cost(self) -> int:
-        """Bytes to read."""
-        return self.update.rank * sum(self.shape) * self.update.a.dtype.bits // 8
 
 
 @dataclass(frozen=True)
@@ -292,52 +249,12 @@ def run_resize(
         return report
 
 
-@dataclass(frozen=True)
-class ResizeResult:
-    """An update's row, and the update where anything is left of it."""
-
-    row: UpdateRow
-    update: LowRankUpdate | None
-
-
-def resize_update(job: ResizeJob) -> ResizeResult:
-    """Cut or pad one update, round to the stored dtype, measure what that misses, and park.
-
-    Where nothing is lost by it, the factors stay as they are.
-    """
-    value = load_update(job.label, job.update, job.device)
-    wanted = 0
-
-    def choose(spectrum: Spectrum) -> int:
-        nonlocal wanted
-        wanted = wanted_rank(job.rule, spectrum)
-        return wanted
-
-    cut = truncate(value, choose)
-    norm = cut.spectrum.norm
-    row = UpdateRow(job.name, job.shape, (value.rank,), (1.0,), 0, norm, 1.0, "core SVD")
-    if not wanted or not cut.value.rank:
-        return ResizeResult(replace(row, relative_error=1.0 if norm else 0.0), None)
-    if wanted >= value.rank and not job.balance and job.scale == value.scale:
-        kept, how = value, "factors kept"
-    else:
-        kept, how = in_scale(cut.value, job.scale), "core SVD"
-    stored = stored_value(job.name, kept, job.dtype)
-    off = rounding(kept, stored)
-    error = off.norm() if kept is value else stored_error(value, cut, off)
-    assert job.scratch is not None
-    update = park_update(job.scratch / f"{job.index}.raw", stored, job.update)
-    rank = max(wanted, stored.rank)
-    row = replace(row, rank=rank, relative_error=error / norm, how=how)
-    return ResizeResult(row, padded(update, rank, f"{job.seed}:{job.name}"))
-
-
 def _spend(
     plan: ResizePlan, parameters: int, engine: Engine, progress: Progress
 ) -> tuple[list[ResizeJob], list[str]]:
     """Jobs with the ranks that the budget gives them; a rank of 0 leaves an update out."""
     spectra = engine.map(
-        _spectrum,
+        spectrum_of,
         plan.jobs,
         cost=lambda job: job.cost,
         progress=progress,
@@ -356,10 +273,6 @@ def _spend(
     if left_out:
         notes.append(f"the budget leaves nothing for {left_out} updates")
     return jobs, notes
-
-
-def _spectrum(job: ResizeJob) -> Spectrum:
-    return truncate(load_update(job.label, job.update, job.device), lambda _: 0).spectrum
 
 
 def _adapter(plan: ResizePlan, results: Sequence[ResizeResult]) -> tuple[Adapter, list[str]]:
