@@ -230,7 +230,8 @@ def combine_command(
 def _tell_trial(out: Output, number: int, trial: Trial) -> None:
     if not out.as_json and not out.quiet:
         weights = " ".join(f"{weight:g}" for weight in trial.weights)
-        out.complain(f"trial {number}: weights {weights}, score {trial.score:g}")
+        kept = ", kept from before" if trial.recorded else ""
+        out.complain(f"trial {number}: weights {weights}, score {trial.score:g}{kept}")
 
 
 _BESIDE_RECIPE = {

@@ -60,10 +60,14 @@ class Search:
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination that was scored; inf where the command gave no finite number."""
+    """One combination that was scored; inf where the command gave no finite number.
+
+    recorded: the score is one that an interrupted search kept.
+    """
 
     weights: Point
     score: float
+    recorded: bool = False
 
 
 Told = Callable[[int, Trial], None]
@@ -92,11 +96,12 @@ def search_weights(
 
         def value(point: Point) -> float:
             score = log.scores.get(point)
+            recorded = score is not None
             if score is None:
                 folder = staging.scratch / f"trial-{len(trials) + 1}"
                 score = _score(_weighted(asked, point), folder, search, device, engine)
                 log.add(point, score)
-            trials.append(Trial(point, score))
+            trials.append(Trial(point, score, recorded))
             told(len(trials), trials[-1])
             return score + search.penalty * sum(map(abs, point)) / len(point)
 
@@ -176,7 +181,9 @@ class _Log:
         if not path.exists():
             return
         try:
-            head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+            text = path.read_text()
+            *lines, unfinished = text.split("\n")
+            head, *rows = [json.loads(line) for line in lines]
             fits = head["search"] == key
             for row in rows if fits else []:
                 score = row["score"]
@@ -185,6 +192,8 @@ class _Log:
             raise self._foreign() from None
         if not fits:
             raise self._foreign()
+        if unfinished:  # the line that was being written when the process died
+            path.write_text(text.removesuffix(unfinished))
 
     def _foreign(self) -> OutputError:
         return OutputError(

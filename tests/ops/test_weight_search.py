@@ -108,6 +108,8 @@ def test_an_interrupted_search_goes_on(here: Path) -> None:
     assert "stopped for now" in raised.value.details
     assert len((here / "out.trials.jsonl").read_text().splitlines()) == 9
     (here / "limit").unlink()
+    with open(here / "out.trials.jsonl", "a") as log:  # killed in the middle of a line
+        log.write('{"weights": [0.1')
     lt.combine(["a", "b"], "out", **options)  # type: ignore[arg-type]
     assert calls(here) == total + 1
     files = [here / name / "adapter_model.safetensors" for name in ("straight", "out")]
@@ -122,8 +124,10 @@ def test_scores_of_another_search_are_not_used(here: Path) -> None:
     for weights, content in (([1.0, 0.5], None), ([1.0, 1.0], "not ours")):
         if content:
             (here / "out.trials.jsonl").write_text(content)
+        before = (here / "out.trials.jsonl").read_text()
         with pytest.raises(OutputError, match="another search"):
             lt.combine(["a", "b"], "out", weights=weights, weights_from=COMMAND)
+        assert (here / "out.trials.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize(
