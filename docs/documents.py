@@ -623,6 +623,13 @@ SPECTRUM: Form = {
     "rank_for": by_name(maybe(WHOLE)),
 }
 SIZES = maybe(by_name({"bytes": WHOLE, "at_least": YES_NO}))
+WORK: Form = {
+    "read_bytes": WHOLE,
+    "written_bytes": WHOLE,
+    "flops": WHOLE,
+    "peak_bytes": WHOLE,
+    "seconds": NUMBER,
+}
 CHECKPOINT: Form = {
     "what": one_of("checkpoint"),
     "level": LEVEL,
@@ -639,6 +646,22 @@ CHECKPOINT: Form = {
     "tensors": [{"name": TEXT, "kind": TEXT, "dtype": TEXT, "shape": [WHOLE], "bytes": WHOLE}],
     "?values": [VALUES],
     "?equal": [[TEXT]],
+    "?cost": {
+        "targets": TEXT,
+        "matrices": WHOLE,
+        "workers": WHOLE,
+        "flops_per_second": NUMBER,
+        "copied_per_second": NUMBER,
+        "ranks": [
+            {
+                "rank": WHOLE,
+                "parameters": WHOLE,
+                "adapter_bytes": WHOLE,
+                "merge": WORK,
+                "extract": WORK,
+            }
+        ],
+    },
 }
 ADAPTER: Form = {
     "what": one_of("adapter"),

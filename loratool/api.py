@@ -523,6 +523,7 @@ def inspect(
     level: str | None = None,
     only: Sequence[str] = (),
     exact: bool = False,
+    cost: Sequence[int] = (),
     alpha: float | None = None,
     device: str = "auto",
     jobs: int | None = None,
@@ -536,9 +537,12 @@ def inspect(
 
     level: "headers" reads no tensor, "values" takes one pass, "spectra" also decomposes changes.
     By default "headers" of one checkpoint, else "spectra". only: globs over names. exact: every
-    singular value of a pair. Raises a LoratoolError subclass.
+    singular value of a pair. cost: of one checkpoint, ranks of adapters to tell the cost of. Raises
+    a LoratoolError subclass.
     """
     engine = _engine(jobs)
+    if cost and (base is not None or tuned is not None or is_adapter(Path(path))):
+        raise UsageError("costs are told of one checkpoint, the base")
     if base is not None:
         if tuned is not None:
             raise UsageError("--base is for one more path; of two checkpoints the first is it")
@@ -554,13 +558,20 @@ def inspect(
                     engine=engine,
                     progress=progress,
                 )
-            if only or exact or depth is Level.HEADERS:
+            if exact or depth is Level.HEADERS:
                 raise UsageError(
-                    "with its base, an adapter is inspected at level values, or spectra as a whole",
-                    hint="leave --base out for the level headers; --only is for level values",
+                    "with its base, an adapter is inspected at level values or spectra, which are "
+                    "exact",
+                    hint="leave --base out for the level headers",
                 )
             return _amplification.amplification(
-                Path(path), Path(base), alpha=alpha, device=device, engine=engine, progress=progress
+                Path(path),
+                Path(base),
+                only=only,
+                alpha=alpha,
+                device=device,
+                engine=engine,
+                progress=progress,
             )
         path, tuned = base, path
     if tuned is not None:
@@ -586,7 +597,12 @@ def inspect(
             progress=progress,
         )
     return _inspect.inspect_checkpoint(
-        Path(path), parse_level(level, Level.HEADERS), only=only, engine=engine, progress=progress
+        Path(path),
+        parse_level(level, Level.HEADERS),
+        only=only,
+        cost=cost,
+        engine=engine,
+        progress=progress,
     )
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from loratool.algebra.certificate import POWER_STEPS, PROBES
+from loratool.algebra.factorize import EXACT_SIDE
+from loratool.algebra.krylov import BLOCKS, OVERSAMPLING, STEERING_STEPS, sketch_pays
+
 Shape = tuple[int, int]
 
 WEIGHT_BYTES = 2
@@ -43,6 +47,28 @@ def lora_parameters(shapes: Iterable[Shape], rank: int) -> int:
 def merge_flops(shapes: Iterable[Shape], rank: int) -> int:
     """Multiplications and additions of W0 + B·A: (2·r + 1) for each weight."""
     return sum((2 * min(rank, *shape) + 1) * shape[0] * shape[1] for shape in shapes)
+
+
+def extract_flops(shapes: Iterable[Shape], rank: int) -> tuple[int, int]:
+    """(float32, float64) multiplications and additions of extracting these ranks.
+
+    Of a small matrix, or a rank too high for a sketch: the Gram matrix of the smaller side n ≤ m,
+    its eigenvectors (9·n³, Golub and Van Loan, §8.3) and the product that gives the other side. Of
+    others: the products of ``algebra.krylov`` with D and Dᵀ, each 2·m·n·c with the sketch's width
+    c, and those of the certificate's probes. Then the product of the factors, for the error.
+    """
+    single = double = 0
+    for shape in shapes:
+        n, m = sorted(shape)
+        kept = min(rank, n)
+        double += 2 * m * n * kept
+        if n <= EXACT_SIDE or not sketch_pays(kept, n):
+            double += m * n**2 + 9 * n**3 + 2 * m * n * kept
+            continue
+        passes = 1 + 2 * STEERING_STEPS + 2 * BLOCKS
+        width = min(kept + OVERSAMPLING, n)
+        single += 2 * m * n * (passes * width + 2 * (POWER_STEPS[0] + 1) * PROBES)
+    return single, double
 
 
 def svd_flops(shapes: Iterable[Shape]) -> int:

@@ -93,6 +93,11 @@ _SORTS: dict[str, Iterable[str]] = {
 )
 @picture_options
 @click.option(
+    "--cost",
+    metavar="RANK[,RANK...]",
+    help="Of a checkpoint: what adapters of these ranks take to keep, merge and extract.",
+)
+@click.option(
     "--intruders",
     is_flag=True,
     help="Of a pair, or an adapter with --base: strong directions of the tuned weights that the "
@@ -133,6 +138,7 @@ def inspect_command(
     exact: bool,
     csv_file: Path | None,
     pictures: Pictures,
+    cost: str | None,
     intruders: bool,
     top: int | None,
     epsilon: float | None,
@@ -150,6 +156,7 @@ def inspect_command(
     \b
     Example:
       loratool inspect model/ --level values
+      loratool inspect model/ --cost 8,16,64
       loratool inspect adapter/
       loratool inspect adapter/ --base base/
       loratool inspect adapter-a/ adapter-b/ adapter-c/
@@ -160,6 +167,8 @@ def inspect_command(
       loratool inspect adapter/ --base base/ --mitigate 0.75 -o milder/
     """
     if intruders or mitigate is not None:
+        if cost is not None:
+            raise UsageError("--cost: is of a checkpoint alone")
         view = Looking(top, epsilon, exact, only, alpha, device, jobs, level)
         writing = Writing(mitigate, output, dry_run=dry_run, overwrite=pictures.overwrite)
         pictures.refuse("intruders")
@@ -176,13 +185,14 @@ def inspect_command(
         }
     )
     from loratool.api import inspect, inspect_adapters
+    from loratool.ops.inspect_cost import parse_ranks
     from loratool.ops.sources import is_adapter
 
     pictures.check()
     result: Report
     if len(paths) > 2 or (len(paths) == 2 and all(is_adapter(path) for path in paths)):
-        if base is not None or exact:
-            raise UsageError("adapters side by side take neither --base nor --exact")
+        if base is not None or exact or cost is not None:
+            raise UsageError("adapters side by side take neither --base nor --exact nor --cost")
         result = inspect_adapters(
             *paths, level=level, only=only, alpha=alpha, jobs=jobs, progress=out.progress()
         )
@@ -193,6 +203,7 @@ def inspect_command(
             level=level,
             only=only,
             exact=exact,
+            cost=parse_ranks(cost) if cost is not None else (),
             alpha=alpha,
             device=device,
             jobs=jobs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from loratool.cli.inspect_cost import show_costs
 from loratool.cli.inspect_values import show_values
 from loratool.cli.output import Output, counted, size_text
 from loratool.cli.tables import Sorts, in_order
@@ -59,5 +60,7 @@ def show_checkpoint(out: Output, report: CheckpointReport, sort: str | None = No
         out.line(f"tied: {report.tied}")
     if report.quantised:
         out.line(f"quantised: {report.quantised}")
+    if report.costs is not None:
+        show_costs(out, report.costs)
     if report.values:
         show_values(out, report.values, report.equal)

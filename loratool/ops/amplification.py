@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from loratool.algebra.subspaces import (
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import NonFiniteValues, NothingMatches
+from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, place
 from loratool.ops.sources import measurable, open_adapter, open_model
 from loratool.provenance import document
@@ -114,6 +116,7 @@ def amplification(
     adapter: Path,
     base: Path,
     *,
+    only: Sequence[str] = (),
     alpha: float | None = None,
     device: str = "auto",
     engine: Engine | None = None,
@@ -121,17 +124,19 @@ def amplification(
 ) -> AmplificationReport:
     """Lay every low-rank update of ``adapter`` over the weight it is for, one weight at a time.
 
-    Norms and projections are float64 sums over the weight in float32. W's own singular vectors come
-    from the method that extract uses. Raises InputError, DisagreementError, NothingMatches where
-    no update is low-rank, UnsupportedInput for a weight that is not a plain float tensor, and
-    NonFiniteValues.
+    only: globs over the base's names. Norms and projections are float64 sums over the weight in
+    float32. W's own singular vectors come from the method that extract uses. Raises InputError,
+    DisagreementError, NothingMatches where no update is low-rank, UnsupportedInput for a weight
+    that is not a plain float tensor, and NonFiniteValues.
     """
     target = resolve_device(device)
     value, model = open_adapter(adapter, alpha), open_model(base)
     tensors = model.checkpoint.tensors
     placement = place([(value, 1.0)], tensors, model.config)
+    chosen = select(list(placement.updates), only, ())
     jobs = []
-    for name, together in placement.updates.items():
+    placed_updates = {n: placed for n, placed in placement.updates.items() if n in chosen}
+    for name, together in placed_updates.items():
         for placed in together:
             if isinstance(placed.update, LowRankUpdate):
                 label = name if len(together) == 1 else f"{name} ({placed.source})"
@@ -140,7 +145,7 @@ def amplification(
         raise NothingMatches(
             f"{adapter}: holds no low-rank update", hint="other kinds have no directions to compare"
         )
-    others = sum(len(together) for together in placement.updates.values()) - len(jobs)
+    others = sum(len(together) for together in placed_updates.values()) - len(jobs)
     left_out = f"{others} updates that are not low-rank are left out"
     rows = (engine or Engine()).map(
         _measure,

@@ -13,6 +13,7 @@ from loratool.layouts.kinds import classify
 from loratool.layouts.patterns import select
 from loratool.layouts.quantised import quantisation
 from loratool.layouts.ties import find_ties
+from loratool.ops.inspect_cost import Costs, costs
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.inspect_values import TensorValues, equal_groups, read_values
 from loratool.ops.sources import open_model
@@ -47,6 +48,8 @@ class CheckpointReport:
     quantised: str | None = None
     values: tuple[TensorValues, ...] = field(default=(), repr=False)
     """At level values: what one pass over each tensor found."""
+    costs: Costs | None = None
+    """Of adapters, where ranks were named."""
 
     @property
     def equal(self) -> tuple[tuple[str, ...], ...]:
@@ -78,6 +81,8 @@ class CheckpointReport:
         if self.level is not Level.HEADERS:
             body["values"] = [row.to_json() for row in self.values]
             body["equal"] = [list(names) for names in self.equal]
+        if self.costs is not None:
+            body["cost"] = self.costs.to_json()
         return document("inspect", SCHEMA_VERSION, body)
 
 
@@ -86,12 +91,14 @@ def inspect_checkpoint(
     level: Level = Level.HEADERS,
     *,
     only: Sequence[str] = (),
+    cost: Sequence[int] = (),
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> CheckpointReport:
     """Describe a checkpoint from headers and config; at level values also from one pass over it.
 
-    only: globs over names. Raises InputError, and UsageError for spectra, which only changes have
+    only: globs over names. cost: ranks of adapters to tell the cost of. Raises InputError,
+    NothingMatches, and UsageError for spectra, which only changes have
     here.
     """
     if level is Level.SPECTRA:
@@ -131,4 +138,5 @@ def inspect_checkpoint(
         read_values(tensors.items(), engine or Engine(), progress or NoProgress())
         if level is Level.VALUES
         else (),
+        costs(tensors, kinds, cost, engine=engine) if cost else None,
     )

@@ -37,11 +37,16 @@ IN_FLOAT64 = 150
 """Bytes for each value of a block that is calculated in float64: every kind but low-rank ones."""
 
 
-_IN_FLOAT32, _BY_FLOAT64 = 22, 48
+IN_FLOAT32, _BY_FLOAT64 = 22, 48
 """Bytes that deciding a plain update takes for each weight of a block, by the level it starts at:
 the estimate, its bounds, what they round to, and the weights themselves."""
 _PER_THREAD = 10 * 2**20
 """What a thread keeps: the buffer that writes go through, factor entries gathered."""
+
+
+def working_memory(each: int, more: int, workers: int) -> int:
+    """Bytes of blocks with ``each`` of them for a weight, and ``more``, for every worker."""
+    return (workers + WAITING) * (each * BLOCK_ELEMENTS + _PER_THREAD + more)
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,9 @@ class Merging:
             for placed in self.updates.values()
             for update in placed
         )
-        each = _IN_FLOAT32 if plain and self._is_16_bit() else _BY_FLOAT64 if plain else IN_FLOAT64
-        one = each * BLOCK_ELEMENTS + _PER_THREAD + 4 * max(factors, default=0) + self._for_kasa()
-        return (workers + WAITING) * one
+        each = IN_FLOAT32 if plain and self._is_16_bit() else _BY_FLOAT64 if plain else IN_FLOAT64
+        more = 4 * max(factors, default=0) + self._for_kasa()
+        return working_memory(each, more, workers)
 
     def _for_kasa(self) -> int:
         """What a KaSA takes: the whole weight, its Gram matrix and that one's eigenvectors."""
