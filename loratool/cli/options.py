@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from loratool.errors import InputError, LoratoolError
 Command = Callable[..., None]
 
 PATH = click.Path(path_type=Path)
+
+
+_REPORT = re.compile(rb'\s*\{\s*"schema"\s*:\s*"loratool/')
 
 
 class FiniteFloat(click.types.FloatParamType):
@@ -174,8 +178,25 @@ format_option = click.option(
     help="Of the result. peft: a folder for PeftModel; loralib: the LoRA authors' own layout, with "
     "one rank and alpha, and updates of linear layers only.",
 )
+
+
+def _no_other_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """A report replaces a report, and never the file of an input that was named by mistake."""
+    if value is None or not value.exists() or not value.is_file():
+        return value
+    with open(value, "rb") as file:
+        begin = file.read(200)
+    if begin.strip() and not _REPORT.match(begin):
+        raise click.BadParameter(f"{value} exists and is no report of loratool's; choose another")
+    return value
+
+
 report_option = click.option(
-    "--report", type=PATH, metavar="FILE", help="Also write the report to FILE as JSON."
+    "--report",
+    type=PATH,
+    metavar="FILE",
+    callback=_no_other_file,
+    help="Also write the report to FILE as JSON.",
 )
 receipt_option = click.option(
     "--receipt",

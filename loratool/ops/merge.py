@@ -113,9 +113,8 @@ def plan_merge(
     matches nothing, shapes that differ), UsageError or OutputError.
     """
     model = open_model(base)
-    check_output(
-        output, overwrite=overwrite, inputs=[*model.paths, *(path for path, _ in adapters)]
-    )
+    inputs = [path for path, _ in adapters]
+    check_output(output, overwrite=overwrite, inputs=[*model.paths, *inputs])
     merging = plan_merging(
         model,
         adapters,
@@ -142,7 +141,7 @@ def plan_merge(
     side_files = find_side_files(
         model, wanted, untied=ties is TieChoice.APART, tokens=_tokens(merging)
     )
-    path = plan_receipt(receipt, model, output, overwrite=overwrite)
+    path = plan_receipt(receipt, model, output, overwrite=overwrite, adapters=inputs)
     plan = MergePlan(merging, output, layout, side_files, link, path, overwrite)
     if plan.writes_single_file and len(layout.files) > 1:
         raise UsageError(

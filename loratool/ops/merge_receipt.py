@@ -70,10 +70,17 @@ def likely_bytes(weights: int, tensors: int) -> tuple[int, int]:
     return low, high
 
 
-def plan_receipt(wanted: bool | Path, base: Model, output: Path, *, overwrite: bool) -> Path | None:
+def plan_receipt(
+    wanted: bool | Path,
+    base: Model,
+    output: Path,
+    *,
+    overwrite: bool,
+    adapters: Sequence[Path] = (),
+) -> Path | None:
     """Where the receipt goes: beside or inside the output, or at the path that was named.
 
-    Raises OutputError.
+    Raises OutputError, also where that is an input.
     """
     if wanted is False:
         return None
@@ -88,7 +95,7 @@ def plan_receipt(wanted: bool | Path, base: Model, output: Path, *, overwrite: b
                 f"{path}: lies inside the output; in there it is named {RECEIPT_FILE}",
                 hint="leave out the name, or choose a place elsewhere",
             )
-        check_output(path, overwrite=overwrite, inputs=base.paths)
+        check_output(path, overwrite=overwrite, inputs=[*base.paths, *adapters])
     return path
 
 

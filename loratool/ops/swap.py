@@ -125,7 +125,8 @@ def plan_swap(
         raise UsageError(
             "the adapter adds biases that the base does not have", hint="use unmerge, then merge"
         )
-    place = plan_receipt(True, out.merged, output, overwrite=overwrite)
+    inputs = [path for path, _ in (*remove, *add)]
+    place = plan_receipt(True, out.merged, output, overwrite=overwrite, adapters=inputs)
     assert place is not None
     return SwapPlan(out, merging, place)
 

@@ -164,3 +164,28 @@ def test_a_claim(made: Path) -> None:
     ended = invoke("verify", "adapter", "--base", "base", "--tuned", "tuned")
     assert ended.code == 1
     assert "changed, and not in the adapter" in ended.out
+
+
+def test_no_file_of_an_input_becomes_a_receipt_or_a_report(made: Path) -> None:
+    before = snapshot(made)
+    weights, config = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
+    for place in (weights, "base/model-00001-of-00002.safetensors", "adapter/new.safetensors"):
+        ended = invoke("merge", "base", "adapter", "-o", "x", f"--receipt={place}", "--overwrite")
+        assert ended.code == 5
+    (made / "link.json").symlink_to(made / config)
+    (made / "link.safetensors").symlink_to(made / weights)
+    ended = invoke(
+        "merge", "base", "adapter", "-o", "x", "--receipt=link.safetensors", "--overwrite"
+    )
+    assert ended.code == 5
+    for place in (config, weights, "base/config.json", "link.json"):
+        ended = invoke("merge", "base", "adapter", "-o", "x", "--report", place)
+        assert ended.code == 2
+        assert "is no report of loratool's" in ended.err
+    for name in ("link.json", "link.safetensors"):
+        (made / name).unlink()
+    assert snapshot(made) == before
+    for output in ("x", "y"):
+        ended = invoke("merge", "base", "adapter", "-o", output, "--report", "r.json")
+        assert ended.code == 0, "a report may replace another"
+    assert json.loads((made / "r.json").read_text())["command"] == "merge"
