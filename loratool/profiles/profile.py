@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, Replacement, TokenRows
 from loratool.errors import Unplaced, UsageError
 from loratool.profiles import llama_cpp, peft, sglang, vllm
 from loratool.profiles.limits import Limits
@@ -57,7 +57,7 @@ def fit(adapter: Adapter, profile: Profile, key: str) -> Fitted:
     if not profile.limits.experts:
         adapter = replace(adapter, as_parameters=frozenset())
     if not profile.limits.one_rank or not adapter.low_rank:
-        return Fitted(adapter, ())
+        return Fitted(adapter, _without_target(adapter))
     ranks = sorted({update.rank for update in adapter.low_rank.values()})
     rank = _allowed_rank(ranks[-1], profile)
     updates = dict(adapter.updates)
@@ -70,6 +70,20 @@ def fit(adapter: Adapter, profile: Profile, key: str) -> Fitted:
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         notes.append(f"ranks of {span} were padded to {rank} for {profile.name}")
     return Fitted(replace(adapter, updates=updates), tuple(notes))
+
+
+def _without_target(adapter: Adapter) -> tuple[str, ...]:
+    """PEFT loads trained tokens alone, if they are the same of every table, as a type of their own;
+    values stored whole it loads only beside an update."""
+    updates = list(adapter.updates.values())
+    tokens = [update.indices for update in updates if isinstance(update, TokenRows)]
+    if not updates or not all(isinstance(one, Replacement | TokenRows) for one in updates):
+        return ()
+    if len(tokens) == len(updates) and len(set(tokens)) == 1:
+        return ()
+    return (
+        "no module is updated, only stored whole: PEFT loads no such adapter; loratool merge does",
+    )
 
 
 def _check(adapter: Adapter, profile: Profile) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -93,3 +93,21 @@ def test_replicated_layers_are_merged_into_the_written_out_model(tmp_path: Path)
     torch.testing.assert_close(merged(input_ids=tokens).logits, wanted, rtol=1e-4, atol=1e-5)
     doubled = adapted.merge_and_unload()(input_ids=tokens).logits
     assert (doubled - wanted).abs().max() > 1e-3
+
+
+def test_an_adapter_that_updates_nothing_is_said_to_be_none_of_pefts(tmp_path: Path) -> None:
+    """Values stored whole alone: loratool merges them, PEFT finds nothing to target."""
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.norm.weight += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    report = lt.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter")
+    assert any("PEFT loads no such adapter" in note for note in report.notes)
+    with pytest.raises(ValueError, match="No modules were targeted"):
+        PeftModel.from_pretrained(llama(), str(tmp_path / "adapter"))
+    lt.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    files = (tmp_path / folder / "model.safetensors" for folder in ("merged", "tuned"))
+    merged, tuned = (load_file(file) for file in files)
+    assert all(torch.equal(merged[name], tuned[name]) for name in tuned)
