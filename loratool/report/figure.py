@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.errors import UsageError
 from loratool.report.drawing import Spec
-from loratool.report.page import Column, Page, Row, Unit, is_number, letter
+from loratool.report.page import Column, Group, Page, Row, Unit, is_number
 from loratool.report.text import plain
 
 MAPS = 4
@@ -119,9 +119,7 @@ def _map(page: Page, column: Column, group: int) -> Spec:
     top = max((abs(value) for value in values if value is not None), default=0.0) or 1.0
     signed = column.unit is Unit.SIGNED
     labels = {family: _unique(family, index) for index, family in enumerate(page.families)}
-    title = _short(page.groups[group]) if len(page.groups) > 1 else None
-    if title and page.group_word != "pair":
-        title = f"{letter(group)}: {title}"
+    title = _group(page.groups[group]) if len(page.groups) > 1 else None
     ticks = [str(layer) for layer in page.layers]
     count = len(ticks)
     return {
@@ -164,6 +162,10 @@ def _map(page: Page, column: Column, group: int) -> Spec:
             },
         },
     }
+
+
+def _group(group: Group) -> str:
+    return f"{group.label}: {_short(group.name)}"
 
 
 def _unique(family: str, index: int) -> str:
@@ -214,7 +216,7 @@ def _strongest(page: Page) -> dict[str, Row]:
             continue
         label = row.family
         if len(page.groups) > 1:
-            label = f"{letter(row.group)}: {page.groups[row.group]}"
+            label = _group(page.groups[row.group])
         if label not in found or row.curves[0].energy > found[label].curves[0].energy:
             found[label] = row
     ordered = sorted(found.items(), key=lambda item: -item[1].curves[0].energy)

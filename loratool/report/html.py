@@ -16,17 +16,19 @@ from typing import Any
 from loratool.provenance import loratool_version
 from loratool.report.charts import SERIES, page_charts
 from loratool.report.drawing import library
-from loratool.report.page import Cell, Column, Page, Row, Unit, letter, values_per_curve
+from loratool.report.page import Cell, Column, Group, Page, Row, Unit, values_per_curve
 from loratool.report.text import cell_text, embedded, name, plain
 
 _VALUES = 200_000
 """Of all curves together that a page holds, so that it opens fast."""
 
+_ROWS = 10_000
 _DIGITS = 8
 
 
 def render_page(page: Page) -> str:
     """The document. Raises MissingExtra."""
+    page = page.limited(_ROWS)
     scripts = (library(), _asset("page.js"))
     policy = (
         "default-src 'none'; "
@@ -67,8 +69,8 @@ def page_data(page: Page) -> dict[str, Any]:
     return {
         "word": page.row_word,
         "groupWord": page.group_word,
-        "groups": [plain(group) for group in page.groups],
-        "letters": [letter(index) for index in range(len(page.groups))],
+        "groups": [plain(group.name) for group in page.groups],
+        "letters": [group.label for group in page.groups],
         "stillWord": page.still_word,
         "families": [plain(family) for family in page.families],
         "hasMap": page.has_map,
@@ -154,6 +156,7 @@ def _body(page: Page) -> list[str]:
         *_map(page),
         *(_explorer() if page.curves is not None and page.curves.explorable else ()),
         *(_by_layer(page) if "layers" in page_charts(page) else ()),
+        "<noscript>The table holds everything; the map and the charts need scripts.</noscript>",
         *_table(page),
         *_lists(page),
         "</main>",
@@ -248,16 +251,11 @@ def _group_choice(page: Page) -> list[str]:
     if len(page.groups) < 2:
         return []
     options = "".join(
-        f'<option value="{index}">{escape(_group(page, index))}</option>'
-        for index in range(len(page.groups))
+        f'<option value="{index}">{escape(f"{group.label}: {plain(group.name)}")}</option>'
+        for index, group in enumerate(page.groups)
     )
     word = page.group_word.capitalize()
     return [f'<label>{escape(word)} <select id="group">{options}</select></label>']
-
-
-def _group(page: Page, index: int) -> str:
-    own = plain(page.groups[index])
-    return own if page.group_word == "pair" else f"{letter(index)}: {own}"
 
 
 def _explorer() -> list[str]:
@@ -350,10 +348,12 @@ def _head(label: str, about: str, kind: str) -> str:
     return f'<th scope="col"{_left(bool(kind))}{title}>{escape(label)}</th>'
 
 
-def _line(row: Row, columns: tuple[Column, ...], groups: tuple[str, ...], explorable: bool) -> str:
+def _line(
+    row: Row, columns: tuple[Column, ...], groups: tuple[Group, ...], explorable: bool
+) -> str:
     cells = [f'<th scope="row" class="t">{name(row.name)}</th>']
     if len(groups) > 1:
-        cells.append(f'<td class="t">{letter(row.group)}</td>')
+        cells.append(f'<td class="t">{escape(groups[row.group].label)}</td>')
     for column in columns:
         value = row.cells.get(column.key)
         text = cell_text(value, column.unit)

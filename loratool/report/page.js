@@ -11,6 +11,8 @@
     element.append(...children);
     return element;
   };
+  const top = (values, least = 0) => values.reduce((best, value) => (value > best ? value : best), least);
+  const bottom = (values) => -top(values.map((value) => -value), -Infinity);
   const isNumber = (value) => typeof value === "number";
   const share = (value) => (value !== 0 && Math.abs(value) < 1e-4
     ? `${(100 * value).toExponential(1)} %` : `${(100 * value).toFixed(2)} %`);
@@ -30,7 +32,10 @@
   const number = (value) => value.toLocaleString("en-US");
 
   const body = $("rows")?.tBodies[0];
-  if (!body) return;
+  if (!body) {
+    document.body.dataset.ready = "true";
+    return;
+  }
   const lines = [...body.rows];
   const several = page.groups.length > 1;
   const firstCell = several ? 2 : 1;
@@ -144,9 +149,9 @@
     const column = metricColumn();
     if (!column) return;
     const shown = [...cells].map(([element, rows]) => [element, rows, largest(rows, column.key)]);
-    const values = shown.map(([, , top]) => top.value).filter(isNumber);
+    const values = shown.map(([, , found]) => found.value).filter(isNumber);
     const signed = column.unit === "signed";
-    const high = Math.max(...values.map((value) => (signed ? Math.abs(value) : value)), 0);
+    const high = top(values.map((value) => (signed ? Math.abs(value) : value)));
     const positive = values.filter((value) => value > 0).sort((a, b) => a - b);
     const low = positive[0] ?? 0;
     const steep = !signed && high > 40 * positive[Math.floor(positive.length / 2)] && low < high;
@@ -157,14 +162,14 @@
       return Math.min(8, Math.floor(9 * part));
     };
     const roomy = page.layers.length <= 12;
-    for (const [element, rows, top] of shown) {
+    for (const [element, rows, found] of shown) {
       const base = element.classList.contains("chip") ? "chip" : "cell";
-      element.className = isNumber(top.value) ? `${base} ${signed ? "d" : "q"}${step(top.value)}` : `${base} none`;
-      const text = isNumber(top.value) ? textAt(top.row, column.cell) || figure(top.value) : "not known";
+      element.className = isNumber(found.value) ? `${base} ${signed ? "d" : "q"}${step(found.value)}` : `${base} none`;
+      const text = isNumber(found.value) ? textAt(found.row, column.cell) || figure(found.value) : "not known";
       const crowd = rows.length > 1 ? `, largest of ${rows.length}` : "";
-      element.setAttribute("aria-label", `${page.names[top.row]}: ${column.label} ${text}${crowd}`);
-      element.title = `${page.names[top.row]}\n${column.label} ${text}${crowd}`;
-      if (base === "cell") element.textContent = roomy && isNumber(top.value) ? text : "";
+      element.setAttribute("aria-label", `${page.names[found.row]}: ${column.label} ${text}${crowd}`);
+      element.title = `${page.names[found.row]}\n${column.label} ${text}${crowd}`;
+      if (base === "cell") element.textContent = roomy && isNumber(found.value) ? text : "";
     }
     $("metric-about").textContent = column.about
       ? `${column.label}: ${column.about}` : "";
@@ -254,7 +259,7 @@
     const { log, explorable: ranked } = page.curveKind;
     const points = all.flatMap(({ curve, s }) => curve.values
       .map((v, index) => ({ i: index + 1, v, s: series(s) })).filter(({ v }) => !log || v > 0));
-    const longest = Math.max(...all.map(({ curve }) => curve.values.length));
+    const longest = top(all.map(({ curve }) => curve.values.length));
     const own = all.find(({ row }) => row === state.row) ?? all[0];
     const chosen = state.ranks.get(own.row);
     const cuts = [];
@@ -286,7 +291,7 @@
   };
   const fillCurveTable = page.curveKind ? tableWhenOpen($("curve-data"), () => {
     const all = curvesOf(state.row);
-    const most = Math.max(...all.map(({ curve }) => curve.values.length));
+    const most = top(all.map(({ curve }) => curve.values.length));
     const ranked = page.curveKind.explorable;
     const head = [page.curveKind.index, ...all.flatMap(({ label }) => (ranked
       ? [`${label} σ`.trim(), `${label} energy kept`.trim()] : [label]))];
@@ -337,7 +342,7 @@
     }
     return measure(ranks);
   };
-  const deepest = () => Math.max(0, ...matrices.map((matrix) => matrix.most));
+  const deepest = () => top(matrices.map((matrix) => matrix.most));
   const within = (budget) => {
     const spent = greedy(budget);
     let low = 0;
@@ -352,7 +357,7 @@
   };
   const mode = () => document.querySelector('input[name="mode"]:checked').value;
   const budgetAt = (position) => {
-    const low = Math.min(...matrices.map((matrix) => matrix.bytes));
+    const low = bottom(matrices.map((matrix) => matrix.bytes));
     const high = uniform(deepest()).bytes;
     return low * (high / low) ** (position / 1000);
   };
@@ -369,8 +374,8 @@
       state.ranks.set(matrix.row, found.ranks[which]);
       lines[matrix.row].cells[chosenCell].textContent = String(found.ranks[which]);
     });
-    const low = Math.min(...found.ranks);
-    const high = Math.max(...found.ranks);
+    const low = bottom(found.ranks);
+    const high = top(found.ranks);
     const ranks = low === high ? String(low) : `${low} to ${high}`;
     const outcome = { error: [share(found.error), "relative error", found.error],
       kept: [share(1 - found.error ** 2), "of the energy kept", 1 - found.error ** 2],
@@ -410,7 +415,7 @@
     const notes = [`${number(matrices.length)} matrices with singular values.`];
     if (resolved.error) notes.push(`Not resolved: ${share(resolved.error ** 2)} of their energy lies in singular values beyond those that this page holds, so no error below ${share(resolved.error)} can be shown.`);
     if (page.outsideShare) notes.push(`${share(page.outsideShare)} of the energy of the whole change lies in tensors without a spectrum, which are not counted here.`);
-    const fewest = Math.min(...matrices.map((matrix) => matrix.most));
+    const fewest = bottom(matrices.map((matrix) => matrix.most));
     if (fewest < most) notes.push(`Some matrices have ${fewest} values; a larger rank is ${fewest} there.`);
     $("limits").textContent = notes.join(" ");
     fillTradeoff();
@@ -444,7 +449,7 @@
     const column = metricColumn();
     const found = means();
     $("layers-about").textContent = `${column?.label ?? ""}, as the map is coloured: the mean over each layer's ${page.word}s`;
-    keys($("layers-legend"), page.groups.map((name, index) => [index, page.groupWord === "pair" ? name : `${page.letters[index]}: ${name}`]));
+    keys($("layers-legend"), page.groups.map((name, index) => [index, `${page.letters[index]}: ${name}`]));
     draw("layers", { layers: found });
     fillLayers();
   };

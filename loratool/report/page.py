@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+_FEWEST = 8
+"""Values of a curve that are kept however many curves there are."""
+
 MOST_PLACES = 20_000
 """Of a map. Names that somebody made up can ask for any number."""
 
@@ -62,6 +65,14 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Group:
+    """An adapter, or a pair of adapters, that rows belong to. label: ``A``, ``A B``."""
+
+    label: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One module. family: its name without numbers. layer: None outside of layers. group: the
     position of the adapter, or pair of adapters, that it belongs to."""
@@ -110,10 +121,9 @@ class Page:
     """Everything that a page says.
 
     kind: what was looked at. facts: label and value. statements: sentences that matter; notes:
-    what else to know. groups: the adapters, or pairs of them, that rows belong to, where there is
-    more than one; group_word: what such a group is. still: (family, layer) of what was looked at
-    and has nothing to show, as ``still_word`` says. outside_share: of the energy, what lies in
-    rows without a curve.
+    what else to know. groups: what rows belong to, where there is more than one; group_word: what
+    such a group is. still: (family, layer) of what was looked at and has nothing to show, as
+    ``still_word`` says. outside_share: of the energy, what lies in rows without a curve.
     """
 
     kind: str
@@ -124,7 +134,7 @@ class Page:
     row_word: str = "module"
     statements: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()
     group_word: str = "adapter"
     curves: CurveKind | None = None
     still: tuple[tuple[str, int], ...] = ()
@@ -141,6 +151,22 @@ class Page:
             for column in self.columns
             if column.mapped and any(is_number(row.cells.get(column.key)) for row in self.rows)
         )
+
+    def limited(self, most: int) -> Page:
+        """With the rows that have the largest figures, at most so many, and a note that says so."""
+        if len(self.rows) <= most:
+            return self
+        key = self.mapped[0].key if self.mapped else ""
+        sizes = [_size(row.cells.get(key)) for row in self.rows]
+        order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+        kept = sorted(order[:most])
+        by = f"those with the largest {self.mapped[0].label}" if self.mapped else "the first"
+        note = (
+            f"this page holds {most:,} of {len(self.rows):,} {self.row_word}s, {by}, and sums up "
+            "no others; --csv and --json have all"
+        )
+        rows = tuple(self.rows[index] for index in kept)
+        return replace(self, rows=rows, still=(), notes=(note, *self.notes))
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -166,6 +192,10 @@ def is_number(cell: Cell) -> bool:
     return isinstance(cell, int | float) and math.isfinite(cell)
 
 
+def _size(cell: Cell) -> float:
+    return abs(cell) if isinstance(cell, int | float) and math.isfinite(cell) else -1.0
+
+
 def letter(position: int) -> str:
     """A, B, … Z, A26, B27, …: what an adapter is called in tables and charts."""
     own = chr(ord("A") + position % 26)
@@ -175,4 +205,4 @@ def letter(position: int) -> str:
 def values_per_curve(rows: Sequence[Row], total: int) -> int:
     """How many values of each curve to keep so that all together stay about ``total``."""
     curves = sum(len(row.curves) for row in rows)
-    return max(32, total // max(1, curves))
+    return max(_FEWEST, total // max(1, curves))

@@ -243,3 +243,26 @@ def test_a_map_that_nobody_could_look_at_is_not_asked_for() -> None:
     assert not many.has_map
     assert data_of(read(render_page(many)))["hasMap"] is False
     assert page_of(report("adapter")).has_map
+
+
+def test_more_rows_than_a_browser_likes_are_left_out_and_said() -> None:
+    rows = tuple(
+        UpdateRow(f"layers.{i % 100}.experts.{i}.q", (8, 8), 1, 1.0, 1.0, float(i % 9973), 1.0)
+        for i in range(10_500)
+    )
+    shown = page_of(AdapterReport("a", "PEFT", None, rows, (), (), 10, 20)).limited(10_000)
+    assert len(shown.rows) == 10_000
+    assert shown.notes[0] == (
+        "this page holds 10,000 of 10,500 updates, those with the largest ‖ΔW‖, and sums up no "
+        "others; --csv and --json have all"
+    )
+    kept = {row.name for row in shown.rows}
+    least = min(row.cells["norm"] for row in shown.rows)  # type: ignore[type-var]
+    assert all(row.norm is not None and row.norm <= least for row in rows if row.name not in kept)
+    assert page_of(report("pair")).limited(10_000) == page_of(report("pair"))
+
+
+def test_rows_of_several_say_whose_they_are() -> None:
+    for kind, labels in (("adapters", {"A", "B"}), ("compare three", {"A B", "A C", "B C"})):
+        root = page(kind)
+        assert {cells[1] for cells in table_of(root)} == labels == set(data_of(root)["letters"])

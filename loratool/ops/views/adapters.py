@@ -13,7 +13,7 @@ from loratool.ops.views.adapter import (
     ranks_of,
     row_word,
 )
-from loratool.report.page import Page, SmallTable, letter
+from loratool.report.page import Group, Page, SmallTable, letter
 from loratool.report.text import number, size
 
 
@@ -52,7 +52,7 @@ def adapters_page(report: AdaptersReport) -> Page:
             for position, one in enumerate(adapters)
             for said in adapter_statements(one)
         ),
-        groups=tuple(one.name for one in adapters),
+        groups=tuple(Group(letter(position), one.name) for position, one in enumerate(adapters)),
         curves=SPECTRA if any(row.values for one in adapters for row in one.rows) else None,
         tables=(SmallTable("Adapters", (*columns, "size"), tuple(lines), text=(0, 1, 2, 3)),),
         lists=tuple(

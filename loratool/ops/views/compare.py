@@ -8,6 +8,7 @@ from loratool.report.page import (
     Column,
     Curve,
     CurveKind,
+    Group,
     NameList,
     Page,
     Row,
@@ -68,7 +69,9 @@ def compare_page(report: CompareReport) -> Page:
         if advice
         else (),
         notes=report.notes,
-        groups=tuple(f"{_letters(pair)}: {names[pair[0]]} · {names[pair[1]]}" for pair in pairs)
+        groups=tuple(
+            Group(_letters(pair), f"{names[pair[0]]} · {names[pair[1]]}") for pair in pairs
+        )
         if several
         else (),
         group_word="pair",
