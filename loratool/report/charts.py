@@ -14,6 +14,13 @@ from loratool.report.page import CurveKind, Page
 SERIES = 8
 """Colours of series; later ones begin again."""
 
+WHOLE_NUMBERS = {
+    "grid": False,
+    "tickMinStep": 1,
+    "labelExpr": "datum.value % 1 ? '' : datum.label",
+}
+"""An axis of counts; a least step alone still gives halves on short ones."""
+
 _COLOUR = {
     "field": "s",
     "type": "nominal",
@@ -77,10 +84,11 @@ def _curve(kind: CurveKind) -> Spec:
     """Data: points and dots {i, v, s}, floor {y, label}, cuts {x, label, own, row, left}."""
     vertical: dict[str, Any] = {"scale": {"type": "log"} if kind.log else {"domain": [0, 90]}}
     x: dict[str, Any] = {"field": "i", "type": "quantitative", "title": kind.index}
-    x |= {"axis": {"tickMinStep": 1, "grid": False}, "scale": {"nice": False, "padding": 8}}
+    x |= {"axis": WHOLE_NUMBERS}
+    x |= {"scale": {"nice": False, "padding": 8}}
     y: dict[str, Any] = {"field": "v", "type": "quantitative", "title": kind.axis, **vertical}
     y |= {"axis": {"format": ".2~g" if kind.log else "d", "tickCount": 5}}
-    along: Spec = {"x": {"field": "x", "type": "quantitative"}}
+    along: Spec = {"x": {"field": "x", "type": "quantitative", "axis": x["axis"]}}
     colour: Spec = {
         "field": "own",
         "type": "nominal",
@@ -200,7 +208,7 @@ def _by_layer() -> Spec:
                         "field": "layer",
                         "type": "quantitative",
                         "title": "layer",
-                        "axis": {"tickMinStep": 1, "grid": False},
+                        "axis": WHOLE_NUMBERS,
                         "scale": {"nice": False, "padding": 8},
                     },
                     "y": {

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from loratool.errors import UsageError
+from loratool.report.charts import WHOLE_NUMBERS
 from loratool.report.drawing import Spec
 from loratool.report.page import Column, Group, Page, Row, Unit, is_number
 from loratool.report.text import plain
@@ -117,7 +118,7 @@ def _map(page: Page, column: Column, group: int) -> Spec:
         largest.setdefault(place, 0.0)
     values = [_number(row.cells.get(column.key)) for row in page.rows if row.layer is not None]
     top = max((abs(value) for value in values if value is not None), default=0.0) or 1.0
-    signed = column.unit is Unit.SIGNED
+    signed = column.unit is Unit.SIGNED and any(value is not None and value < 0 for value in values)
     labels = {family: _unique(family, index) for index, family in enumerate(page.families)}
     title = _group(page.groups[group]) if len(page.groups) > 1 else None
     ticks = [str(layer) for layer in page.layers]
@@ -219,7 +220,10 @@ def _strongest(page: Page) -> dict[str, Row]:
             label = _group(page.groups[row.group])
         if label not in found or row.curves[0].energy > found[label].curves[0].energy:
             found[label] = row
-    ordered = sorted(found.items(), key=lambda item: -item[1].curves[0].energy)
+    if len(page.groups) > 1:
+        ordered = sorted(found.items(), key=lambda item: item[1].group)
+    else:
+        ordered = sorted(found.items(), key=lambda item: -item[1].curves[0].energy)
     return dict(ordered[:_LINES])
 
 
@@ -255,7 +259,7 @@ def _spectra(page: Page) -> Spec | None:
                 "field": "index",
                 "type": "quantitative",
                 "title": page.curves.index,
-                "axis": {"grid": False, "tickMinStep": 1, "format": "d"},
+                "axis": WHOLE_NUMBERS,
                 "scale": {"nice": False, "zero": False},
             },
             "y": {

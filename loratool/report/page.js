@@ -150,7 +150,7 @@
     if (!column) return;
     const shown = [...cells].map(([element, rows]) => [element, rows, largest(rows, column.key)]);
     const values = shown.map(([, , found]) => found.value).filter(isNumber);
-    const signed = column.unit === "signed";
+    const signed = column.unit === "signed" && values.some((value) => value < 0);
     const high = top(values.map((value) => (signed ? Math.abs(value) : value)));
     const positive = values.filter((value) => value > 0).sort((a, b) => a - b);
     const low = positive[0] ?? 0;
