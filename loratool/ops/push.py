@@ -187,7 +187,11 @@ def run_push(plan: PushPlan, progress: Progress | None = None) -> PushReport:
         progress.finish()
     files = {**plan.files, README: pushed.card_bytes}
     return PushReport(
-        plan.facts.repo_id, plan.facts.base_model, files, pushed, (*plan.notes, *pushed.notes)
+        plan.facts.repo_id,
+        plan.facts.base_model,
+        files,
+        pushed,
+        tuple(dict.fromkeys((*plan.notes, *pushed.notes))),
     )
 
 

@@ -112,6 +112,14 @@ def test_all_or_nothing(pair: list[Path], tmp_path: Path) -> None:
     assert "two outputs" in twice.err
 
 
+@pytest.mark.parametrize("command", ["inspect", "compare"])
+def test_what_is_in_the_way_is_said_before_the_work(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text("mine")
+    ended = invoke(command, tmp_path / "not there", tmp_path / "nor there", "--html", file)
+    assert (ended.code, ended.err.splitlines()[0]) == (5, f"error: {file}: exists already")
+
+
 def test_the_api_writes_the_same(pair: list[Path], tmp_path: Path) -> None:
     report = lt.inspect(*pair)
     lt.write_html(report, tmp_path / "api.html")
@@ -126,7 +134,7 @@ def test_the_api_writes_the_same(pair: list[Path], tmp_path: Path) -> None:
         lt.write_html(report, tmp_path / "api.html")
 
 
-def test_without_the_extra_it_says_what_to_install(pair: list[Path], tmp_path: Path) -> None:
+def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
     """Before anything is read, in a process that really cannot import it."""
     code = (
         "import sys; sys.modules['vl_convert'] = None; "
@@ -135,7 +143,7 @@ def test_without_the_extra_it_says_what_to_install(pair: list[Path], tmp_path: P
     file = tmp_path / "page.html"
     for options in (["--html", file], ["--png", file], ["--svg", file]):
         ended = subprocess.run(
-            [sys.executable, "-c", code, "inspect", *pair, *options],
+            [sys.executable, "-c", code, "inspect", tmp_path / "not there", *options],
             capture_output=True,
             text=True,
             env=os.environ,

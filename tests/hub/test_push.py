@@ -94,7 +94,9 @@ def test_a_picture_that_nobody_sees_is_said(hub: Hub, push: Push, adapter: Path)
     for options in (("--dry-run",), ()):
         result = push("alice/lora", "--picture", *options)
         assert result.code == 0
-        assert "does not show the picture" in result.err
+        assert result.err.count("does not show the picture") == 1
+    (adapter / "README.md").unlink()
+    assert push("alice/lora", "--picture").err.count("does not show the picture") == 1
     assert "Words of my own" in hub.repos["alice/lora"].files["README.md"].decode()
     assert PICTURE in hub.repos["alice/lora"].files
 

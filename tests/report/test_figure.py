@@ -84,6 +84,16 @@ def test_the_map_shows_the_largest_of_each_place() -> None:
     assert len({value["series"] for value in right["data"]["values"]}) <= 8
 
 
+def test_of_several_in_one_place_the_largest_is_shown() -> None:
+    rows = tuple(
+        UpdateRow(f"layers.{i % 2}.experts.{i}.q", (8, 8), 1, 1.0, 1.0, float(norm), 1.0)
+        for i, norm in enumerate((1, 2, 7, 8, 3, 4))
+    )
+    spec = figure(page_of(AdapterReport("a", "PEFT", None, rows, (), (), 10, 20)))
+    shown = {value["layer"]: value["value"] for value in spec["hconcat"][0]["data"]["values"]}
+    assert shown == {"0": 7.0, "1": 8.0}
+
+
 def test_adapters_share_one_scale() -> None:
     maps = figure(page_of(report("adapters")))["hconcat"][0]["vconcat"]
     assert [one["title"].startswith(letter) for one, letter in zip(maps, "AB", strict=True)]
