@@ -629,7 +629,7 @@ def inspect_adapters(
 
 
 def write_html(report: Viewable, path: PathArg, *, overwrite: bool = False) -> None:
-    """Write a report of ``inspect``, ``inspect_adapters`` or ``compare`` as one HTML file.
+    """Write a report of ``inspect``, ``intruders`` or ``compare`` as one HTML file.
 
     It needs no other file and no network. Takes the extra ``report``. Raises a LoratoolError
     subclass; nothing is written then.

@@ -170,11 +170,14 @@ def inspect_command(
         if cost is not None:
             raise UsageError("--cost: is of a checkpoint alone")
         view = Looking(top, epsilon, exact, only, alpha, device, jobs, level)
-        writing = Writing(mitigate, output, dry_run=dry_run, overwrite=pictures.overwrite)
-        pictures.refuse("intruders")
+        overwrites = pictures.overwrite and (mitigate is not None or not pictures.asked)
+        writing = Writing(mitigate, output, dry_run=dry_run, overwrite=overwrites)
+        if dry_run:
+            pictures.refuse("a plan")
+        pictures.check()
         found = look_for_intruders(out, paths, base, view, writing)
         if found is not None:
-            _say(out, found, sort, csv_file, report)
+            _say(out, found, sort, csv_file, report, pictures)
         return
     _refuse_alone(
         {
@@ -213,23 +216,28 @@ def inspect_command(
 
     if base is not None and isinstance(result, PairReport):
         out.line(f"the pair {result.base} and {result.tuned}, as inspect BASE TUNED shows it")
-    pictures.write(result)
-    _say(out, result, sort, csv_file, report)
-    pictures.show(out)
+    _say(out, result, sort, csv_file, report, pictures)
 
 
 def _say(
-    out: Output, result: Report, sort: str | None, csv_file: Path | None, report: Path | None
+    out: Output,
+    result: Report,
+    sort: str | None,
+    csv_file: Path | None,
+    report: Path | None,
+    pictures: Pictures,
 ) -> None:
     """The result in every form that was asked for."""
     document = result.to_json()
     check_sort(sort, document["what"])
+    pictures.write(result)
     write_csv(csv_file, _rows(document))
     out.report_file(report, document)
     if out.as_json:
         out.document(document)
     else:
         _VIEWS[document["what"]](out, result, sort)
+    pictures.show(out)
 
 
 def check_sort(sort: str | None, what: str) -> None:

@@ -31,6 +31,11 @@ class Pictures:
         self.overwrite = overwrite
         self._written: list[str] = []
 
+    @property
+    def asked(self) -> bool:
+        """Whether there are any."""
+        return bool(self._pictures)
+
     def check(self) -> None:
         """Before the work. Raises MissingExtra, UsageError, OutputExists, OutputError."""
         if self._pictures:
@@ -39,7 +44,7 @@ class Pictures:
             check_pictures(self._pictures)
 
     def refuse(self, what: str) -> None:
-        """Raises UsageError where pictures were asked for, of which this view has none."""
+        """Raises UsageError where pictures were asked for of what has none."""
         if self._pictures:
             raise UsageError(f"--html, --png and --svg: there is no picture of {what}")
 

@@ -82,12 +82,14 @@ def _chart(height: int, layers: list[Spec]) -> Spec:
 
 def _curve(kind: CurveKind) -> Spec:
     """Data: points and dots {i, v, s}, floor {y, label}, cuts {x, label, own, row, left}."""
-    vertical: dict[str, Any] = {"scale": {"type": "log"} if kind.log else {"domain": [0, 90]}}
+    vertical: dict[str, Any] = {
+        "scale": {"type": "log"} if kind.most is None else {"domain": [0, kind.most]}
+    }
     x: dict[str, Any] = {"field": "i", "type": "quantitative", "title": kind.index}
     x |= {"axis": WHOLE_NUMBERS}
     x |= {"scale": {"nice": False, "padding": 8}}
     y: dict[str, Any] = {"field": "v", "type": "quantitative", "title": kind.axis, **vertical}
-    y |= {"axis": {"format": ".2~g" if kind.log else "d", "tickCount": 5}}
+    y |= {"axis": {"format": ".2~g", "tickCount": 5}}
     along: Spec = {"x": {"field": "x", "type": "quantitative", "axis": x["axis"]}}
     colour: Spec = {
         "field": "own",

@@ -99,7 +99,8 @@ def page_data(page: Page) -> dict[str, Any]:
         "curveKind": {
             "title": page.curves.title,
             "index": page.curves.index,
-            "log": page.curves.log,
+            "log": page.curves.most is None,
+            "axis": page.curves.axis,
             "explorable": page.curves.explorable,
             "across": page.curves.across,
         }
@@ -119,6 +120,7 @@ def _curves(row: Row, most: int) -> list[dict[str, Any]]:
             "held": curve.held,
             "energy": curve.energy,
             "floor": curve.floor,
+            "floorLabel": curve.floor_label,
             "bytes": curve.rank_bytes,
             "rank": curve.rank,
             "rankLabel": curve.rank_label,

@@ -18,6 +18,7 @@
     ? `${(100 * value).toExponential(1)} %` : `${(100 * value).toFixed(2)} %`);
   const figure = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e6
     ? String(Number(value.toPrecision(4))) : value.toExponential(2));
+  const round = (value) => String(Number(value.toFixed(3)));
   const size = (bytes) => {
     let value = bytes;
     for (const unit of ["B", "KiB", "MiB", "GiB"]) {
@@ -267,7 +268,7 @@
       x: rank + 0.5, label, own: ours, row: ours ? 6 : 22, left: rank > longest / 2 });
     if (ranked && isNumber(own.curve.rank)) cut(own.curve.rank, `${own.curve.rankLabel} ${own.curve.rank}`, 0);
     if (ranked && isNumber(chosen)) cut(chosen, `rank ${chosen}`, 1);
-    const floor = ranked && own.curve.floor && all.length === 1 ? [{ y: own.curve.floor, label: "noise floor" }] : [];
+    const floor = own.curve.floor && all.length === 1 ? [{ y: own.curve.floor, label: own.curve.floorLabel }] : [];
     keys($("curve-legend"), all.length > 1 ? all.map(({ s, label }) => [s, label]) : []);
     draw("curve", { points, dots: longest <= 48 ? points : [], floor, cuts });
     $("curve-words").textContent = all.map((one) => words(one, chosen)).join(" ");
@@ -278,13 +279,16 @@
     const held = values.length;
     const name = label ? `${label}: ` : "";
     if (!held) return `${name}no values.`;
-    if (!page.curveKind.explorable) return `${name}${held} angles, from ${values[0].toFixed(1)} to ${values[held - 1].toFixed(1)} degrees.`;
+    if (!page.curveKind.explorable) {
+      const line = curve.floor ? ` ${curve.floorLabel}: ${figure(curve.floor)}.` : "";
+      return `${name}${page.curveKind.axis} of ${number(held)}, from ${round(bottom(values))} to ${round(top(values))}.${line}`;
+    }
     const cutHere = curve.held > held ? ` (of ${number(curve.held)} measured, this page holds these)` : "";
     const kept = energyOf(curve, held);
     let text = `${name}${number(held)} singular values${cutHere}, from ${figure(values[0])} to ${figure(values[held - 1])}`;
     text += kept > 1 - exact ? "; nothing is beyond them." : `; ${share(1 - kept)} of the energy lies beyond them.`;
     if (isNumber(chosen) && row === state.row) text += ` Rank ${chosen} keeps ${share(energyOf(curve, chosen))} of the energy.`;
-    if (curve.floor) text += ` Noise floor ${figure(curve.floor)}.`;
+    if (curve.floor) text += ` ${curve.floorLabel}: ${figure(curve.floor)}.`;
     if (isNumber(curve.rank)) text += ` ${curve.rankLabel}: ${curve.rank}.`;
     const zeros = values.filter((value) => value === 0).length;
     return zeros ? `${text} ${zeros} are zero and not drawn.` : text;
@@ -301,7 +305,7 @@
         const value = curve.values[index];
         sums[which] += value === undefined ? 0 : value ** 2;
         const kept = curve.energy ? Math.min(1, sums[which] / curve.energy) : 1;
-        const cell = value === undefined ? "" : ranked ? figure(value) : value.toFixed(2);
+        const cell = value === undefined ? "" : ranked ? figure(value) : round(value);
         return ranked ? [cell, value === undefined ? "" : share(kept)] : [cell];
       })]));
   }) : () => {};

@@ -41,10 +41,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Curve:
-    """Numbers of one matrix in order: singular values, largest first, or angles.
+    """Numbers of one matrix in order: singular values, largest first, or angles, or cosines.
 
-    energy: ‖·‖²_F of the matrix, of which the values hold all or a part. floor: what rounding
-    alone would make, None where nothing is known of it. rank_bytes: what one more rank takes in an
+    energy: ‖·‖²_F of the matrix, of which the values hold all or a part. floor: a height to mark,
+    as ``floor_label`` says; None where there is none. rank_bytes: what one more rank takes in an
     adapter. rank: one that the report itself names, as ``rank_label`` says. held: how many values
     there are in all, of which the page may hold fewer.
     """
@@ -53,6 +53,7 @@ class Curve:
     label: str = ""
     energy: float = 0.0
     floor: float | None = None
+    floor_label: str = "noise floor"
     rank_bytes: float = 0.0
     rank: int | None = None
     rank_label: str = ""
@@ -87,13 +88,14 @@ class Row:
 
 @dataclass(frozen=True)
 class CurveKind:
-    """What curves are of. axis, index: what is drawn up and along. explorable: singular values, of
-    which a rank keeps the first. across: a module's curves of all groups are drawn together."""
+    """What curves are of. axis, index: what is drawn up and along. most: the largest possible value
+    of what is not drawn logarithmically. explorable: singular values, of which a rank keeps the
+    first. across: a module's curves of all groups are drawn together."""
 
     title: str
     axis: str
     index: str
-    log: bool = True
+    most: float | None = None
     explorable: bool = False
     across: bool = False
 

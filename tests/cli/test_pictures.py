@@ -66,6 +66,7 @@ def test_every_kind_of_look_has_a_page(pair: list[Path], tmp_path: Path) -> None
         ["inspect", one],
         ["inspect", one, "--base", pair[0]],
         ["inspect", one, "--base", pair[0], "--level", "values"],
+        ["inspect", *pair, "--intruders"],
         ["inspect", one, two],
         ["compare", one, two],
     ):
@@ -76,7 +77,14 @@ def test_every_kind_of_look_has_a_page(pair: list[Path], tmp_path: Path) -> None
     assert titles == [
         *["base → tuned"] * 3,
         *["base"] * 2,
-        *("one", "one in base", "one merged into base", "2 adapters", "one · two"),
+        *(
+            "one",
+            "one in base",
+            "one merged into base",
+            "tuned beside base",
+            "2 adapters",
+            "one · two",
+        ),
     ]
 
 
@@ -107,6 +115,11 @@ def test_all_or_nothing(pair: list[Path], tmp_path: Path) -> None:
     assert "nothing to draw" in json.loads(ended.out)["error"]["message"]
     assert not page.exists()
     assert not picture.exists()
+    arguments = ("inspect", pair[0], "--level", "values", "--sort", "energy", "--html", page)
+    assert invoke(*arguments).code == 2
+    assert not page.exists()
+    plan = ("--mitigate", "0.5", "-o", tmp_path / "milder", "--dry-run", "--html", page)
+    assert "no picture of a plan" in invoke("inspect", *pair, *plan).err
     twice = invoke("inspect", *pair, "--png", picture, "--svg", tmp_path / "." / "picture.png")
     assert twice.code == 2
     assert "two outputs" in twice.err

@@ -25,6 +25,7 @@ MADE: dict[str, Callable[[Path], Any]] = {
     "forecast": lambda at: lt.inspect(at / "a", base=at / "base", level="values"),
     "checkpoint": lambda at: lt.inspect(at / "base"),
     "checkpoint, values": lambda at: lt.inspect(at / "base", level="values"),
+    "intruders": lambda at: lt.intruders(at / "base", at / "tuned", top=4, epsilon=0.9),
     "compare": lambda at: lt.compare([at / "a", at / "b"]),
     "compare three": lambda at: lt.compare([at / "a", at / "b", at / "c"]),
 }
@@ -66,6 +67,8 @@ def rows_of(document: dict[str, Any]) -> list[dict[str, Any]]:
         ]
     if document["what"] == "adapters":
         return [row for one in document["adapters"] for row in one["updates"]]
+    if document["what"] == "intruders":
+        return document["weights"]  # type: ignore[no-any-return]
     if document["what"] == "pair":
         return document["tensors" if document["level"] == "headers" else "changed"]  # type: ignore[no-any-return]
     if document["what"] == "checkpoint":

@@ -18,6 +18,7 @@ from loratool import api
 from loratool.ops.compare_report import CompareReport
 from loratool.ops.inspect import AdaptersReport
 from loratool.ops.inspect_adapter import AdapterReport, UpdateRow
+from loratool.ops.intruders import IntruderReport
 from loratool.ops.views.registry import VIEWS, Viewable, page_of
 from loratool.report.html import render_page
 from loratool.report.text import embedded, plain
@@ -58,7 +59,7 @@ def page(kind: str) -> Element:
 
 
 def test_every_report_of_inspect_and_compare_has_a_page() -> None:
-    reports = {*get_args(api.InspectReport), AdaptersReport, CompareReport}
+    reports = {*get_args(api.InspectReport), AdaptersReport, CompareReport, IntruderReport}
     assert reports == set(VIEWS) == set(get_args(Viewable))
     assert {type(report(kind)) for kind in MADE} == reports
 
@@ -122,6 +123,8 @@ def test_its_figures_are_those_of_json(kind: str) -> None:
         "phi_right": lambda row: last(row["phi_right"]),
         "first_in_second": lambda row: row["common_energy"][0],
         "second_in_first": lambda row: row["common_energy"][1],
+        "examined": lambda row: len(row["directions"]),
+        "least_cosine": lambda row: min(one["cosine"] for one in row["directions"]),
         "joint_rank": lambda row: next(
             one["joint"]["rank_for"] for one in document["modules"] if one["name"] == row["name"]
         ),
@@ -147,6 +150,12 @@ def test_its_curves_are_the_spectra() -> None:
         assert any(drawn)
         for values, row in zip(drawn, rows, strict=True):
             assert values == (pytest.approx(row[field], rel=1e-7) if row[field] else None)
+    cosines = [
+        [one["cosine"] for one in row["directions"]]
+        for row in report("intruders").to_json()["weights"]
+    ]
+    drawn = [curves[0]["values"] for curves in data_of(page("intruders"))["curves"]]
+    assert [pytest.approx(values, rel=1e-7) for values in cosines] == drawn
     energies = [
         curves[0]["energy"] if curves else None for curves in data_of(page("pair"))["curves"]
     ]

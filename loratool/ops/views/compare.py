@@ -75,7 +75,7 @@ def compare_page(report: CompareReport) -> Page:
         if several
         else (),
         group_word="pair",
-        curves=CurveKind("Principal angles", "degrees", "angle", log=False)
+        curves=CurveKind("Principal angles", "degrees", "angle", most=90)
         if any(row.curves for row in rows)
         else None,
         tables=(_adapters(report), _pairs(report)),

@@ -15,12 +15,14 @@ from loratool.ops.inspect_adapters import AdaptersReport
 from loratool.ops.inspect_checkpoint import CheckpointReport
 from loratool.ops.inspect_forecast import ForecastReport
 from loratool.ops.inspect_pair import PairReport
+from loratool.ops.intruders import IntruderReport
 from loratool.ops.views.adapter import adapter_page
 from loratool.ops.views.adapters import adapters_page
 from loratool.ops.views.amplification import amplification_page
 from loratool.ops.views.checkpoint import checkpoint_page
 from loratool.ops.views.compare import compare_page
 from loratool.ops.views.forecast import forecast_page
+from loratool.ops.views.intruders import intruders_page
 from loratool.ops.views.pair import pair_page
 from loratool.report.page import Page
 
@@ -31,6 +33,7 @@ Viewable = (
     | CheckpointReport
     | CompareReport
     | ForecastReport
+    | IntruderReport
     | PairReport
 )
 
@@ -41,6 +44,7 @@ VIEWS: dict[type, Callable[[Any], Page]] = {
     CheckpointReport: checkpoint_page,
     CompareReport: compare_page,
     ForecastReport: forecast_page,
+    IntruderReport: intruders_page,
     PairReport: pair_page,
 }
 
