@@ -116,7 +116,7 @@
     }));
     const head = make("tr", {}, make("td"), ...page.layers.map((layer, index) => make("th", {
       scope: "col", title: `layer ${layer}`,
-    }, page.layers.length <= 40 || index % 5 === 0 ? layer : "")));
+    }, page.layers.length <= 40 || index % 5 === 0 ? layer : make("span", { className: "hidden" }, layer))));
     const body = families.map((family, index) => make("tr", {},
       make("th", { scope: "row", title: family }, bdi(family)),
       ...page.layers.map((_, column) => {
@@ -281,7 +281,7 @@
     if (!held) return `${name}no values.`;
     if (!page.curveKind.explorable) {
       const line = curve.floor ? ` ${curve.floorLabel}: ${figure(curve.floor)}.` : "";
-      return `${name}${page.curveKind.axis} of ${number(held)}, from ${round(bottom(values))} to ${round(top(values))}.${line}`;
+      return `${name}${number(held)} ${page.curveKind.index}s, ${page.curveKind.axis} from ${round(bottom(values))} to ${round(top(values))}.${line}`;
     }
     const cutHere = curve.held > held ? ` (of ${number(curve.held)} measured, this page holds these)` : "";
     const kept = energyOf(curve, held);
