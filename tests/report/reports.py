@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 import loratool as lt
+from loratool.algebra.spectrum import Spectrum
+from loratool.ops.inspect_adapter import UpdateRow
 from tests.ops.builders import LLAMA, llama_like, moved, save_folder, save_peft
 
 MADE: dict[str, Callable[[Path], Any]] = {
@@ -53,6 +55,18 @@ def report(kind: str) -> Any:
             }
             save_peft(at / name, factors)
         return MADE[kind](at)
+
+
+def update(
+    name: str,
+    values: tuple[float, ...],
+    shape: tuple[int, int] = (64, 32),
+    energy: float | None = None,
+) -> UpdateRow:
+    """An update with these singular values, and more energy than they hold where it is given."""
+    total = sum(value**2 for value in values) if energy is None else energy
+    spectrum = Spectrum(torch.tensor(values, dtype=torch.float64), total, shape)
+    return UpdateRow(name, shape, len(values), 8.0, 2.0, 16, spectrum)
 
 
 def rows_of(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 import pytest
 
 from loratool.errors import UsageError
-from loratool.ops.inspect_adapter import AdapterReport, UpdateRow
+from loratool.ops.inspect_adapter import AdapterReport
 from loratool.ops.views.registry import page_of
 from loratool.report.charts import page_charts
 from loratool.report.drawing import png, svg
 from loratool.report.figure import alt_text, figure
-from tests.report.reports import MADE, report
+from tests.report.reports import MADE, report, update
 from tests.report.test_html import hostile_report
 
 DRAWN = [kind for kind in MADE if kind != "pair, headers"]
@@ -86,7 +86,7 @@ def test_the_map_shows_the_largest_of_each_place() -> None:
 
 def test_of_several_in_one_place_the_largest_is_shown() -> None:
     rows = tuple(
-        UpdateRow(f"layers.{i % 2}.experts.{i}.q", (8, 8), 1, 1.0, 1.0, float(norm), 1.0)
+        update(f"layers.{i % 2}.experts.{i}.q", (float(norm),))
         for i, norm in enumerate((1, 2, 7, 8, 3, 4))
     )
     spec = figure(page_of(AdapterReport("a", "PEFT", None, rows, (), (), 10, 20)))
@@ -101,9 +101,7 @@ def test_adapters_share_one_scale() -> None:
 
 
 def test_without_layers_there_are_bars() -> None:
-    rows = tuple(
-        UpdateRow(f"part{i}", (8, 8), 1, 1.0, 1.0, float(i), 1.0, (float(i),)) for i in range(40)
-    )
+    rows = tuple(update(f"part{i}", (float(i),)) for i in range(40))
     spec = figure(page_of(AdapterReport("a", "PEFT", None, rows, (), (), 10, 20)))
     bars = spec["hconcat"][0]
     assert bars["mark"]["type"] == "bar"
@@ -120,8 +118,6 @@ def test_words_for_those_who_do_not_see_it() -> None:
     assert alt_text(page_of(report("adapter"))) == (
         "Map of ‖ΔW‖ by layer and module, and singular values of the update on a logarithmic scale"
     )
-    rows = (UpdateRow("q", (8, 8), 1, 1.0, 1.0, 1.0, 1.0, ()),)
-    assert alt_text(page_of(AdapterReport("a", "PEFT", None, rows, (), (), 1, 2))) == (
-        "Bars: ‖ΔW‖ of the updates that have most"
-    )
+    alone = AdapterReport("a", "PEFT", None, (update("q", (0.0,)),), (), (), 1, 2)
+    assert alt_text(page_of(alone)) == "Bars: ‖ΔW‖ of the updates that have most"
     assert "script" not in alt_text(page_of(hostile_report()))

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from loratool import api
 from loratool.ops.compare_report import CompareReport
 from loratool.ops.inspect import AdaptersReport
-from loratool.ops.inspect_adapter import AdapterReport, UpdateRow
+from loratool.ops.inspect_adapter import AdapterReport
 from loratool.ops.intruders import IntruderReport
 from loratool.ops.views.registry import VIEWS, Viewable, page_of
 from loratool.report.html import render_page
 from loratool.report.text import embedded, plain
 from tests.report.reading import Element, data_of, read, table_of
-from tests.report.reports import MADE, report, rows_of
+from tests.report.reports import MADE, report, rows_of, update
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
@@ -45,9 +45,7 @@ HOSTILE = (
 
 
 def hostile_report() -> AdapterReport:
-    rows = tuple(
-        UpdateRow(name, (64, 32), 3, 8.0, 2.0, 3.0, 1.5, (2.0, 2.0, 1.0)) for name in HOSTILE
-    )
+    rows = tuple(update(name, (2.0, 2.0, 1.0)) for name in HOSTILE)
     others = tuple({"name": name, "shape": [1], "update": name} for name in HOSTILE)
     return AdapterReport(
         "</title><script>alert(2)</script>", "PEFT", HOSTILE[2], rows, others, others, 10, 20
@@ -118,6 +116,8 @@ def test_its_figures_are_those_of_json(kind: str) -> None:
         "rank_0.99": lambda row: row["rank_for"]["0.99"],
         "lost_BF16": lambda row: row["lost_share"]["BF16"],
         "lost_F16": lambda row: row["lost_share"]["F16"],
+        "swallowed_BF16": lambda row: row["swallowed_share"]["BF16"],
+        "swallowed_F16": lambda row: row["swallowed_share"]["F16"],
         "relative": lambda row: (row.get("delta_norm") or row["update_norm"]) / row["base_norm"],
         "phi_left": lambda row: last(row["phi_left"]),
         "phi_right": lambda row: last(row["phi_right"]),
@@ -235,8 +235,7 @@ def test_numbers_that_are_none_are_words() -> None:
 def test_more_values_than_a_page_can_hold_are_cut_and_counted() -> None:
     values = tuple(float(1000 - i) for i in range(1000))
     rows = tuple(
-        UpdateRow(f"model.layers.{i}.q.weight", (2000, 2000), 1000, 1.0, 1.0, 2e4, 3.0, values)
-        for i in range(500)
+        update(f"model.layers.{i}.q.weight", values, (2000, 2000), energy=4e8) for i in range(500)
     )
     large = AdapterReport("a", "PEFT", None, rows, (), (), 10, 20)
     curves = data_of(read(render_page(page_of(large))))["curves"]
@@ -245,9 +244,7 @@ def test_more_values_than_a_page_can_hold_are_cut_and_counted() -> None:
 
 
 def test_a_map_that_nobody_could_look_at_is_not_asked_for() -> None:
-    rows = tuple(
-        UpdateRow(f"a{i}.layers.{i}.q", (8, 8), 1, 1.0, 1.0, 1.0, 1.0, (1.0,)) for i in range(500)
-    )
+    rows = tuple(update(f"a{i}.layers.{i}.q", (1.0,)) for i in range(500))
     many = page_of(AdapterReport("a", "PEFT", None, rows, (), (), 10, 20))
     assert not many.has_map
     assert data_of(read(render_page(many)))["hasMap"] is False
@@ -256,8 +253,7 @@ def test_a_map_that_nobody_could_look_at_is_not_asked_for() -> None:
 
 def test_more_rows_than_a_browser_likes_are_left_out_and_said() -> None:
     rows = tuple(
-        UpdateRow(f"layers.{i % 100}.experts.{i}.q", (8, 8), 1, 1.0, 1.0, float(i % 9973), 1.0)
-        for i in range(10_500)
+        update(f"layers.{i % 100}.experts.{i}.q", (float(i % 9973),)) for i in range(10_500)
     )
     shown = page_of(AdapterReport("a", "PEFT", None, rows, (), (), 10, 20)).limited(10_000)
     assert len(shown.rows) == 10_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 from loratool.layouts.families import family_of, layer_of
 from loratool.ops.inspect_adapter import AdapterReport, UpdateRow
 from loratool.ops.inspect_level import Level
+from loratool.ops.views.spectra import SPECTRUM_COLUMNS, sizes_table, spectrum_cells
 from loratool.ops.views.values import VALUE_COLUMNS, equal_lists, value_cells, value_statements
 from loratool.report.page import Cell, Column, Curve, CurveKind, NameList, Page, Row, Unit
 from loratool.report.text import number, size
@@ -14,7 +15,7 @@ SPECTRA = CurveKind(
 )
 _UPDATE = (
     Column("norm", "‖ΔW‖", Unit.NUMBER, "Frobenius norm of the update", mapped=True),
-    Column("stable_rank", "stable rank", Unit.NUMBER, "‖ΔW‖² / σ₁²", mapped=True),
+    *SPECTRUM_COLUMNS,
     Column("rank", "rank", Unit.COUNT, "as stored", mapped=True),
     Column("alpha", "alpha", Unit.NUMBER, mapped=True),
     Column("scale", "scale", Unit.NUMBER, "what B·A is multiplied by", mapped=True),
@@ -39,6 +40,10 @@ def adapter_page(report: AdapterReport) -> Page:
         row_word=row_word(report.level),
         statements=adapter_statements(report),
         curves=SPECTRA if any(row.values for row in report.rows) else None,
+        tables=sizes_table(
+            [row.spectrum for row in report.rows if row.spectrum is not None],
+            report.adapter_bytes,
+        ),
         lists=adapter_lists(report),
     )
 
@@ -120,20 +125,26 @@ def adapter_rows(report: AdapterReport, group: int = 0) -> tuple[Row, ...]:
             )
             for row in report.values
         )
-    each = report.nbytes / report.parameters if report.parameters else 0.0
-    return tuple(_update(row, each, group) for row in report.rows)
+    return tuple(_update(row, group) for row in report.rows)
 
 
-def _update(row: UpdateRow, value_bytes: float, group: int) -> Row:
+def _update(row: UpdateRow, group: int) -> Row:
     cells: dict[str, Cell] = {
         "norm": row.norm,
-        "stable_rank": row.stable_rank,
+        **spectrum_cells(row.spectrum, complete=True),
         "rank": row.rank,
         "alpha": row.alpha,
         "scale": row.scale,
         "shape": "×".join(map(str, row.shape)),
     }
     curves: tuple[Curve, ...] = ()
-    if row.values and row.norm is not None:
-        curves = (Curve(row.values, energy=row.norm**2, rank_bytes=sum(row.shape) * value_bytes),)
+    spectrum = row.spectrum
+    if spectrum is not None and len(spectrum.values):
+        curves = (
+            Curve(
+                row.values,
+                energy=spectrum.total_energy,
+                rank_bytes=sum(row.shape) * row.bits / 8,
+            ),
+        )
     return Row(row.name, family_of(row.name), layer_of(row.name), cells, curves, group)

@@ -13,6 +13,11 @@ _COLUMNS = (
         for dtype in OUTPUTS
         for about in [f"energy of the rounding to {dtype.name}, as a share of the update's"]
     ),
+    *(
+        Column(f"swallowed_{dtype.name}", f"swallowed in {dtype.name}", Unit.SHARE, about, True)
+        for dtype in OUTPUTS
+        for about in [f"of the entries that change, those that stay as they are in {dtype.name}"]
+    ),
     Column("relative", "‖ΔW‖ / ‖W‖", Unit.SHARE, "size of the update beside its weight", True),
     Column("strength", "σ(ΔW) / σ(W)", Unit.SHARE, "largest singular values compared", True),
     Column("update_norm", "‖ΔW‖", Unit.NUMBER, "Frobenius norm of the update", True),
@@ -25,12 +30,13 @@ _COLUMNS = (
 
 def forecast_page(report: ForecastReport) -> Page:
     """A row per weight that the adapter adds to."""
-    lost = [(dtype.name, report.lost_share(dtype.name)) for dtype in OUTPUTS]
+    lost = [(f"lost in {one.name}", report.lost_share(one.name)) for one in OUTPUTS]
+    lost += [(f"swallowed in {one.name}", report.swallowed_share(one.name)) for one in OUTPUTS]
     return Page(
         kind="What a merge would lose to rounding",
         title=f"{report.adapter} merged into {report.base}",
         facts=(
-            *((f"lost in {n}", "" if value is None else share(value)) for n, value in lost),
+            *((label, "" if value is None else share(value)) for label, value in lost),
             ("weights added to", f"{len(report.rows):,}"),
             ("computed on", report.device),
         ),
@@ -44,6 +50,7 @@ def forecast_page(report: ForecastReport) -> Page:
 def _row(row: ForecastRow) -> Row:
     cells = {
         **{f"lost_{dtype.name}": row.lost_share(dtype.name) for dtype in OUTPUTS},
+        **{f"swallowed_{dtype.name}": row.swallowed_share(dtype.name) for dtype in OUTPUTS},
         "relative": row.update_norm / row.base_norm if row.base_norm else None,
         "strength": row.strength,
         "update_norm": row.update_norm,

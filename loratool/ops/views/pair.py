@@ -7,7 +7,7 @@ from collections import Counter
 from loratool.layouts.families import family_of, layer_of
 from loratool.ops.inspect_level import Level
 from loratool.ops.inspect_pair import DeltaRow, PairReport
-from loratool.ops.spectra import SHARES
+from loratool.ops.views.spectra import SPECTRUM_COLUMNS, sizes_table, spectrum_cells
 from loratool.report.page import (
     Column,
     Curve,
@@ -15,10 +15,9 @@ from loratool.report.page import (
     NameList,
     Page,
     Row,
-    SmallTable,
     Unit,
 )
-from loratool.report.text import number, share, size
+from loratool.report.text import number, share
 
 _CHANGE = (
     Column("change", "change", Unit.SHARE, "‖W − W0‖ / ‖W0‖", mapped=True),
@@ -27,14 +26,7 @@ _CHANGE = (
     Column("changed_share", "entries changed", Unit.SHARE, "share of entries that differ", True),
 )
 _SPECTRA = (
-    *(
-        Column(f"rank_{share:g}", f"rank for {100 * share:.0f} %", Unit.COUNT, about, True)
-        for share in SHARES
-        for about in [f"smallest rank that keeps {100 * share:.0f} % of the matrix's energy"]
-    ),
-    Column("stable_rank", "stable rank", Unit.NUMBER, "‖D‖² / σ₁²", True),
-    Column("effective_rank", "effective rank", Unit.NUMBER, "exp of the entropy of σ/Σσ", True),
-    Column("participation_rank", "participation", Unit.NUMBER, "(Σσ²)² / Σσ⁴", True),
+    *SPECTRUM_COLUMNS,
     Column(
         "above_noise", "above noise", Unit.COUNT, "singular values above what rounding makes", True
     ),
@@ -66,7 +58,9 @@ def pair_page(report: PairReport) -> Page:
             for name in report.unchanged
             if (layer := layer_of(name)) is not None
         ),
-        tables=_sizes(report),
+        tables=sizes_table(
+            [row.spectrum for row in matrices if row.spectrum is not None], report.adapter_bytes
+        ),
         lists=(NameList("Unchanged tensors", report.unchanged),) if report.unchanged else (),
         outside_share=whole / report.energy if report.energy else 0.0,
     )
@@ -104,27 +98,6 @@ def _header_statements(report: PairReport) -> list[str]:
     ]
 
 
-def _sizes(report: PairReport) -> tuple[SmallTable, ...]:
-    if not report.matrices:
-        return ()
-    lines = []
-    for part in SHARES:
-        nbytes, beyond = report.adapter_bytes(part)
-        ranks = [rank for row in report.matrices if (rank := row.rank_for(part)) is not None]
-        found = [f"{min(ranks)} to {max(ranks)}"] if ranks else []
-        if unknown := len(report.matrices) - len(ranks):
-            found.append(f"{unknown:,} of {len(report.matrices):,} beyond those resolved")
-        lines.append(
-            (
-                f"{100 * part:.0f} %",
-                ("at least " if beyond else "") + size(nbytes),
-                "; ".join(found),
-            )
-        )
-    title = "An adapter that keeps this share of each matrix's energy"
-    return (SmallTable(title, ("share", "size", "ranks"), tuple(lines)),)
-
-
 def _row(row: DeltaRow, energy: float) -> Row:
     spectrum, body = row.spectrum, row.to_json()
     cells = {
@@ -132,8 +105,8 @@ def _row(row: DeltaRow, energy: float) -> Row:
         "energy_share": row.delta_norm**2 / energy if energy else None,
         "delta_norm": row.delta_norm,
         "changed_share": row.changed_share,
-        **{f"rank_{part:g}": row.rank_for(part) for part in SHARES},
-        **{column.key: body[column.key] for column in _SPECTRA if column.key in body},
+        **spectrum_cells(spectrum, complete=spectrum is not None and spectrum.is_complete),
+        **{key: body[key] for key in ("above_noise", "gavish_donoho", "lora_rank")},
         "kind": row.kind,
         "shape": "×".join(map(str, row.shape)),
     }
