@@ -405,11 +405,9 @@
     const section = $("explorer-title").closest("section");
     section.hidden = !matrices.length;
     if (!matrices.length) return;
-    frontier = steps(most).flatMap((rank) => {
-      const even = uniform(rank);
-      const spent = within(even.bytes);
-      return [{ bytes: even.bytes, error: even.error, s: 0 }, { bytes: spent.bytes, error: spent.error, s: 1 }];
-    });
+    const point = (s) => ({ bytes, error }) => ({ bytes, error, s });
+    frontier = [...steps(most).map(uniform).map(point(0)),
+      ...Array.from({ length: 41 }, (_, index) => within(budgetAt(25 * index))).map(point(1))];
     const rank = Math.min(Number($("rank").value) || 8, most);
     for (const input of [$("rank"), $("rank-number")]) {
       input.max = String(most);

@@ -39,7 +39,7 @@ def sizes_table(
     for share in SHARES:
         nbytes, beyond = adapter_bytes(share)
         ranks = [rank for one in spectra if (rank := rank_for(one, share)) is not None]
-        found = [f"{min(ranks)} to {max(ranks)}"] if ranks else []
+        found = [" to ".join(map(str, sorted({min(ranks), max(ranks)})))] if ranks else []
         if unknown := len(spectra) - len(ranks):
             found.append(f"{unknown:,} of {len(spectra):,} beyond those resolved")
         least = "at least " if beyond else ""
