@@ -42,7 +42,8 @@ def inspect_adapters(
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> AdaptersReport:
-    """What ``inspect_adapter`` tells, of two or more; each is named by its path.
+    """What ``inspect_adapter`` tells, of two or more; each is named by the last part of its path,
+    or by the path as given where two end alike.
 
     Raises InputError, UsageError, and NothingMatches for a pattern that fits nothing in one of
     them.
@@ -52,8 +53,17 @@ def inspect_adapters(
     reports = [
         replace(
             describe_adapter(path, adapter, level, only=only, engine=engine, progress=progress),
-            name=str(path),
+            name=name,
         )
-        for path, adapter in zip(paths, open_adapters(paths, alpha), strict=True)
+        for path, name, adapter in zip(
+            paths, _names(paths), open_adapters(paths, alpha), strict=True
+        )
     ]
     return AdaptersReport(level, tuple(reports))
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    ends = [path.resolve().name for path in paths]
+    return [
+        str(path) if ends.count(end) > 1 else end for path, end in zip(paths, ends, strict=True)
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import re
 import sys
 from pathlib import Path
@@ -125,9 +126,13 @@ def test_adapters_side_by_side(tmp_path: Path) -> None:
     assert document["what"] == "adapters"
     for path, norm, one in zip(paths, norms, document["adapters"], strict=True):
         alone = json.loads(invoke("inspect", path, "--json").out)
-        assert one == {key: alone[key] for key in one} | {"name": str(path)}
+        assert one == {key: alone[key] for key in one}
         total = sum(row["norm"] ** 2 for row in one["updates"]) ** 0.5
         assert total == pytest.approx(norm, rel=1e-9)
         assert f"{norm:.3g}" in invoke("inspect", *paths).out
     assert invoke("inspect", *paths, "--exact").code == 2
     assert invoke("inspect", *paths, tmp_path).code == 3
+    again = tmp_path / "again" / "0"
+    shutil.copytree(paths[0], again)
+    document = json.loads(invoke("inspect", *paths, again, "--json").out)
+    assert [one["name"] for one in document["adapters"]] == [str(paths[0]), "1", str(again)]
