@@ -43,7 +43,7 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 test-web: $(VENV)/.web
-	$(BIN)/python -m pytest -m web tests/web
+	$(BIN)/python -m pytest -n auto --dist loadfile -m web tests/web
 
 faults: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/faults

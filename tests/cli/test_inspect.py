@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 import re
+import shutil
 import sys
 from pathlib import Path
 

@@ -45,18 +45,15 @@ class Visit:
             for node in violation["nodes"]
         ]
 
-    def box(self, selector: str) -> dict[str, float]:
-        """x, y, width, height of the first match."""
-        found: dict[str, float] = self.page.locator(selector).first.bounding_box()
-        return found
-
 
 _OVERFLOW = """() => {
   const wide = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth <= wide) return [];
+  const boxed = e => e && (getComputedStyle(e).overflowX !== 'visible' || boxed(e.parentElement));
   return [...document.querySelectorAll('body *')]
-    .filter(e => e.getBoundingClientRect().right > wide + 0.5)
-    .map(e => `${e.tagName.toLowerCase()}#${e.id}.${e.className}`);
+    .filter(e => e.getBoundingClientRect().right > wide + 0.5 && !boxed(e.parentElement))
+    .map(e => `${e.tagName.toLowerCase()}#${e.id}.${e.className.baseVal ?? e.className}`)
+    .concat('the page');
 }"""
 
 
@@ -80,7 +77,7 @@ def visit(
     )
     try:
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         seen = Visit(page, path.as_uri())
         context.on("request", lambda request: seen.requests.append(request.url))
         context.on("page", lambda _: seen.complaints.append("a window was opened"))

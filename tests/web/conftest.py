@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.web.browsing import Visit, visit
+from tests.web.reports import Made, Opened, Report, make
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -45,9 +46,22 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A report by its name in ``reports.COMMANDS``, made when it is first asked for."""
+    reports: dict[str, Report] = {}
+
+    def one(name: str) -> Report:
+        if name not in reports:
+            reports[name] = make(name, tmp_path_factory.mktemp(name))
+        return reports[name]
+
+    return one
+
+
 @pytest.fixture
-def opened(browser: Any) -> Iterator[Callable[..., Visit]]:
-    """Opens a file, as ``visit`` does. All closed at the end, each once more without complaint."""
+def opened(browser: Any) -> Iterator[Opened]:
+    """Opens a file, as ``visit`` does; all are closed at the end."""
     with ExitStack() as stack:
 
         def open_one(path: Path, **options: Any) -> Visit:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.web.browsing import NARROW, Visit
+from tests.web.browsing import NARROW
+from tests.web.reports import Opened
 
 pytestmark = pytest.mark.web
-
-Opened = Callable[..., Visit]
 
 SOUND = "<!doctype html><html lang=en><title>t</title><main><h1>Title</h1><p>Text.</p></main>"
 
