@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, percent, size_text
+from loratool.cli.output import Output, fitting, percent, size_text
 from loratool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -306,10 +306,12 @@ def _show(out: Output, report: ExtractReport, output: Path) -> None:
             text=2,
         )
         out.line("seconds, added up over the workers: " + _stages(report.seconds))
+    lines = _family_lines(low_rank, report)
+    columns = fitting(out.width, lines, _ORDER, ("module", "rank", "error"), _BY_WORTH)
     out.table(
         f"{output}: rank {report.rank}, {report.dtype}, computed on {report.device}",
-        ["module", "tensors", "rank", "error", "energy kept", "share of change"],
-        _family_rows(low_rank, report),
+        columns,
+        [[line[column] for column in columns] for line in lines],
     )
     for status in (Status.WHOLE, Status.DIFFERENCE, Status.NEW_ROWS, *LEFT_OUT):
         rows = [row for row in report.rows if row.status is status]
@@ -362,24 +364,26 @@ def _stages(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items())
 
 
-def _family_rows(rows: list[TensorRow], report: ExtractReport) -> list[list[str]]:
+_ORDER = ("module", "tensors", "rank", "error", "energy kept", "share of change")
+_BY_WORTH = ("share of change", "tensors", "energy kept")
+
+
+def _family_lines(rows: list[TensorRow], report: ExtractReport) -> list[dict[str, str]]:
     from loratool.layouts.families import family_of
 
     families: dict[str, list[TensorRow]] = defaultdict(list)
     for row in rows:
         families[family_of(row.name).removesuffix(".weight")].append(row)
-    cells = []
+    lines = []
     for family, members in families.items():
         energy = sum(row.energy for row in members)
         kept = sum(row.energy * (row.energy_kept or 0.0) for row in members) / energy
         ranks = sorted({row.rank or 0 for row in members})
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
         error = max(1 - kept, 0.0) ** 0.5
-        share = _share(energy, report)
-        cells.append(
-            [family, str(len(members)), span, percent(error), percent(kept), percent(share)]
-        )
-    return cells
+        cells = [family, str(len(members)), span, percent(error), percent(kept)]
+        lines.append(dict(zip(_ORDER, [*cells, percent(_share(energy, report))], strict=True)))
+    return lines
 
 
 def _kinds(rows: list[TensorRow]) -> str:

@@ -264,7 +264,7 @@ def fitting(
     there = {column for line in lines for column, cell in line.items() if cell}
 
     def needed(column: str) -> int:
-        return max(len(column), *(len(line.get(column, "")) for line in lines)) + _PADDING
+        return max([len(column), *(len(line.get(column, "")) for line in lines)]) + _PADDING
 
     room = width - 1 - sum(needed(column) for column in always)
     chosen = set(always)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.cli.output import Output, percent, size_text
+from loratool.cli.output import Output, fitting, percent, size_text
 
 if TYPE_CHECKING:
     from loratool.ops.combine_report import UpdateRow, UpdatesReport
@@ -30,7 +30,9 @@ def show_updates(out: Output, report: UpdatesReport, title: str, output: Path) -
                 for row in report.rows
             ],
         )
-    out.table(title, ["module", "weights", "ranks", "rank", "error", "share"], _families(report))
+    lines = _families(report)
+    columns = fitting(out.width, lines, _ORDER, ("module", "rank", "error"), _BY_WORTH)
+    out.table(title, columns, [[line[column] for column in columns] for line in lines])
     out.line(
         f"relative error {percent(report.relative_error)} of the exact result, as stored in "
         f"{report.facts['dtype']}"
@@ -42,7 +44,11 @@ def show_updates(out: Output, report: UpdatesReport, title: str, output: Path) -
     out.notes(report.notes)
 
 
-def _families(report: UpdatesReport) -> list[list[str]]:
+_ORDER = ("module", "weights", "ranks", "rank", "error", "share")
+_BY_WORTH = ("ranks", "share", "weights")
+
+
+def _families(report: UpdatesReport) -> list[dict[str, str]]:
     from loratool.layouts.families import family_of
     from loratool.ops.combine_report import error_of
 
@@ -50,14 +56,18 @@ def _families(report: UpdatesReport) -> list[list[str]]:
     for row in report.rows:
         families[family_of(row.name).removesuffix(".weight")].append(row)
     return [
-        [
-            family,
-            str(len(rows)),
-            " ".join(_span([row.ranks[i] for row in rows]) for i in range(len(rows[0].ranks))),
-            _span([row.rank for row in rows]),
-            percent(error_of(rows)),
-            percent(sum(row.energy for row in rows) / report.energy if report.energy else 0.0),
-        ]
+        {
+            "module": family,
+            "weights": str(len(rows)),
+            "ranks": " ".join(
+                _span([row.ranks[i] for row in rows]) for i in range(len(rows[0].ranks))
+            ),
+            "rank": _span([row.rank for row in rows]),
+            "error": percent(error_of(rows)),
+            "share": percent(
+                sum(row.energy for row in rows) / report.energy if report.energy else 0.0
+            ),
+        }
         for family, rows in families.items()
     ]
 

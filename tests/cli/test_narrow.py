@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.cli.narrow import paragraphs
-from loratool.cli.output import Output
-from tests.cli.test_snapshots import Utf8
+from loratool.cli.output import Output, fitting
+from tests.cli.invoke import invoke
+from tests.cli.test_snapshots import Utf8, models
 
 CELLS = st.text("ab.0…名", max_size=12)
 
@@ -70,3 +72,31 @@ def test_a_paragraph() -> None:
         "    n 1",
         "    share 25 %",
     ]
+
+
+def test_columns_are_chosen_by_their_worth() -> None:
+    lines = [{"module": "m" * 10, "rank": "16", "error": "0.25 %", "share": ""}]
+    order, worth = ("module", "rank", "error", "share"), ("error", "rank", "share")
+
+    def chosen(width: int) -> list[str]:
+        return fitting(width, lines, order, ("module",), worth)
+
+    assert chosen(80) == ["module", "rank", "error"]  # an empty column is no column
+    assert chosen(24) == ["module", "error"]
+    assert chosen(10) == ["module"]
+    assert fitting(80, [], order, ("module",), worth) == ["module"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_what_extract_did_fits_as_a_table(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models(tmp_path / "m")
+    monkeypatch.chdir(tmp_path / "m")
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = invoke("extract", "base", "tuned", "-o", "new", "--rank", "2").out
+    (head,) = [line for line in out.splitlines() if line.startswith("  module ")]
+    assert ("share of change" in head) == (width >= 80)
+    assert ("energy kept" in head) == (width >= 100)
+    assert len(head) <= width
+    assert "  model.layers.*.self_attn.q_proj " in out
