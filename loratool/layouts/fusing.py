@@ -19,8 +19,10 @@ from loratool.layouts.config import ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_QKV_NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
-_GATE_UP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"))
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
+_QKV_NAMES = (QKV, ("query", "key", "value"))
+_GATE_UP_NAMES = (GATE_UP, ("w1", "w3"))
 _DOWN_NAMES = ("down_proj", "w2")
 _FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv")
 _CONTIGUOUS_QKV = ("qkv_proj", "W_pack", "Wqkv", "c_attn")
@@ -30,6 +32,9 @@ _STORED_IN_OUT = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 """Models whose fused experts are (experts, in, out)."""
 _GATE_UP_ALTERNATE = ("gpt_oss",)
 """Models whose fused gate and up projections alternate output by output."""
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_GROUPS = ("num_key_value_heads", "num_kv_heads")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)\.weight")
 
 
@@ -61,9 +66,7 @@ def offered_names(shapes: Shapes, config: ModelConfig, *, conv1d: bool) -> dict[
     """Names beyond the stored ones that an adapter may use. conv1d: matrices are (in, out)."""
     offers: dict[str, Offer] = {}
     for name, shape in shapes.items():
-        stored_in_out = conv1d and len(shape) == 2 and _last(name) == "c_attn"
-        rows = shape[-1 if stored_in_out else 0] if shape else 0
-        offers |= _parts_of(name, shape, rows, config)
+        offers |= _parts_of(name, shape, config, conv1d)
         if len(shape) == 3 and not name.endswith((".weight", ".bias")):
             offers |= _members_of(name, shape, config)
     offers |= _wholes(shapes)
@@ -74,56 +77,94 @@ def offered_names(shapes: Shapes, config: ModelConfig, *, conv1d: bool) -> dict[
 # Fused in the checkpoint ------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Undecided:
+    """The rows of a fused projection's parts are not known. reason: why, for an error."""
+
+    reason: str
+
+
+Rows = list[list[int]]
+"""The outputs of a fused projection that each of its parts has, in order."""
+
+
+def part_rows(
+    name: str, shape: tuple[int, ...], config: ModelConfig, *, conv1d: bool
+) -> Rows | Undecided | None:
+    """The outputs of q, k and v, or of gate and up, in a fused projection's weight or bias.
+
+    conv1d: matrices are (in, out). None for what is not fused.
+    """
+    last, part = _last(name), name.rpartition(".")[2]
+    if part not in ("weight", "bias") or not 1 <= len(shape) <= 2:
+        return None
+    rows = shape[-1 if conv1d and last == "c_attn" else 0]
+    if last in _FUSED_QKV:
+        return _qkv_rows(last, rows, config)
+    if last != "gate_up_proj":
+        return None
+    if rows % 2:
+        return Undecided(f"{rows} outputs are not two halves")
+    return _contiguous([rows // 2] * 2)
+
+
+def part_names(name: str) -> tuple[tuple[str, ...], ...]:
+    """What the parts of a fused projection are called in other models, the usual names first."""
+    return _GATE_UP_NAMES if _last(name) == "gate_up_proj" else _QKV_NAMES
+
+
 def _parts_of(
-    name: str, shape: tuple[int, ...], rows: int, config: ModelConfig
+    name: str, shape: tuple[int, ...], config: ModelConfig, conv1d: bool
 ) -> dict[str, Offer]:
     """q, k and v, or gate and up, of a fused projection's weight or bias."""
-    last, part = _last(name), name.rpartition(".")[2]
-    if part not in ("weight", "bias") or len(shape) > 2:
+    found = part_rows(name, shape, config, conv1d=conv1d)
+    if found is None or isinstance(found, Undecided):
         return {}
-    layouts: dict[tuple[str, ...], list[list[int]]] = {}
-    if last in _FUSED_QKV:
-        found = _qkv_rows(last, rows, config)
-        if found is not None:
-            layouts = dict.fromkeys(_QKV_NAMES, found)
-    elif last == "gate_up_proj" and rows % 2 == 0:
-        layouts = dict.fromkeys(_GATE_UP_NAMES, _contiguous([rows // 2] * 2))
-    parent = module_of(module_of(name))
+    rows = sum(map(len, found))
+    parent, part, last = module_of(module_of(name)), name.rpartition(".")[2], _last(name)
     offers = {}
-    for names, parts in layouts.items():
-        for offered, taken in zip(names, parts, strict=True):
+    for names in part_names(name):
+        for offered, taken in zip(names, found, strict=True):
             piece = Piece(name, len(taken), _places(taken, rows))
             full = ".".join(filter(None, (parent, offered, part)))
             offers[full] = Offer((piece,), f"{offered} was read as a part of {last}")
     return offers
 
 
-def _qkv_rows(last: str, rows: int, config: ModelConfig) -> list[list[int]] | None:
-    """The rows of q, k and v in a fused tensor with this many; None where nothing decides."""
+def _qkv_rows(last: str, rows: int, config: ModelConfig) -> Rows | Undecided:
+    """The rows of q, k and v in a fused tensor with this many."""
     kind = config.model_type
-    heads = _number(config, "num_attention_heads", "n_head", "n_heads")
-    groups = _number(config, "num_key_value_heads", "num_kv_heads") or heads
-    if kind in _UNKNOWN_ORDER or not heads or not groups:
-        return None
-    width = _number(config, "head_dim")
-    if kind == "falcon":
-        if config.values.get("new_decoder_architecture"):
-            return _grouped(rows, groups, heads // groups)
-        if config.values.get("multi_query", True):
-            return _grouped(rows, 1, heads)
-        return _grouped(rows, heads, 1)
-    if kind == "gpt_bigcode":
-        if config.values.get("multi_query", True):
-            return _grouped(rows, 1, heads)
-        return _grouped(rows, heads, 1)
-    if last == "query_key_value":
-        return _grouped(rows, heads, 1) if kind in _INTERLEAVED_BY_HEAD else None
-    if rows % (heads + 2 * groups):
-        return None
-    size = rows // (heads + 2 * groups)
-    if width and width != size:
-        return None
-    return _contiguous([heads * size, groups * size, groups * size])
+    heads, stated = _number(config, *_HEADS), _number(config, *_GROUPS)
+    for value in (heads, stated, width := _number(config, "head_dim")):
+        if isinstance(value, Undecided):
+            return value
+    assert not isinstance(heads, Undecided)
+    assert not isinstance(stated, Undecided)
+    if kind in _UNKNOWN_ORDER:
+        return Undecided(f"models of type {kind} have an order of their own")
+    if heads is None:
+        return Undecided(f"config.json has none of {', '.join(_HEADS)}")
+    groups = stated or heads
+    found: Rows | None
+    if kind == "falcon" and config.values.get("new_decoder_architecture"):
+        found = _grouped(rows, groups, heads // groups)
+    elif kind in ("falcon", "gpt_bigcode"):
+        multi_query = config.values.get("multi_query", True)
+        found = _grouped(rows, 1, heads) if multi_query else _grouped(rows, heads, 1)
+    elif last == "query_key_value":
+        if kind not in _INTERLEAVED_BY_HEAD:
+            return Undecided(f"the order of a query_key_value is not known for type {kind}")
+        found = _grouped(rows, heads, 1)
+    else:
+        size, rest = divmod(rows, heads + 2 * groups)
+        found = None if rest else _contiguous([heads * size, groups * size, groups * size])
+        hidden = None if stated or width else _number(config, *_HIDDEN)
+        expected = heads * size if hidden is None or isinstance(hidden, Undecided) else hidden
+        if (width and width != size) or expected != heads * size:
+            found = None
+    if found is None:
+        return Undecided(f"{rows} outputs do not fit {heads} heads, {groups} of keys and values")
+    return found
 
 
 def _grouped(rows: int, groups: int, queries: int) -> list[list[int]] | None:
@@ -247,12 +288,22 @@ def _last(name: str) -> str:
     return module_of(name).rpartition(".")[2]
 
 
-def _number(config: ModelConfig, *keys: str) -> int | None:
-    """The first of the keys that the config, or its text part, has as a positive number."""
+def _number(config: ModelConfig, *keys: str) -> int | Undecided | None:
+    """What the config, or its text part, has under these keys as a positive number.
+
+    Undecided where two of them differ.
+    """
     inner = config.values.get("text_config")
-    for values in (config.values, inner if isinstance(inner, Mapping) else {}):
-        for key in keys:
-            value = values.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
+    found = {
+        f"{prefix}{key}": value
+        for prefix, values in (
+            ("", config.values),
+            ("text_config.", inner if isinstance(inner, Mapping) else {}),
+        )
+        for key in keys
+        if isinstance(value := values.get(key), int) and not isinstance(value, bool) and value > 0
+    }
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{key} {value}" for key, value in found.items())
+        return Undecided(f"config.json says {said}")
+    return next(iter(found.values()), None)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from loratool.errors import NothingMatches, Unplaced
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.fused import split_fused
+from loratool.layouts.fusing import Undecided
 from loratool.layouts.pairs import Alignment, Pair
 
 
@@ -30,12 +31,15 @@ def split_pairs(alignment: Alignment, config: ModelConfig) -> Alignment:
 def _parts(pair: Pair, config: ModelConfig) -> Iterator[Pair]:
     base = split_fused(pair.name, pair.base, config)
     tuned = split_fused(pair.name, pair.tuned, config)
-    if base is None or tuned is None:
-        raise Unplaced(
-            f"{pair.name}: is fused, and the order of its parts is not known for model_type "
-            f"{config.model_type!r}",
-            hint="extract without --split-fused, or leave it out with --exclude",
-        )
+    for found in (base, tuned):
+        if isinstance(found, Undecided):
+            raise Unplaced(
+                f"{pair.name}: is fused, and which of its outputs are whose is not known: "
+                f"{found.reason}",
+                hint="extract without --split-fused, or correct config.json",
+            )
+    assert not isinstance(base, Undecided)
+    assert not isinstance(tuned, Undecided)
     if not base:
         yield pair
     for name, part in base.items():

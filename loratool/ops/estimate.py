@@ -26,6 +26,7 @@ from loratool.layouts.architectures.paper import NAMED, PUBLISHED
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.families import family_of
 from loratool.layouts.fused import split_fused
+from loratool.layouts.fusing import Undecided
 from loratool.layouts.kinds import classify
 from loratool.layouts.targets import targeted
 from loratool.ops.sources import open_model
@@ -283,8 +284,9 @@ def _parts(source: _Source) -> dict[str, _Part]:
     for name, shape in source.shapes.items():
         if name.endswith(".weight") and len(shape) == 2:
             info = TensorInfo(name, BY_NAME["BF16"], shape, Path(), 0, 0)
-            split = split_fused(name, info, source.config) or {}
-            parts |= {part: _Part(name, value.shape) for part, value in split.items()}
+            split = split_fused(name, info, source.config)
+            if not isinstance(split, Undecided):
+                parts |= {part: _Part(name, value.shape) for part, value in split.items()}
     return parts
 
 
