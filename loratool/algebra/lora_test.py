@@ -3,6 +3,12 @@
 The smallest r is the answer for which the rest of D looks like rounding and nothing else:
 σ_{r+1} is below the noise floor, and ‖D − D_r‖² is no more than the rounding's expected energy
 less what r components can absorb of it, r·(m+n)/(m·n), within a margin.
+
+Rounding is a function of the change, entry by entry. Where entries differ much in size, as they do
+in an update of rank below eight or so, that function of a matrix of rank r has further components
+of its own, some above the noise floor: 7 to 27 of them for rank one at 4096², fewer for smaller
+matrices and higher ranks. Their energy is within the rounding's. So the second condition alone
+gives the least rank that explains the change, and both together the largest.
 """
 
 from __future__ import annotations
@@ -28,11 +34,14 @@ MOSTLY_UNCHANGED = 0.6
 class LoraAnswer:
     """rank: of the LoRA that explains the change, None if none of the resolved ranks does.
 
-    tail: the largest further change, as a share of ‖D‖, that would have gone unnoticed.
+    tail: the largest further change, as a share of ‖D‖, that would have gone unnoticed. least: the
+    rank from which on less is left than rounding's energy; below ``rank`` where what lies between
+    may be a pattern of the rounding. None where no resolved rank explains the change.
     """
 
     rank: int | None
     tail: float
+    least: int | None = None
 
 
 def lora_rank(spectrum: Spectrum, noise: NoiseFloor, changed_share: float) -> LoraAnswer | None:
@@ -49,11 +58,11 @@ def lora_rank(spectrum: Spectrum, noise: NoiseFloor, changed_share: float) -> Lo
     unseen = ARITHMETIC * spectrum.total_energy
     tail = ((MARGIN * noise.energy + unseen) / spectrum.total_energy) ** 0.5
     rest = spectrum.total_energy - spectrum.values.square().cumsum(0)
+    least = None
     for rank in range(1, len(spectrum.values)):
-        if float(spectrum.values[rank]) > noise.threshold:
-            continue
         absorbed = rank * (rows + columns) / (rows * columns)
         if float(rest[rank - 1]) <= noise.energy * (1 - absorbed + MARGIN) + unseen:
-            return LoraAnswer(rank, tail)
-        break
-    return LoraAnswer(None, tail)
+            least = least or rank
+        if float(spectrum.values[rank]) <= noise.threshold:
+            return LoraAnswer(rank if least else None, tail, least)
+    return LoraAnswer(None, tail, least)

@@ -226,9 +226,12 @@ def _change(rows: list[DeltaRow]) -> float | None:
 
 def _lora_answer(rows: list[DeltaRow]) -> str:
     """``r=8``, a range of ranks, no, ``?`` where it cannot be told; parts of a row by slashes."""
-    ranks = [row.lora_rank for row in rows if row.lora_rank is not None]
+    found = [row for row in rows if row.lora_rank is not None]
+    ranks = [rank for row in found for rank in (row.lora_least, row.lora_rank) if rank]
     answers = [f"r={span(ranks)}"] if ranks else []
-    if any(row.lora_tail is not None and row.lora_rank is None for row in rows):
+    least = [row.lora_least for row in rows if row.lora_rank is None and row.lora_least]
+    answers += [f"r≥{min(least)}"] if least else []
+    if any(row.lora_tail is not None and not (row.lora_rank or row.lora_least) for row in rows):
         answers.append("no")
     if any(row.lora_tail is None for row in rows):
         answers.append("?")

@@ -27,7 +27,7 @@ from loratool.ops.extract_jobs import (
 from loratool.ops.extract_plan import ExtractPlan
 from loratool.ops.extract_report import ExtractReport, Status, TensorRow, factorised
 from loratool.ops.extract_resume import keep, pending, resume_key
-from loratool.ops.findings import noise_warning
+from loratool.ops.findings import rounding_notes
 from loratool.ops.sources import Model
 from loratool.profiles import fit
 from loratool.provenance import fingerprint
@@ -170,10 +170,7 @@ def _notes(
     allocation: Allocation | None,
     rows: Sequence[TensorRow],
 ) -> tuple[str, ...]:
-    notes = list(plan.notes)
-    warning = noise_warning(factorised(rows))
-    if warning:
-        notes.append(warning)
+    notes = [*plan.notes, *rounding_notes(factorised(rows))]
     if plan.into is not None:
         notes += _into_notes(plan.jobs, rows)
     if plan.alignment.ignored:

@@ -227,7 +227,7 @@ def _factorised(
     factors = _factors(job, rest.matrix, rest.noise.threshold, rest.energy, stopwatch)
     row = _with_findings(row, factors, rest)
     if job.start is not None:  # the question is about the whole change
-        row = replace(row, lora_rank=None, lora_tail=None)
+        row = replace(row, lora_rank=None, lora_least=None, lora_tail=None)
     return row, factors.low_rank() if factors.rank else None
 
 
@@ -345,6 +345,7 @@ def _with_findings(row: TensorRow, factors: Factors, delta: Delta) -> TensorRow:
         excess_bound=factors.bound.excess,
         failure=factors.bound.failure,
         lora_rank=answer.rank if answer else None,
+        lora_least=answer.least if answer else None,
         lora_tail=answer.tail if answer else None,
     )
 

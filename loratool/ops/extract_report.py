@@ -43,7 +43,8 @@ class TensorRow:
     biased low where it is large (near_noise).
     kept_rank: of the update continued from, which ``rank`` counts; rest_norm: ‖D − s·B·A‖_F of that
     update alone, to which method, singular_values and excess_bound refer then.
-    lora_rank: the rank of the LoRA that explains the change to within rounding, if one does;
+    lora_rank, lora_least: the rank of the LoRA that explains the change to within rounding, if one
+    does, at most and at least (see algebra.lora_test);
     lora_tail: the share of ‖D‖ that a further change could have without being noticed (None where
     the question cannot be decided). added_rows: tokens that the tuned table has beyond the base's;
     norms and errors are of the rows that both have.
@@ -66,6 +67,7 @@ class TensorRow:
     noise_share: float = 0.0
     changed_share: float = 0.0
     lora_rank: int | None = None
+    lora_least: int | None = None
     lora_tail: float | None = None
     kept_rank: int | None = None
     rest_norm: float | None = None
@@ -111,6 +113,7 @@ class TensorRow:
             "near_noise": self.near_noise,
             "changed_share": self.changed_share,
             "lora_rank": self.lora_rank,
+            "lora_least": self.lora_least,
             "lora_tail": self.lora_tail,
             "singular_values": list(self.singular_values),
         }

@@ -9,13 +9,16 @@ from typing import Protocol
 class MatrixFindings(Protocol):
     """What is known of one factorised change.
 
-    lora_rank: of the LoRA that explains it to within rounding, None if none does. lora_tail: the
-    further change, as a share of ‖D‖, that would go unnoticed; None where the question cannot be
-    decided. noise_share, near_noise: see algebra.noise.
+    lora_rank, lora_least: of the LoRA that explains it to within rounding, at most and at least;
+    None if none does, the former also if it lies beyond the ranks that were looked at. lora_tail:
+    the further change, as a share of ‖D‖, that would go unnoticed; None where the question cannot
+    be decided. noise_share, near_noise: see algebra.noise.
     """
 
     @property
     def lora_rank(self) -> int | None: ...
+    @property
+    def lora_least(self) -> int | None: ...
     @property
     def lora_tail(self) -> float | None: ...
     @property
@@ -32,15 +35,20 @@ def lora_summary(matrices: Sequence[MatrixFindings], looked_at: str) -> str | No
     if not matrices:
         return None
     asked = [row for row in matrices if row.lora_tail is not None]
-    found = sorted({row.lora_rank for row in asked if row.lora_rank is not None})
-    count = sum(row.lora_rank is not None for row in asked)
+    explained = [row for row in asked if row.lora_rank is not None]
+    found = sorted({r for row in explained for r in (row.lora_least, row.lora_rank) if r})
+    count = len(explained)
+    beyond = [row.lora_least for row in asked if row.lora_rank is None and row.lora_least]
     undecided = len(matrices) - len(asked)
     if not asked:
         return "whether a LoRA made the change cannot be told: rounding hides it"
     tail = max(row.lora_tail or 0.0 for row in asked)
     unnoticed = f"a further change of {100 * tail:.2g} % of a matrix's would go unnoticed"
     ranks = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}" if found else ""
-    if not found:
+    if not found and len(beyond) == len(asked):
+        answer = f"the change may be a LoRA's of rank {min(beyond)} or more ({unnoticed})"
+        beyond = []
+    elif not found:
         answer = f"the change is no LoRA's of {looked_at}: more than rounding is left ({unnoticed})"
     elif count == len(asked):
         answer = f"the change is a LoRA's of rank {ranks}, to within rounding ({unnoticed})"
@@ -49,12 +57,20 @@ def lora_summary(matrices: Sequence[MatrixFindings], looked_at: str) -> str | No
             f"{count} of {len(asked)} matrices changed as by a LoRA of rank {ranks}, to within "
             f"rounding ({unnoticed}); the others by no LoRA of {looked_at}"
         )
+    if beyond:
+        answer += f"; {len(beyond)} of the others may be a LoRA's of rank {min(beyond)} or more"
     if undecided:
         answer += f"; for {undecided} matrices it cannot be told, since rounding hides their change"
     return answer
 
 
-def noise_warning(matrices: Sequence[MatrixFindings]) -> str | None:
+def rounding_notes(matrices: Sequence[MatrixFindings]) -> list[str]:
+    """What to say of the part that rounding has in these changes."""
+    notes = (_lost_in_noise(matrices), _patterned(matrices))
+    return [note for note in notes if note is not None]
+
+
+def _lost_in_noise(matrices: Sequence[MatrixFindings]) -> str | None:
     """What to say where changes are so small that rounding hides part of them."""
     near = [row for row in matrices if row.near_noise]
     if not near:
@@ -64,4 +80,22 @@ def noise_warning(matrices: Sequence[MatrixFindings]) -> str | None:
         f"{len(near)} of {len(matrices)} matrices changed by little more than the rounding of "
         f"their stored values (up to {worst:.0%} of the change's norm is rounding): small "
         "components are lost in it, and singular values come out too low"
+    )
+
+
+def _patterned(matrices: Sequence[MatrixFindings]) -> str | None:
+    """What to say where the rounding of a change may count as components of it."""
+    ranges = [
+        (row.lora_least, row.lora_rank)
+        for row in matrices
+        if row.lora_least is not None and row.lora_least != row.lora_rank
+    ]
+    if not ranges:
+        return None
+    least, most = ranges[0]
+    return (
+        f"of {len(ranges)} of {len(matrices)} matrices the rank is not certain (the first: from "
+        f"{least} to {most or 'beyond those extracted'}): the rounding of a change of few "
+        "components follows a pattern, which has components above the noise floor itself; "
+        "--rank auto counts them"
     )

@@ -22,7 +22,7 @@ from loratool.layouts.pairs import Pair, align, check_floats
 from loratool.layouts.patterns import select
 from loratool.ops.deltas import measure_delta, read_delta
 from loratool.ops.extract_treatments import LOW_RANK_KINDS
-from loratool.ops.findings import lora_summary, noise_warning
+from loratool.ops.findings import lora_summary, rounding_notes
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.sources import open_model
 from loratool.ops.spectra import (
@@ -41,7 +41,7 @@ class DeltaRow:
     """The change of one tensor. spectrum: None for what is no matrix to factorise, or at level
     values. changed_share: share of entries that differ. bits: of a stored value.
 
-    lora_rank, lora_tail, noise_share, near_noise: see ops.findings.
+    lora_rank, lora_least, lora_tail, noise_share, near_noise: see ops.findings.
     """
 
     name: str
@@ -52,6 +52,7 @@ class DeltaRow:
     spectrum: Spectrum | None
     noise_share: float = 0.0
     lora_rank: int | None = None
+    lora_least: int | None = None
     lora_tail: float | None = None
     changed_share: float = 1.0
     bits: int = 16
@@ -101,6 +102,7 @@ class DeltaRow:
             "noise_share": self.noise_share,
             "near_noise": self.near_noise,
             "lora_rank": self.lora_rank,
+            "lora_least": self.lora_least,
             "lora_tail": self.lora_tail,
         }
 
@@ -220,14 +222,14 @@ def inspect_pair(
             what="comparing",
         )
     changed = [row for row in rows if row is not None]
-    warning = noise_warning([row for row in changed if row.spectrum is not None])
+    said = rounding_notes([row for row in changed if row.spectrum is not None])
     return PairReport(
         base.resolve().name,
         tuned.resolve().name,
         str(target),
         tuple(changed),
         tuple(pair.name for pair, row in zip(pairs, rows, strict=False) if row is None),
-        (*alignment.notes, *passed_over, *([warning] if warning else [])),
+        (*alignment.notes, *passed_over, *said),
         level,
         tuple(_paired(pair) for pair in pairs),
     )
@@ -279,5 +281,6 @@ def _delta_row(job: _DeltaJob) -> DeltaRow | None:
         row,
         spectrum=spectrum,
         lora_rank=answer.rank if answer else None,
+        lora_least=answer.least if answer else None,
         lora_tail=answer.tail if answer else None,
     )

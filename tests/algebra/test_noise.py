@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -90,13 +92,23 @@ def test_auto_finds_any_rank(dtype: torch.dtype, relative: float, rank: int) -> 
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_ranks_one_and_two_are_found_with_a_few_more_at_most(dtype: torch.dtype) -> None:
-    """Their entries differ so much in size that the rounding follows a pattern of low rank."""
-    for rank, relative in ((1, 0.003), (1, 0.01), (2, 0.005)):
-        d, floor, _ = change(dtype, relative, rank=rank)
-        rule = parse_rank_rule("auto")
-        found = factorize(d, rule, key="k", noise_floor=floor.threshold).rank
-        assert rank <= found <= 6
+@pytest.mark.parametrize(("rank", "relative"), [(1, 0.003), (1, 0.01), (1, 0.03), (2, 0.005)])
+def test_a_pattern_of_the_rounding_is_said_to_be_one(
+    dtype: torch.dtype, rank: int, relative: float
+) -> None:
+    """Entries of an update of so low a rank differ much in size, and so does their rounding."""
+    d, floor, _ = change(dtype, relative / (8 if dtype == torch.float16 else 1), rank=rank)
+    rule = parse_rank_rule("auto")
+    found = factorize(d, rule, key="k", noise_floor=floor.threshold).rank
+    spectrum = factorize(d, parse_rank_rule("16"), key="k").spectrum
+    said = lora_rank(spectrum, floor, 1.0)
+    assert said is not None
+    assert said.least == rank
+    assert said.rank == found > rank
+    short = replace(spectrum, values=spectrum.values[: rank + 1])
+    beyond = lora_rank(short, floor, 1.0)
+    assert beyond is not None
+    assert (beyond.rank, beyond.least) == (None, rank)
 
 
 def answer(dtype: torch.dtype, relative: float, tail: float = 0.0) -> LoraAnswer | None:
