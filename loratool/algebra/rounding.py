@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from loratool.algebra.exact_sum import sum_rounded_to_odd, two_product
-from loratool.algebra.kernels import Decide, decide_bf16
+from loratool.algebra.kernels import decide_bf16
 from loratool.algebra.lowrank import LowRank
 from loratool.errors import NonFiniteValues, UnsupportedInput
 
@@ -88,15 +88,11 @@ class CertifiedSum:
     """Σ sᵢ·BᵢAᵢ for one tensor, ready to be added to blocks of its rows.
 
     terms: updates in the tensor's own (rows, columns) orientation, factors of at most float32
-    precision, on one device. find_pass: gives the compiled pass to use for a bf16 block, or None
-    for the plain one; the result is the same. Raises UnsupportedInput for float64 factors and
-    NonFiniteValues for NaN or infinite ones.
+    precision, on one device. Raises UnsupportedInput for float64 factors and NonFiniteValues for
+    NaN or infinite ones.
     """
 
-    def __init__(
-        self, terms: Sequence[LowRank], *, find_pass: Callable[[], Decide | None] = decide_bf16
-    ):
-        self._find_pass = find_pass
+    def __init__(self, terms: Sequence[LowRank]):
         for term in terms:
             for factor in (term.b, term.a):
                 if factor.dtype not in MERGEABLE:
@@ -166,7 +162,7 @@ class CertifiedSum:
         margin = ((U32 * per_row + self._tiny(_TINY)) * _UP).float()
         per_value = U32 * self._adds * _UP
         both_bf16 = dtype == w0.dtype == torch.bfloat16
-        decide = self._find_pass() if both_bf16 and w0.device.type == "cpu" else None
+        decide = decide_bf16() if both_bf16 and w0.device.type == "cpu" else None
         if decide is not None:
             return _Decided(*decide(w0, estimate, margin, per_value))
         margins = torch.abs(estimate, out=_SCRATCH.like(w0, "margins", torch.float32))

@@ -18,7 +18,7 @@ from loratool.ops.merge_jobs import NOTHING_MORE, WAITING, Asked, MergeJob, merg
 from loratool.ops.merge_layout import OutTensor
 from loratool.ops.merge_report import MergeReport, MergeRow
 from loratool.ops.merge_resume import values_identity
-from loratool.ops.merge_work import pays_to_compile, row_ranges
+from loratool.ops.merge_work import row_ranges
 from loratool.ops.sources import Model, open_model
 from loratool.provenance import loratool_version
 from loratool.storage.checkpoint import Checkpoint
@@ -224,7 +224,6 @@ def _reading(job: InPlaceJob, path: Path, at: int) -> MergeJob:
 
 
 def _jobs(merging: Merging, model: Model) -> list[InPlaceJob]:
-    compiled = pays_to_compile(merging.changed_bytes)
     jobs = []
     for name, updates in merging.placement.updates.items():
         info = model.checkpoint.tensors[name]
@@ -246,7 +245,6 @@ def _jobs(merging: Merging, model: Model) -> list[InPlaceJob]:
                 stop,
                 slot,
                 merging.device,
-                compiled,
                 merging.asked,
                 merging.scaled.get(name),
             )

@@ -21,8 +21,6 @@ JOB_BYTES = 128 * 2**20
 BLOCK_ELEMENTS = 2**20
 WAITING = 1
 """Threads beyond the workers: while one waits for the disk, another computes."""
-COMPILE_ELEMENTS = 10**9
-"""From this many changed weights on, loading the compiled pass pays."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class MergeJob:
     stop: int
     slot: OutputSlot
     device: torch.device
-    compiled: bool
     asked: Asked = NOTHING_MORE
     scaled: ScaledBy | None = None
 
@@ -66,7 +63,6 @@ def merge_rows(job: MergeJob) -> MergeRow:
         job.start,
         job.stop,
         device=job.device,
-        compiled=job.compiled,
         scaled=job.scaled,
     )
     columns = max(1, source.numel // max(1, source.rows))

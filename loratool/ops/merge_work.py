@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loratool.ops.merge_copies import ConvertJob, CopyJob
 from loratool.ops.merge_inputs import Merging
-from loratool.ops.merge_jobs import COMPILE_ELEMENTS, JOB_BYTES, MergeJob, merge_rows
+from loratool.ops.merge_jobs import JOB_BYTES, MergeJob, merge_rows
 from loratool.ops.merge_layout import OutFile, OutTensor
 from loratool.ops.merge_report import MergeRow
 from loratool.storage.tensors import TensorInfo
@@ -38,14 +38,8 @@ def list_work(file: OutFile, path: Path, merging: Merging) -> Iterator[Work]:
         yield Work(f"{file.name}@{job.slot.offset}+{start}", job)
 
 
-def pays_to_compile(changed_bytes: int) -> bool:
-    """Whether loading the compiled pass takes less time than it saves."""
-    return changed_bytes >= 2 * COMPILE_ELEMENTS
-
-
 def _jobs(file: OutFile, path: Path, merging: Merging) -> Iterator[Job]:
     updates, asked = merging.updates, merging.asked
-    compiled = pays_to_compile(merging.changed_bytes)
     pending: CopyJob | None = None
     for tensor in file.tensors:
         name, source, slot = tensor.name, tensor.source, tensor.slot(path)
@@ -58,7 +52,6 @@ def _jobs(file: OutFile, path: Path, merging: Merging) -> Iterator[Job]:
                     stop,
                     slot,
                     merging.device,
-                    compiled,
                     asked,
                     merging.scaled.get(name),
                 )

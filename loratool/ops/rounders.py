@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,6 @@ from loratool.algebra.certified_terms import CertifiedTerms
 from loratool.algebra.dora import CertifiedDora, Dora
 from loratool.algebra.exact_matrix import ExactMatrix, Scaled, Spread, checked, low_rank_matrix
 from loratool.algebra.kasa import KasaSum
-from loratool.algebra.kernels import Decide, decide_bf16_when_loaded
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.rounding import CertifiedSum, RoundedBlock, Rounder, round_once
 from loratool.errors import DisagreementError, NonFiniteValues, UnsupportedInput
@@ -34,8 +33,6 @@ from loratool.storage.tensors import LazyTensor
 
 _BLOCK_ELEMENTS = 2**20
 
-FindPass = Callable[[], Decide | None]
-
 
 def rounder_of(
     updates: Sequence[PlacedUpdate],
@@ -44,28 +41,25 @@ def rounder_of(
     stop: int,
     *,
     device: torch.device,
-    compiled: bool = False,
     scaled: ScaledBy | None = None,
 ) -> Rounder:
     """The rounder for rows ``start:stop`` of a tensor; its own rows count from ``start``.
 
     updates: all that are placed on the tensor; the weights of additive ones may have either sign.
     base: the tensor they were made for, which some kinds need beyond the rows asked for.
-    compiled: whether loading the compiled pass pays; the result is the same. scaled: of a tensor in
-    8 bits, which keeps its scales. Low-rank updates are
-    calculated on ``device``, other kinds on the CPU. Raises NonFiniteValues and UnsupportedInput
-    naming the update.
+    scaled: of a tensor in 8 bits, which keeps its scales. Low-rank updates are calculated on
+    ``device``, other kinds on the CPU. Raises NonFiniteValues and UnsupportedInput naming the
+    update.
     """
-    find_pass: FindPass = decide_bf16_when_loaded if compiled else _plain
     kinds = {type(update.update) for update in updates}
     try:
         if scaled is not None:
             return CertifiedScaled(_mixed(updates, base, start, scaled), scaled.rows, start)
         if any(update.member is not None for update in updates):
-            return _Members(tuple(updates), start, device, find_pass)
+            return _Members(tuple(updates), start, device)
         if kinds == {LowRankUpdate}:
             factors = [_low_rank(update, start, stop, device) for update in updates]
-            return CertifiedSum(factors, find_pass=find_pass)
+            return CertifiedSum(factors)
         if kinds in ({Replacement}, {TokenRows}):
             (only,) = updates
             return _replaced(only, start)
@@ -119,7 +113,6 @@ class _Members:
     updates: tuple[PlacedUpdate, ...]
     start: int
     device: torch.device
-    find_pass: FindPass
 
     def add_to(self, w0: Tensor, first_row: int, dtype: torch.dtype) -> RoundedBlock:
         """Those matrices, each flattened. Raises NonFiniteValues."""
@@ -135,7 +128,7 @@ class _Members:
             return RoundedBlock(flat.to(dtype), 0, 0, 0, 0)
         rows, columns = _matrix_shape(ours[0])
         terms = [_low_rank(update, 0, rows, self.device) for update in ours]
-        summed = CertifiedSum(terms, find_pass=self.find_pass)
+        summed = CertifiedSum(terms)
         matrix = flat.view(rows, columns)
         step = max(1, _BLOCK_ELEMENTS // max(1, columns))
         parts = [
@@ -243,7 +236,3 @@ def dora_lines(placed: PlacedUpdate) -> tuple[Tensor, bool]:
         places = torch.tensor(placed.places)
         magnitude = torch.where(places >= 0, magnitude[places.clamp(min=0)], torch.nan)
     return magnitude, placed.transposed or update.low_rank.is_embedding
-
-
-def _plain() -> None:
-    """No compiled pass: for a small merge, loading it takes longer than it saves."""

@@ -14,7 +14,7 @@ from loratool.errors import NonFiniteValues
 from tests.algebra.reference import exact_merge, same_bits
 from tests.algebra.test_rounding import tensors
 
-pytest.importorskip("numba")
+pytest.importorskip("llvmlite")
 
 
 def both(w0: torch.Tensor, terms: list[LowRank]) -> tuple[RoundedBlock, RoundedBlock]:
