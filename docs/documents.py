@@ -646,6 +646,18 @@ CHECKPOINT: Form = {
     "tensors": [{"name": TEXT, "kind": TEXT, "dtype": TEXT, "shape": [WHOLE], "bytes": WHOLE}],
     "?values": [VALUES],
     "?equal": [[TEXT]],
+    "?weights": [
+        {
+            "name": TEXT,
+            "kind": TEXT,
+            "layer": maybe(WHOLE),
+            "shape": [WHOLE],
+            "norm": NUMBER,
+            "spectral_norm": NUMBER,
+            **SPECTRUM,
+            "singular_values": [NUMBER],
+        }
+    ],
     "?cost": {
         "targets": TEXT,
         "matrices": WHOLE,

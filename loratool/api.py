@@ -535,10 +535,10 @@ def inspect(
     level values what a merge would lose to rounding. The base of a checkpoint makes the two a
     pair, as ``inspect(base, path)`` does.
 
-    level: "headers" reads no tensor, "values" takes one pass, "spectra" also decomposes changes.
+    level: "headers" reads no tensor, "values" takes one pass, "spectra" also decomposes.
     By default "headers" of one checkpoint, else "spectra". only: globs over names. exact: every
-    singular value of a pair. cost: of one checkpoint, ranks of adapters to tell the cost of. Raises
-    a LoratoolError subclass.
+    singular value of a pair or a checkpoint. cost: of one checkpoint, ranks of adapters to tell
+    the cost of. Raises a LoratoolError subclass.
     """
     engine = _engine(jobs)
     if cost and (base is not None or tuned is not None or is_adapter(Path(path))):
@@ -585,9 +585,9 @@ def inspect(
             engine=engine,
             progress=progress,
         )
-    if exact:
-        raise UsageError("exact spectra are of pairs; those of adapters always are")
     if is_adapter(Path(path)):
+        if exact:
+            raise UsageError("the spectra of adapters are always exact")
         return _inspect.inspect_adapter(
             Path(path),
             parse_level(level, Level.SPECTRA),
@@ -600,7 +600,9 @@ def inspect(
         Path(path),
         parse_level(level, Level.HEADERS),
         only=only,
+        exact=exact,
         cost=cost,
+        device=device,
         engine=engine,
         progress=progress,
     )

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from loratool.algebra.blocks import SquareSum, block_rows, float64_blocks, sum_of_squares
 from loratool.algebra.certificate import EXACT, ExcessBound, excess_bound
-from loratool.algebra.krylov import OVERSAMPLING, Ritz, block_krylov, sketch_pays, steered_start
+from loratool.algebra.krylov import (
+    OVERSAMPLING,
+    Ritz,
+    block_krylov,
+    settled,
+    sketch_pays,
+    steered_start,
+)
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.passes import fastest_dtype, image_and_back
 from loratool.algebra.ranks import RankRule, parse_rank_rule
@@ -194,8 +201,10 @@ def _resolve(
     exact: bool,
     sketch_dtype: torch.dtype | None,
     stopwatch: Stopwatch,
+    *,
+    settle: bool = False,
 ) -> _Resolved:
-    """Resolve values of a tall matrix until the rule is decided."""
+    """Resolve values of a tall matrix until the rule is decided. settle: and each value is sure."""
     d, shape = tall.matrix, tall.shape
     if not exact:
         dtype = sketch_dtype or fastest_dtype(d.device)
@@ -203,7 +212,10 @@ def _resolve(
         while shape[1] > EXACT_SIDE and sketch_pays(guess, shape[1]):
             with stopwatch.stage("sketch"):
                 start = steered_start(d, guess + OVERSAMPLING, key, dtype)
-            ritz = block_krylov(partial(image_and_back, d), start, stopwatch=stopwatch)
+            apply = partial(image_and_back, d)
+            ritz = block_krylov(apply, start, stopwatch=stopwatch)
+            if settle:
+                ritz = settled(apply, ritz, guess, guess + OVERSAMPLING)
             spectrum = Spectrum(ritz.values[:guess].cpu(), tall.energy, shape, tall.noise_floor)
             rank = rule(tall.original(spectrum))
             if rank is not None:
@@ -237,12 +249,12 @@ def resolve_spectrum(
     energy: float | None = None,
     sketch_dtype: torch.dtype | None = None,
 ) -> Spectrum:
-    """The singular values that ``rule`` looks at, as ``factorize`` resolves them.
+    """The singular values that ``rule`` looks at, each to about 1 %, whatever the spectrum.
 
     Without factors, and so without the certificate that costs a good part of theirs.
     """
     tall = _Tall.of(d, sum_of_squares(d) if energy is None else energy, noise_floor)
-    resolved = _resolve(tall, rule, key, exact, sketch_dtype, Stopwatch())
+    resolved = _resolve(tall, rule, key, exact, sketch_dtype, Stopwatch(), settle=True)
     return tall.original(resolved.spectrum)
 
 

@@ -72,7 +72,7 @@ _SORTS: dict[str, Iterable[str]] = {
 @click.option(
     "--level",
     type=click.Choice(["headers", "values", "spectra"]),
-    help="headers: no tensor is read; values: one pass; spectra: singular values of changes. "
+    help="headers: no tensor is read; values: one pass; spectra: singular values. "
     "Default: headers of a checkpoint, else spectra.",
 )
 @click.option(
@@ -87,7 +87,11 @@ _SORTS: dict[str, Iterable[str]] = {
     help="Order of the table, the largest first; each view has its own (default of a pair: "
     "energy).",
 )
-@click.option("--exact", is_flag=True, help="Every singular value of a pair's changes.")
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Every singular value, of a pair's changes or a checkpoint's weights.",
+)
 @click.option(
     "--csv", "csv_file", type=options.PATH, metavar="FILE", help="Also write a line per tensor."
 )
@@ -264,6 +268,8 @@ def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     field = _ROWS.get(document["what"], "updates")
     if document["what"] == "pair" and document["level"] == "headers":
         field = "tensors"
+    if document["what"] == "checkpoint" and "weights" in document:
+        field = "weights"
     rows: list[dict[str, Any]] = document[field]
     values = {row["name"]: row for row in document.get("values", [])}
     return [row | values.get(row["name"], {}) for row in rows]

@@ -11,6 +11,7 @@ import click
 
 from loratool.cli import options
 from loratool.cli.output import Output, counted, size_text, span
+from loratool.cli.tables import write_csv
 
 if TYPE_CHECKING:
     from loratool.ops.catalogue import CatalogueReport
@@ -52,6 +53,9 @@ _TEXT = {"name": 1, "format": 2, "base or class": 3}
     is_flag=True,
     help="Read the files that may be duplicates, to be sure; else only headers are read.",
 )
+@click.option(
+    "--csv", "csv_file", type=options.PATH, metavar="FILE", help="Also write a line per entry."
+)
 @options.report_option
 @options.framed
 def list_command(
@@ -61,6 +65,7 @@ def list_command(
     only: tuple[str, ...],
     kind: str | None,
     checksum: bool,
+    csv_file: Path | None,
     report: Path | None,
 ) -> None:
     """Every adapter and checkpoint below PATH (default: here), whatever its format.
@@ -76,9 +81,11 @@ def list_command(
     found = list_models(
         *paths, only=only, kind=kind, sort=sort, checksum=checksum, progress=out.progress()
     )
-    out.report_file(report, found.to_json())
+    document = found.to_json()
+    write_csv(csv_file, document["entries"])
+    out.report_file(report, document)
     if out.as_json:
-        out.document(found.to_json())
+        out.document(document)
         return
     _show(out, found)
     out.notes(found.notes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.engine import Engine, NoProgress, Progress
+from loratool.engine.devices import resolve_device
 from loratool.errors import UsageError
 from loratool.layouts.kinds import classify
 from loratool.layouts.patterns import select
@@ -16,6 +17,7 @@ from loratool.layouts.ties import find_ties
 from loratool.ops.inspect_cost import Costs, costs
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.inspect_values import TensorValues, equal_groups, read_values
+from loratool.ops.inspect_weights import WeightRow, weight_spectra
 from loratool.ops.sources import open_model
 from loratool.provenance import document
 
@@ -50,6 +52,8 @@ class CheckpointReport:
     """At level values: what one pass over each tensor found."""
     costs: Costs | None = None
     """Of adapters, where ranks were named."""
+    weights: tuple[WeightRow, ...] = field(default=(), repr=False)
+    """At level spectra: the spectrum of every weight matrix."""
 
     @property
     def equal(self) -> tuple[tuple[str, ...], ...]:
@@ -78,7 +82,9 @@ class CheckpointReport:
             "kinds": [row.to_json() for row in self.kinds],
             "tensors": list(self.tensors),
         }
-        if self.level is not Level.HEADERS:
+        if self.level is Level.SPECTRA:
+            body["weights"] = [row.to_json() for row in self.weights]
+        if self.level is Level.VALUES:
             body["values"] = [row.to_json() for row in self.values]
             body["equal"] = [list(names) for names in self.equal]
         if self.costs is not None:
@@ -91,21 +97,21 @@ def inspect_checkpoint(
     level: Level = Level.HEADERS,
     *,
     only: Sequence[str] = (),
+    exact: bool = False,
     cost: Sequence[int] = (),
+    device: str = "auto",
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> CheckpointReport:
-    """Describe a checkpoint from headers and config; at level values also from one pass over it.
+    """Describe a checkpoint from headers and config; at level values also from one pass over it, at
+    level spectra by the leading singular values of its weights.
 
-    only: globs over names. cost: ranks of adapters to tell the cost of. Raises InputError,
-    NothingMatches, and UsageError for spectra, which only changes have
-    here.
+    only: globs over names. exact: every singular value. cost: ranks of adapters to tell the cost
+    of. Raises InputError, NothingMatches, UsageError.
     """
-    if level is Level.SPECTRA:
-        raise UsageError(
-            f"{path}: is one checkpoint; spectra are of changes",
-            hint="name the base as well (inspect TUNED --base BASE), or use --level values",
-        )
+    if exact and level is not Level.SPECTRA:
+        raise UsageError("--exact: goes with --level spectra of a checkpoint")
+    engine, progress = engine or Engine(), progress or NoProgress()
     model = open_model(path)
     chosen = select(list(model.checkpoint.tensors), only, ())
     tensors = {n: info for n, info in model.checkpoint.tensors.items() if n in chosen}
@@ -135,8 +141,16 @@ def inspect_checkpoint(
         ),
         level,
         quantisation(tensors, model.config),
-        read_values(tensors.items(), engine or Engine(), progress or NoProgress())
-        if level is Level.VALUES
-        else (),
+        read_values(tensors.items(), engine, progress) if level is Level.VALUES else (),
         costs(tensors, kinds, cost, engine=engine) if cost else None,
+        weight_spectra(
+            tensors,
+            model.config,
+            exact=exact,
+            device=resolve_device(device),
+            engine=engine,
+            progress=progress,
+        )
+        if level is Level.SPECTRA
+        else (),
     )

@@ -117,6 +117,7 @@ def _commands(f: Path) -> Iterator[list[object]]:
     yield ["estimate", f / "base"]
     yield ["inspect", f / "base"]
     yield ["inspect", f / "gpt2", "--cost", "2,8"]
+    yield ["inspect", f / "wide", "--level", "spectra"]
     yield ["inspect", f / "broken", "--level", "values"]
     for one in ("a", "more", "dora", "zero"):
         yield ["inspect", f / one]

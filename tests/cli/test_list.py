@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -60,3 +61,12 @@ def test_nothing_found_is_an_answer(tmp_path: Path) -> None:
     assert (ended.code, ended.out) == (0, "no adapter or checkpoint found\n")
     assert invoke("list", tmp_path / "nowhere").code == 3
     assert invoke("list", tmp_path, "--sort", "colour").code == 2
+
+
+def test_a_line_per_entry_as_csv(tmp_path: Path) -> None:
+    save_folder(llama_like(), tmp_path / "models" / "base", LLAMA)
+    file = tmp_path / "found.csv"
+    document = json.loads(invoke("list", tmp_path / "models", "--csv", file, "--json").out)
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [row["name"] for row in rows] == [entry["name"] for entry in document["entries"]]
+    assert [int(row["bytes"]) for row in rows] == [e["bytes"] for e in document["entries"]]

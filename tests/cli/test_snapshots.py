@@ -87,6 +87,7 @@ VIEWS = {
     "estimate": ["estimate", "base", "--rank", "4"],
     "estimate-paper": ["estimate", "gpt3-175b", "--rank", "4", "--targets", "query,value"],
     "adapters": ["inspect", "first", "second"],
+    "weights": ["inspect", "base", "--level", "spectra", "--device", "cpu"],
     "intruders": ["inspect", "base", "tuned", "--intruders", "--top", "4", "--device", "cpu"],
     "pair-headers": ["inspect", "base", "tuned", "--level", "headers"],
     "pair-values": ["inspect", "base", "tuned", "--level", "values"],

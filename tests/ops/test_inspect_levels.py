@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
-from loratool.errors import NothingMatches, UsageError
+from loratool.errors import NonFiniteValues, NothingMatches, UsageError
 from loratool.ops.inspect import AdapterReport, CheckpointReport, PairReport
 from tests.ops.builders import LLAMA, llama_like, moved, save_folder, save_peft
 
@@ -113,6 +113,36 @@ def test_values_of_an_adapter(tmp_path: Path) -> None:
     assert [row.norm for row in report.rows] == [None] * 3
     first, second = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2))
     assert set(report.equal) == {(f"{first} {p}", f"{second} {p}") for p in "AB"}
+
+
+def test_spectra_of_a_checkpoint(tmp_path: Path) -> None:
+    """Against torch's full decomposition in float64; stored (in, out), kernels, and a large one."""
+    state = llama_like(torch.bfloat16)
+    state["model.embed_tokens.weight"] = torch.randn(900, 700).bfloat16()
+    base = save_folder(state, tmp_path / "m", LLAMA)
+    report = checkpoint(base, level="spectra")
+    matrices = {name for name, value in state.items() if value.ndim == 2}
+    assert {row.name for row in report.weights} == matrices
+    for row in report.weights:
+        values = torch.linalg.svdvals(state[row.name].double())
+        energy = values.square().cumsum(0) / values.square().sum()
+        resolved = len(row.spectrum.values)
+        assert resolved == (32 if min(row.shape) > 512 else min(row.shape))
+        assert torch.allclose(row.spectrum.values, values[:resolved], rtol=1e-2)
+        assert row.spectral_norm == pytest.approx(float(values[0]), rel=1e-3)
+        assert row.spectrum.norm == pytest.approx(float(values.norm()), rel=1e-6)
+        stable = float(values.square().sum() / values[0] ** 2)
+        assert row.to_json()["stable_rank"] == pytest.approx(stable, rel=3e-3)
+        if resolved < min(row.shape):
+            assert row.rank_for(0.9) is None
+        else:
+            assert row.rank_for(0.9) == int((energy < 0.9).sum()) + 1
+    (whole,) = checkpoint(base, level="spectra", exact=True, only=["embed_tokens"]).weights
+    assert len(whole.spectrum.values) == 700
+    state["lm_head.weight"][0, 0] = math.nan
+    broken = save_folder(state, tmp_path / "broken", LLAMA)
+    with pytest.raises(NonFiniteValues, match="lm_head"):
+        checkpoint(broken, level="spectra")
 
 
 # Pairs ---------------------------------------------------------------------------------------
@@ -217,11 +247,11 @@ def test_what_cannot_be_asked(pair: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = save_peft(
         tmp_path / "a", {"model.layers.0.self_attn.q_proj": (torch.ones(2, 24), torch.ones(24, 2))}
     )
-    with pytest.raises(UsageError, match="spectra are of changes"):
-        lt.inspect(pair[0], level="spectra")
+    with pytest.raises(UsageError, match="goes with --level spectra"):
+        lt.inspect(pair[0], exact=True)
     with pytest.raises(UsageError, match="unknown level"):
         lt.inspect(pair[0], level="deep")
-    with pytest.raises(UsageError, match="exact spectra are of pairs"):
+    with pytest.raises(UsageError, match="always exact"):
         lt.inspect(adapter, exact=True)
     with pytest.raises(UsageError, match="at level values"):
         lt.inspect(adapter, base=pair[0], level="headers")
