@@ -8,12 +8,14 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import loratool as lt
 from loratool import api
 from loratool.ops.compare_report import CompareReport
 from loratool.ops.inspect import AdaptersReport
@@ -21,7 +23,8 @@ from loratool.ops.inspect_adapter import AdapterReport
 from loratool.ops.intruders import IntruderReport
 from loratool.ops.views.registry import VIEWS, Viewable, page_of
 from loratool.report.html import render_page
-from loratool.report.text import embedded, plain
+from loratool.report.text import embedded, plain, size
+from tests.ops.builders import LLAMA, llama_like, save_folder
 from tests.report.reading import Element, data_of, read, table_of
 from tests.report.reports import MADE, report, rows_of, update
 
@@ -176,6 +179,19 @@ def test_what_was_measured_stands_in_the_overview() -> None:
         assert name in root.text
     written = {cell.text for cell in root.all("td")}
     assert any("MiB" in text or "KiB" in text for text in written)
+
+
+def test_costs_stand_in_the_overview(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    costly = lt.inspect(base, cost=(2, 8))
+    overview = read(render_page(page_of(costly))).all("section")[0]
+    table = overview.all("table")[1]
+    cells = [[cell.text for cell in row.children] for row in table.all("tbody")[0].all("tr")]
+    stated = costly.to_json()["cost"]["ranks"]
+    assert [line[0] for line in cells] == ["2", "8"]
+    assert [line[1] for line in cells] == [f"{row['parameters']:,}" for row in stated]
+    assert [line[2] for line in cells] == [size(row["adapter_bytes"]) for row in stated]
+    assert [line[7] for line in cells] == [f"~{row['extract']['seconds']:.2g} s" for row in stated]
 
 
 def test_cells_are_written_as_they_are() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loratool.layouts.families import family_of, layer_of
 from loratool.ops.inspect_checkpoint import CheckpointReport
+from loratool.ops.views.costs import cost_table
 from loratool.ops.views.values import VALUE_COLUMNS, equal_lists, value_cells, value_statements
 from loratool.report.page import Column, Page, Row, SmallTable, Unit
 from loratool.report.text import size
@@ -70,6 +71,7 @@ def checkpoint_page(report: CheckpointReport) -> Page:
                 kinds,
                 text=(0, 1),
             ),
+            *([cost_table(report.costs)] if report.costs is not None else []),
         ),
         lists=equal_lists(report.equal),
     )

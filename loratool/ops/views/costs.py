@@ -1,0 +1,36 @@
+"""What adapters would cost, as a table of a page."""
+
+from __future__ import annotations
+
+from loratool.ops.inspect_cost import Costs
+from loratool.report.page import SmallTable
+from loratool.report.text import size
+
+_COLUMNS = (
+    *("rank", "parameters", "adapter", "merge", "merge reads", "merge writes", "merge memory"),
+    *("extract", "extract reads", "extract memory"),
+)
+
+
+def cost_table(costs: Costs) -> SmallTable:
+    """A line per rank. Seconds are estimates, as the title says."""
+    return SmallTable(
+        f"Adapters on {costs.targets}, of {costs.matrices:,} matrices; seconds are estimated for "
+        f"{costs.workers} workers at this machine's speed, files in memory",
+        _COLUMNS,
+        tuple(
+            (
+                str(row.rank),
+                f"{row.parameters:,}",
+                size(row.adapter_bytes),
+                f"~{row.merge.seconds:.2g} s",
+                size(row.merge.read_bytes),
+                size(row.merge.written_bytes),
+                size(row.merge.peak_bytes),
+                f"~{row.extract.seconds:.2g} s",
+                size(row.extract.read_bytes),
+                size(row.extract.peak_bytes),
+            )
+            for row in costs.rows
+        ),
+    )
