@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 4 * 2**20
-_SQUARED_ELEMENTS = 2**16
+_SQUARED_ELEMENTS = 2**18
 
 
 def block_rows(columns: int) -> int:

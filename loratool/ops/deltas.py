@@ -18,11 +18,9 @@ from loratool.layouts.pairs import Pair
 from loratool.storage.row_reader import RowReader
 from loratool.storage.tensors import LazyTensor
 
-_BLOCK_ELEMENTS = 2**18
-"""Of a block on the CPU, whose float32 and float64 forms then stay in a core's cache."""
-
-_DEVICE_BLOCK_ELEMENTS = 2**20
-"""Elsewhere, where starting a product costs more than the product."""
+_BLOCK_ELEMENTS = 2**20
+"""Of a block. Larger than a core's cache: threads that work side by side wait for each other
+between the operations of Python, which costs more than the cache would save."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,13 @@ def measure_delta(pair: Pair, device: torch.device) -> Delta | None:
         return read_delta(pair, device)
     _, columns = matrix_shape(pair.base.shape)
     nothing = torch.empty(0, columns, device=device)
-    block = torch.empty(_block_rows(pair, device), columns, device=device)
+    block = torch.empty(_block_rows(pair), columns, device=device)
     return _compared(pair, device, nothing, lambda start, stop: block[: stop - start])
 
 
-def _block_rows(pair: Pair, device: torch.device) -> int:
+def _block_rows(pair: Pair) -> int:
     rows, columns = matrix_shape(pair.base.shape)
-    elements = _BLOCK_ELEMENTS if device.type == "cpu" else _DEVICE_BLOCK_ELEMENTS
-    return max(1, min(rows, elements // max(1, columns)))
+    return max(1, min(rows, _BLOCK_ELEMENTS // max(1, columns)))
 
 
 def _compared(
@@ -90,7 +87,7 @@ def _compared(
 ) -> Delta | None:
     """The change with ``matrix`` for its own; ``target`` is where D's rows start:stop are put."""
     rows, columns = matrix_shape(pair.base.shape)
-    step = _block_rows(pair, device)
+    step = _block_rows(pair)
     read_base, read_tuned = (_reader(side, step, device) for side in (pair.base, pair.tuned))
     single = torch.empty(step, columns, device=device)
     squares = SquareSum(device)
