@@ -36,7 +36,7 @@ from loratool.ops.low_rank_forms import in_low_rank_form, refuse_others
 from loratool.ops.resize_jobs import ResizeJob, ResizeResult, resize_update, spectrum_of
 from loratool.ops.sources import open_adapter
 from loratool.ops.stacks import at_one_rank, completed, is_indexed, nothing_like
-from loratool.profiles import Profile, find_profile, fit
+from loratool.profiles import Profile, check_kinds, find_profile, fit
 from loratool.storage.dtypes import DType
 from loratool.storage.outputs import check_free_space, check_output, staged
 
@@ -198,6 +198,7 @@ def plan_resize(
         tuple(notes),
     )
     written.check(opened)
+    check_kinds(opened, consumer)
     check_free_space(output, 2 * plan.adapter_bytes_at_most)
     return plan
 

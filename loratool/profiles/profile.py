@@ -53,7 +53,8 @@ def fit(adapter: Adapter, profile: Profile, key: str) -> Fitted:
     the added rank could never be trained), drawn from ``key``. Raises Unplaced for what is in
     the way, naming it.
     """
-    _check(adapter, profile)
+    limits = profile.limits
+    _refuse(profile, _kinds_in_the_way(adapter, limits) or _scales_in_the_way(adapter, limits))
     if not profile.limits.experts:
         adapter = replace(adapter, as_parameters=frozenset())
     if not profile.limits.one_rank or not adapter.low_rank:
@@ -86,10 +87,13 @@ def _without_target(adapter: Adapter) -> tuple[str, ...]:
     )
 
 
-def _check(adapter: Adapter, profile: Profile) -> None:
-    limits = profile.limits
+def check_kinds(adapter: Adapter, profile: Profile) -> None:
+    """Raises Unplaced for updates that the profile takes in no form, naming them."""
+    _refuse(profile, _kinds_in_the_way(adapter, profile.limits))
+
+
+def _kinds_in_the_way(adapter: Adapter, limits: Limits) -> list[str]:
     in_the_way = []
-    scale = next((update.scale for update in adapter.low_rank.values()), 1.0)
     for name in adapter.replacements:
         if not (limits.biases if name.endswith(".bias") else limits.whole_modules):
             in_the_way.append(f"{name}: stored whole")
@@ -102,12 +106,23 @@ def _check(adapter: Adapter, profile: Profile) -> None:
             in_the_way.append(f"{name}: an update of an embedding")
         elif update.kernel and not limits.convolutions:
             in_the_way.append(f"{name}: an update of a convolution")
-        elif limits.one_rank and not math.isclose(update.scale, scale, rel_tol=1e-12):
-            in_the_way.append(f"{name}: scale {update.scale:g} where others have {scale:g}")
         elif not limits.experts and not name.endswith(".weight"):
             in_the_way.append(f"{name}: an update of an expert")
         elif last in limits.refused_modules:
             in_the_way.append(f"{name}: an update of {last}")
+    return in_the_way
+
+
+def _scales_in_the_way(adapter: Adapter, limits: Limits) -> list[str]:
+    scale = next((update.scale for update in adapter.low_rank.values()), 1.0)
+    return [
+        f"{name}: scale {update.scale:g} where others have {scale:g}"
+        for name, update in adapter.low_rank.items()
+        if limits.one_rank and not math.isclose(update.scale, scale, rel_tol=1e-12)
+    ]
+
+
+def _refuse(profile: Profile, in_the_way: list[str]) -> None:
     if in_the_way:
         more = [f"… {len(in_the_way) - 12} more"] if len(in_the_way) > 12 else []
         raise Unplaced(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import loratool as lt
 from loratool.adapter import DenseUpdate
 from loratool.errors import NothingMatches, Unplaced, UsageError
+from loratool.ops.resize import plan_resize
 from tests.builders import lora_factors, snapshot, write_peft
 from tests.ops.adapters import MODULES, adapter, convolution, ranks, updates
 from tests.ops.test_combine import biased, dora, expert_updates, experts, saved
@@ -154,6 +155,14 @@ def test_a_profile_decides_the_form(tmp_path: Path) -> None:
     assert same(path, tmp_path / "out")
     with pytest.raises(Unplaced, match="vllm does not take"):
         lt.resize(saved(tmp_path / "b", torch.ones(2, 3)), tmp_path / "no", rank=4, profile="vllm")
+
+
+def test_what_a_profile_does_not_take_is_said_while_planning(tmp_path: Path) -> None:
+    """resize has no --exclude: nothing could be left out."""
+    for path in (dora(tmp_path / "a"), saved(tmp_path / "b", torch.ones(2, 3))):
+        with pytest.raises(Unplaced, match="vllm does not take") as raised:
+            plan_resize(path, tmp_path / "out", rank=4, profile="vllm")
+        assert "--profile peft" in str(raised.value.hint)
 
 
 def test_a_budget_is_spent_where_it_helps(tmp_path: Path) -> None:
