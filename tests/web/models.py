@@ -121,5 +121,17 @@ def adapters(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+def adapter_and_base(folder: Path) -> tuple[Path, Path]:
+    """One of ``adapters``, and a checkpoint that it fits."""
+    (adapter,) = adapters(folder, 1)
+    generator = torch.Generator().manual_seed(5)
+    state: State = {
+        f"model.layers.{layer}.{module}.weight": torch.randn(24, 16, generator=generator)
+        for layer in range(6)
+        for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+    }
+    return adapter, save_folder(state, folder / "base", LLAMA)
+
+
 def hostile_adapters(folder: Path) -> list[Path]:
     return [hostile_adapter(folder, label) for label in ("one", "two")]

@@ -17,6 +17,12 @@ from tests.web.browsing import Visit
 
 EXAMPLE = REPOSITORY / "examples" / "e2e"
 
+
+def with_base(folder: Path, level: str) -> tuple[object, ...]:
+    adapter, base = models.adapter_and_base(folder)
+    return ("inspect", adapter, "--base", base, "--level", level)
+
+
 COMMANDS: dict[str, Callable[[Path], tuple[object, ...]]] = {
     "example": lambda _: ("inspect", EXAMPLE / "base", EXAMPLE / "tuned"),
     "values": lambda _: ("inspect", EXAMPLE / "base", EXAMPLE / "tuned", "--level", "values"),
@@ -27,6 +33,9 @@ COMMANDS: dict[str, Callable[[Path], tuple[object, ...]]] = {
     "adapter": lambda folder: ("inspect", *models.adapters(folder, 1)),
     "adapters": lambda folder: ("inspect", *models.adapters(folder, 3)),
     "compare": lambda folder: ("compare", *models.adapters(folder, 3)),
+    "two": lambda folder: ("compare", *models.adapters(folder, 2)),
+    "amplification": lambda folder: with_base(folder, "spectra"),
+    "forecast": lambda folder: with_base(folder, "values"),
     "hostile-adapter": lambda folder: ("inspect", models.hostile_adapter(folder, "one")),
     "hostile-adapters": lambda folder: ("inspect", *models.hostile_adapters(folder)),
     "hostile-compare": lambda folder: ("compare", *models.hostile_adapters(folder)),
