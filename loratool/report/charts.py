@@ -89,7 +89,7 @@ def _curve(kind: CurveKind) -> Spec:
     x |= {"axis": WHOLE_NUMBERS}
     x |= {"scale": {"nice": False, "padding": 8}}
     y: dict[str, Any] = {"field": "v", "type": "quantitative", "title": kind.axis, **vertical}
-    y |= {"axis": {"format": ".2~g", "tickCount": 5}}
+    y |= {"axis": {"format": ".4~g", "tickCount": 5}}
     along: Spec = {"x": {"field": "x", "type": "quantitative", "axis": x["axis"]}}
     colour: Spec = {
         "field": "own",

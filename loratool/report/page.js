@@ -14,10 +14,12 @@
   const top = (values, least = 0) => values.reduce((best, value) => (value > best ? value : best), least);
   const bottom = (values) => -top(values.map((value) => -value), -Infinity);
   const isNumber = (value) => typeof value === "number";
+  const short = (value, digits) => value.toExponential(digits)
+    .replace(/e([+-])(\d)$/, (_, sign, digit) => `e${sign}0${digit}`);
   const share = (value) => (value !== 0 && Math.abs(value) < 1e-4
-    ? `${(100 * value).toExponential(1)} %` : `${(100 * value).toFixed(2)} %`);
+    ? `${short(100 * value, 1)} %` : `${(100 * value).toFixed(2)} %`);
   const figure = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e6
-    ? String(Number(value.toPrecision(4))) : value.toExponential(2));
+    ? String(Number(value.toPrecision(4))) : short(value, 2));
   const round = (value) => String(Number(value.toFixed(3)));
   const size = (bytes) => {
     let value = bytes;
