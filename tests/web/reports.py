@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[[Path], tuple[object, ...]]] = {
     "values": lambda _: ("inspect", EXAMPLE / "base", EXAMPLE / "tuned", "--level", "values"),
     "headers": lambda _: ("inspect", EXAMPLE / "base", EXAMPLE / "tuned", "--level", "headers"),
     "checkpoint": lambda _: ("inspect", EXAMPLE / "base", "--level", "values"),
+    "intruders": lambda _: ("inspect", EXAMPLE / "base", EXAMPLE / "tuned", "--intruders"),
     "many": lambda folder: ("inspect", *models.many_modules(folder)),
     "hostile": lambda folder: ("inspect", *models.hostile_pair(folder)),
     "adapter": lambda folder: ("inspect", *models.adapters(folder, 1)),

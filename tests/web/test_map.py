@@ -133,3 +133,12 @@ def test_the_darkest_cell_is_the_largest(made: Made, opened: Opened) -> None:
     ordered = [colours[change] for change in sorted(colours)]
     assert ordered == sorted(ordered, reverse=True)
     assert len(set(ordered)) > 4
+
+
+@pytest.mark.parametrize("name", ["example", "forecast"])
+def test_the_scale_is_written_as_the_cells_are(name: str, made: Made, opened: Opened) -> None:
+    """The script writes the one, the document holds the other; both tiny and plain shares."""
+    seen = ready(opened(made(name).page))
+    most = seen.page.locator("#map [aria-pressed=true]").inner_text()
+    assert most.endswith(" %")
+    assert most in seen.page.locator("#legend").inner_text()
