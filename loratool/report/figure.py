@@ -209,7 +209,7 @@ def _bars(page: Page, column: Column) -> Spec:
 
 def _strongest(page: Page) -> dict[str, Row]:
     """Label → the row with most energy: of each adapter, or of each family of one."""
-    if page.curves is None or not page.curves.explorable:
+    if page.curves is None or page.curves.most is not None:
         return {}
     found: dict[str, Row] = {}
     for row in page.rows:

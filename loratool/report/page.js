@@ -281,7 +281,7 @@
     const held = values.length;
     const name = label ? `${label}: ` : "";
     if (!held) return `${name}no values.`;
-    if (!page.curveKind.explorable) {
+    if (!page.curveKind.log) {
       const line = curve.floor ? ` ${curve.floorLabel}: ${figure(curve.floor)}.` : "";
       return `${name}${number(held)} ${page.curveKind.index}s, ${page.curveKind.axis} from ${round(bottom(values))} to ${round(top(values))}.${line}`;
     }
@@ -298,7 +298,7 @@
   const fillCurveTable = page.curveKind ? tableWhenOpen($("curve-data"), () => {
     const all = curvesOf(state.row);
     const most = top(all.map(({ curve }) => curve.values.length));
-    const ranked = page.curveKind.explorable;
+    const ranked = page.curveKind.log;
     const head = [page.curveKind.index, ...all.flatMap(({ label }) => (ranked
       ? [`${label} σ`.trim(), `${label} energy kept`.trim()] : [label]))];
     const sums = all.map(() => 0);

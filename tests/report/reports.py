@@ -28,6 +28,7 @@ MADE: dict[str, Callable[[Path], Any]] = {
     "checkpoint": lambda at: lt.inspect(at / "base"),
     "checkpoint, values": lambda at: lt.inspect(at / "base", level="values"),
     "intruders": lambda at: lt.intruders(at / "base", at / "tuned", top=4, epsilon=0.9),
+    "checkpoint, spectra": lambda at: lt.inspect(at / "base", level="spectra"),
     "compare": lambda at: lt.compare([at / "a", at / "b"]),
     "compare three": lambda at: lt.compare([at / "a", at / "b", at / "c"]),
 }
@@ -85,6 +86,8 @@ def rows_of(document: dict[str, Any]) -> list[dict[str, Any]]:
         return document["weights"]  # type: ignore[no-any-return]
     if document["what"] == "pair":
         return document["tensors" if document["level"] == "headers" else "changed"]  # type: ignore[no-any-return]
+    if document["what"] == "checkpoint" and document["level"] == "spectra":
+        return document["weights"]  # type: ignore[no-any-return]
     if document["what"] == "checkpoint":
         found = {row["name"]: row for row in document.get("values", [])}
         return [row | found.get(row["name"], {}) for row in document["tensors"]]

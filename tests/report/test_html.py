@@ -147,7 +147,12 @@ def last(grid: Any) -> Any:
 
 
 def test_its_curves_are_the_spectra() -> None:
-    for kind, field in (("pair", "singular_values"), ("adapter", "values"), ("adapters", "values")):
+    for kind, field in (
+        ("pair", "singular_values"),
+        ("checkpoint, spectra", "singular_values"),
+        ("adapter", "values"),
+        ("adapters", "values"),
+    ):
         data, rows = data_of(page(kind)), rows_of(report(kind).to_json())
         drawn = [curves[0]["values"] if curves else None for curves in data["curves"]]
         assert any(drawn)
