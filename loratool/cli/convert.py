@@ -101,4 +101,6 @@ def _show(out: Output, report: ConvertReport, output: Path) -> None:
         f"{report.facts['to']}{without}; {report.parameters:,} parameters, "
         f"{size_text(report.nbytes)}"
     )
+    if report.facts["base_model"] is None and report.facts["to"] == "PEFT":
+        out.line("it names no base; --base-model OWNER/NAME does")
     out.notes(report.notes)

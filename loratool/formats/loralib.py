@@ -39,12 +39,17 @@ def decode(
 ) -> Adapter:
     """Read the file; alpha is required, since the format does not hold it.
 
-    Raises UsageError without alpha, or without the adapted parts of a fused matrix;
+    Raises UsageError without a positive alpha, or without the adapted parts of a fused matrix;
     MalformedFile for a factor without its partner.
     """
     if hints.alpha is None:
         raise UsageError(
             f"{label}: this format (loralib) does not store alpha",
+            hint="pass --alpha with the value used in training; the update is alpha/rank · B·A",
+        )
+    if not hints.alpha > 0:
+        raise UsageError(
+            f"{label}: alpha {hints.alpha:g} is not positive",
             hint="pass --alpha with the value used in training; the update is alpha/rank · B·A",
         )
     updates: dict[str, Update] = {}

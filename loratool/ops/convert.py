@@ -18,7 +18,8 @@ from loratool.layouts.config import is_hub_id
 from loratool.ops.adapter_folder import load_update, park_update, stored_value, write_encoded
 from loratool.ops.extract_adapter import stored_size
 from loratool.ops.sources import open_adapter
-from loratool.provenance import document
+from loratool.provenance import REPORT_FILE, document
+from loratool.storage.checkpoint import read_json_file
 from loratool.storage.dtypes import F32
 from loratool.storage.outputs import check_free_space, check_output, staged
 from loratool.storage.tensors import equal_values
@@ -100,8 +101,8 @@ def plan_convert(
 
     fused_parts: which of q, k and v a fused module of the LoRA authors' library adapts ("q,v").
     start: the adapter that training began with, for a base from which it was taken out; the
-    result is then for the original base. format: of the result. Raises InputError,
-    DisagreementError, Unplaced, UsageError, OutputError.
+    result is then for the original base, which it names if the start or its report does. format:
+    of the result. Raises InputError, DisagreementError, Unplaced, UsageError, OutputError.
     """
     written = find_format(format)
     inputs = [adapter, *([start] if start else [])]
@@ -109,10 +110,12 @@ def plan_convert(
     if base_model is not None and not is_hub_id(base_model):
         raise UsageError(f"--base-model {base_model!r} is not of the form owner/name")
     value = open_adapter(adapter, alpha, _parts(fused_parts))
-    value = replace(value, base_model=base_model or value.base_model)
     began = open_adapter(start) if start else None
-    if began is not None:
+    if start is not None and began is not None:
         _check_start(adapter, value, began)
+        # training names the base without the start, which the result is not for
+        value = replace(value, base_model=began.base_model or _base_in_report(start))
+    value = replace(value, base_model=base_model or value.base_model)
     plan = ConvertPlan(adapter, value, began, start, output, written, overwrite)
     written.encode(value)  # what cannot be stored is said before anything is done
     check_free_space(output, 2 * plan.adapter_bytes)
@@ -161,6 +164,13 @@ def _without_start(plan: ConvertPlan, start: Adapter, scratch: Path) -> Adapter:
             scratch / f"{index}.raw", stored_value(name, both, F32), like=update
         )
     return replace(plan.adapter, updates=updates)
+
+
+def _base_in_report(start: Path) -> str | None:
+    """What ``init`` reports of the base that it took the start out of."""
+    report = (start if start.is_dir() else start.parent) / REPORT_FILE
+    named = read_json_file(report).get("base_model") if report.is_file() else None
+    return named if isinstance(named, str) and is_hub_id(named) else None
 
 
 def _parts(text: str | None) -> tuple[bool, ...]:

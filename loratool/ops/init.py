@@ -193,7 +193,7 @@ def run_init(
         adapter = Adapter(
             {row.name: update for row, update in made},
             loralib.NAME if plan.format == "loralib" else peft.NAME,
-            base_model=plan.base_model,
+            base_model=plan.base_model if plan.residual is None else None,
             fan_in_fan_out=any(job.pair.kind is ModuleKind.CONV1D for job in jobs),
             task_type=plan.base.config.task_type,
         )

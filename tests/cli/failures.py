@@ -478,6 +478,18 @@ def _(folder: Path) -> list[object]:
     return init(folder, "--rank", "9")
 
 
+@failure("parts of a fused matrix for PEFT", 2, "UsageError", "c_attn holds q, k and v in one")
+def _(folder: Path) -> list[object]:
+    return init(folder, "--targets", "query,value")
+
+
+@failure("an alpha of zero, converting", 2, "UsageError", "alpha 0 is not positive")
+def _(folder: Path) -> list[object]:
+    factors = {"h.0.q.lora_A": torch.ones(2, 8), "h.0.q.lora_B": torch.ones(8, 2)}
+    save_file(factors, folder / "lora.safetensors")
+    return ["convert", folder / "lora.safetensors", "-o", folder / "out", "--alpha", "0"]
+
+
 @failure("an adapter as the base to start on", 3, "UnsupportedInput", "is an adapter")
 def _(folder: Path) -> list[object]:
     return ["init", adapter(folder), "-o", folder / "out"]

@@ -56,6 +56,13 @@ def test_scale_is_alpha_over_rank(tmp_path: Path) -> None:
     torch.testing.assert_close(dense, 1.5 * B @ A)
 
 
+@pytest.mark.parametrize("alpha", [0, -8])
+def test_an_alpha_that_scales_by_nothing(tmp_path: Path, alpha: float) -> None:
+    path = write(tmp_path / "a.safetensors", m__q__lora_A=A, m__q__lora_B=B)
+    with pytest.raises(UsageError, match=f"alpha {alpha} is not positive"):
+        open_adapter(path, alpha=alpha)
+
+
 def test_a_merged_linear_asks_for_its_parts(tmp_path: Path) -> None:
     """Two of three groups: A is (2·r, in), B is (2·d, r)."""
     path = write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import loralib
@@ -159,6 +160,27 @@ def test_without_its_start_it_fits_the_original_base(trained: Path, tmp_path: Pa
         logits = model.eval()(torch.arange(12)[None]).logits
     torch.testing.assert_close(logits, torch.load(trained / "logits.pt"), rtol=1e-4, atol=1e-5)
     assert {update.rank for update in open_adapter(tmp_path / "plain").low_rank.values()} == {6}
+
+
+@pytest.mark.parametrize("said", ["owner/base", None])
+def test_the_residual_is_not_named_as_its_base(
+    said: str | None, trained: Path, tmp_path: Path
+) -> None:
+    """Training records the residual base, the result is for the original one."""
+    start = shutil.copytree(trained / "start", tmp_path / "start")
+    assert (
+        json.loads((start / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    )
+    report = json.loads((start / "loratool_report.json").read_text())
+    (start / "loratool_report.json").write_text(json.dumps({**report, "base_model": said}))
+    recorded = json.loads((trained / "trained/adapter_config.json").read_text())
+    assert "residual" in recorded["base_model_name_or_path"]
+    for more, expected in ((), said), (("--base-model", "other/base"), "other/base"):
+        where = ("-o", tmp_path / "plain", "--start", start, "--overwrite")
+        done = invoke("convert", trained / "trained", *where, *more)
+        config = json.loads((tmp_path / "plain/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == expected
+        assert ("names no base" in done.out) is (expected is None)
 
 
 def test_the_wrong_start_is_refused(trained: Path, tmp_path: Path) -> None:

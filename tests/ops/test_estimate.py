@@ -156,7 +156,23 @@ def test_targets_that_match_nothing_show_near_misses(small_gpt2: Path) -> None:
 def test_an_unknown_type_is_counted_by_its_shapes(tmp_path: Path) -> None:
     """Where the config is not understood the headers are enough."""
     base = write_checkpoint(tmp_path / "base", llama_weights(), {"model_type": "bear"})
-    assert estimate(str(base), rank=2, targets="q,v").trained == 2 * (8 + 8) + 2 * (8 + 4)
+    expected = 2 * (8 + 8) + 2 * (8 + 4)
+    assert estimate(str(base), rank=2, targets="q,v").trained == expected
+    done = invoke("estimate", base, "--rank", "2", "--targets", "q,v")
+    assert (done.code, f"trained: {expected} parameters" in done.out) == (0, True)
+    out = ("-o", tmp_path / "start", "--rank", "2", "--targets", "q,v", "--json")
+    started = invoke("init", base, *out)
+    assert json.loads(started.out)["totals"]["parameters"] == expected
+
+
+def test_near_misses_are_shown(small_gpt2: Path, tmp_path: Path) -> None:
+    for words in (
+        ("estimate", small_gpt2, "--targets", "c_atn"),
+        ("init", small_gpt2, "-o", tmp_path / "start", "--targets", "c_atn"),
+    ):
+        done = invoke(*words)
+        assert done.code == 4
+        assert "closest: c_attn" in done.err
 
 
 def test_an_unknown_name_lists_the_known() -> None:
