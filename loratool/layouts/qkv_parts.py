@@ -34,7 +34,7 @@ def qkv_parts(
     """
     found = {}
     for stored, shape in shapes.items():
-        if len(shape) != 2:
+        if len(shape) != 2 or ".crossattention." in f".{stored}":  # holds k and v alone
             continue
         for name, offer in offered_names({stored: shape}, config, conv1d=conv1d).items():
             number = _NAMES.get(name.removesuffix(".weight").rpartition(".")[2])

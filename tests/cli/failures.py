@@ -480,7 +480,8 @@ def _(folder: Path) -> list[object]:
 
 @failure("parts of a fused matrix for PEFT", 2, "UsageError", "c_attn holds q, k and v in one")
 def _(folder: Path) -> list[object]:
-    return init(folder, "--targets", "query,value")
+    write_checkpoint(folder / "base", gpt2_weights(), GPT2_CONFIG | {"n_head": 2})
+    return ["init", folder / "base", "-o", folder / "out", "--targets", "query,value"]
 
 
 @failure("an alpha of zero, converting", 2, "UsageError", "alpha 0 is not positive")

@@ -141,6 +141,19 @@ def test_parts_of_a_fused_matrix(small_gpt2: Path) -> None:
     assert with_mlp.trained == report.trained + 2 * 4 * (32 + 128)
 
 
+def test_cross_attention_has_no_query_in_its_fused_matrix(tmp_path: Path) -> None:
+    """Its c_attn is k and v, of a width that three may divide."""
+    config = transformers.GPT2Config(
+        n_embd=36, n_layer=1, n_head=2, vocab_size=61, n_positions=16, bos_token_id=0,
+        eos_token_id=0, add_cross_attention=True,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    assert estimate(str(tmp_path / "base"), rank=4, targets="q,v").trained == 2 * 4 * (36 + 36)
+    words = ("init", tmp_path / "base", "-o", tmp_path / "start", "--targets", "q,v")
+    done = invoke(*words, "--rank", "4", "--format", "loralib", "--json")
+    assert json.loads(done.out)["totals"] == {"modules": 1, "parameters": 2 * 4 * (36 + 36)}
+
+
 @pytest.mark.parametrize("rank", [0, -1, 33])
 def test_a_rank_that_makes_no_sense(rank: int, small_gpt2: Path) -> None:
     with pytest.raises(UsageError, match="rank"):
