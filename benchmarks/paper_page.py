@@ -92,6 +92,21 @@ def disagreements(ours: dict[tuple[str, int], EstimateReport]) -> str:
     )
 
 
+def fused_text() -> str:
+    """What PEFT trains where it cannot adapt query and value alone."""
+    counts = {
+        (row.model, row.rank): lt.estimate(row.model, rank=row.rank, targets="c_attn").trained
+        for row in PUBLISHED
+        if "gpt" in row.model
+    }
+    listed = ", ".join(f"{model} rank {rank}: {n:,}" for (model, rank), n in counts.items())
+    return (
+        "PEFT adapts a fused matrix whole. One pair of factors on q, k and v together, r·(d + 3d), "
+        f"has these parameters ({listed}): as many as two pairs on query and value, 2·r·(d + d), "
+        "and not the same updates."
+    )
+
+
 def sizes_table(ours: dict[tuple[str, int], EstimateReport]) -> str:
     rows = []
     for (model, rank), report in ours.items():
@@ -337,9 +352,10 @@ def page(work: Path) -> str:
         "## Parameters",
         "`loratool estimate MODEL --rank R --targets query,value`: Σ r·(in + out) over the adapted "
         "matrices. Where q, k and v are stored as one matrix (GPT-2, GPT-3), the parts asked for "
-        "count, as in the authors' library.",
+        "count, as in the authors' library (`loratool init --format loralib`).",
         parameters_table(ours),
         disagreements(ours),
+        fused_text(),
         "## Checkpoint size",
         "Parameters in float16.",
         sizes_table(ours),

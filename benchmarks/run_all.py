@@ -50,19 +50,19 @@ def measure(
     """Measure ``stages``, adding each to ``file`` as soon as it is known; all results in it."""
     shapes: tuple[tuple[int, int], ...]
     if quick:
-        pairs = [_pair(1024, 2816, layers, 8000) for layers in (1, 2)]
+        models = [(1024, 2816, layers, 8000) for layers in (1, 2)]
         largest_model = (1024, 2816, 3, 8000)
         rival_models = [(768, 2048, 1, 2000)]
         shapes, error_shape = ((1024, 1024),), (1024, 1024)
         to_start = (512, 1024, 1, 1000)
     else:
-        pairs = [_pair(2048, 5632, layers, 32000) for layers in (4, 8, 16)]
+        models = [(2048, 5632, layers, 32000) for layers in (4, 8, 16)]
         largest_model = (2048, 5632, 40, 32000)
         rival_models = [(2048, 5632, 4, 32000), (4096, 11008, 1, 2000)]
         shapes, error_shape = SHAPES, (2048, 2048)
         to_start = (4096, 11008, 4, 2000)
     work: dict[str, Callable[[], Any]] = {
-        "merge": lambda: compare_merges(pairs[1], rounds),
+        "merge": lambda: compare_merges(_pair(*models[1]), rounds),
         "merge_large": lambda: compare_merges(
             _pair(*largest_model, "--without-tuned"), min(rounds, 3)
         ),
@@ -74,12 +74,12 @@ def measure(
         "extract_mergekit": lambda: [
             compare_with_mergekit(_pair(*model), 32, min(rounds, 3)) for model in rival_models
         ],
-        "extract_whole": lambda: extract_whole(pairs[1], min(rounds, 3)),
+        "extract_whole": lambda: extract_whole(_pair(*models[1]), min(rounds, 3)),
         "combine": lambda: run(python("bench_combine.py", *(["--quick"] if quick else []))).json(),
         "spectra": lambda: run(
-            python("pair_spectra.py", pairs[1], "--rounds", str(min(rounds, 3)))
+            python("pair_spectra.py", _pair(*models[1]), "--rounds", str(min(rounds, 3)))
         ).json(),
-        "memory": lambda: peaks(pairs, min(rounds, 3)),
+        "memory": lambda: peaks([_pair(*model) for model in models], min(rounds, 3)),
         "receipt": receipt_costs,
         "pissa": lambda: compare_pissa(_pair(*to_start, "--decaying"), min(rounds, 3)),
     }
