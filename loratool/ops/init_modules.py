@@ -61,10 +61,13 @@ def choose_modules(
         if not offered:
             raise
         names = targeted(targets, {**kinds, **dict.fromkeys(offered, ModuleKind.LINEAR)})
-        asked = {name: offered[name] for name in names if name not in pairs}
+        asked = {name: offered[name] for name in names - set(pairs)}
+        names &= set(pairs)
+        asked = {name: part for name, part in asked.items() if part.whole not in names}
         parts = _parts_of(asked, pairs)
-        names = {name for name in names if name in pairs} | set(parts)
-        _check_parts(asked, parts, targets, format_name)
+        names |= set(parts)
+        if parts:  # else they are of matrices that are adapted as a whole
+            _check_parts(asked, parts, targets, format_name)
     names &= select(list(pairs), include, exclude)
     chosen = [
         Chosen(pair, parts.get(name, ()))

@@ -132,6 +132,13 @@ def test_peft_says_what_it_cannot_do(base: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("format_name", ["peft", "loralib"])
+def test_a_whole_holds_its_parts(format_name: str, base: Path, tmp_path: Path) -> None:
+    report = lt.init(base, tmp_path / "start", rank=4, targets="q,c_attn", format=format_name)
+    assert report.parameters == LAYERS * 4 * (WIDTH + 3 * WIDTH)
+    assert not any(row.parts for row in report.rows)
+
+
 def test_the_command_says_how_to_go_on(base: Path, tmp_path: Path) -> None:
     where = ("init", base, "-o", tmp_path / "start", "--targets", "q,v", "--format", "loralib")
     planned = json.loads(invoke(*where, "--dry-run", "--json").out)

@@ -188,23 +188,25 @@ def check_compare(row: Row) -> None:
     path = row.write_adapter("other", other)
     report = row.loratool("compare", row.adapter, path)
     grid = report["pairs"][0]["phi_a_grid"]
+    ours, theirs = right_vectors(row.factors), right_vectors(other)
     assert (grid["i"][-1], grid["j"][-1]) == (rank, 2 * rank)
     for i, values in zip(grid["i"], grid["values"], strict=True):
         for j, value in zip(grid["j"], values, strict=True):
-            assert abs(value - phi(row.factors, other, i, j)) < 1e-6
+            assert abs(value - phi(ours, theirs, i, j)) < 1e-6
     shown = invoke("compare", row.adapter, path)
     assert re.search(r"A 1 +0\.\d\d", shown.out), "a row of the figure in the terminal"
 
 
-def phi(one: Factors, other: Factors, i: int, j: int) -> float:
-    """‖V_iᵀ V'_j‖²_F / min(i, j) of A's right singular vectors, mean over the adapted weights."""
-    shares = []
-    for name, (_, a) in one.items():
-        v, w = (
-            torch.linalg.svd(factor.double(), full_matrices=False).Vh
-            for factor in (a, other[name][1])
-        )
-        shares.append(float((v[:i] @ w[:j].T).square().sum()) / min(i, j))
+def right_vectors(factors: Factors) -> list[Tensor]:
+    """Those of every A, (r, in) float64."""
+    return [torch.linalg.svd(a.double(), full_matrices=False).Vh for _, a in factors.values()]
+
+
+def phi(one: list[Tensor], other: list[Tensor], i: int, j: int) -> float:
+    """‖V_iᵀ V'_j‖²_F / min(i, j), mean over the adapted weights."""
+    shares = [
+        float((v[:i] @ w[:j].T).square().sum()) / min(i, j) for v, w in zip(one, other, strict=True)
+    ]
     return sum(shares) / len(shares)
 
 
