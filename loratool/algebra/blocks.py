@@ -59,6 +59,11 @@ def sum_of_squares(d: Tensor) -> float:
     )
 
 
+def all_finite(d: Tensor) -> bool:
+    """Whether ``d`` holds neither NaN nor infinity; torch.isfinite would make copies of it."""
+    return d.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(d))
+
+
 def large_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised matrix; on the CPU in large pages where the system has them.
 

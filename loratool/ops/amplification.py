@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import LowRankUpdate
-from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.blocks import all_finite, sum_of_squares
 from loratool.algebra.factorize import leading_triplets
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.subspaces import (
@@ -209,7 +209,7 @@ def on_weight(
     else:
         stored = base.read_rows(placed.member, placed.member + 1)[0]
     weight = stored.to(device).float().flatten(1)
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise NonFiniteValues(f"{base.name}: holds NaN or infinity")
     weight = weight.T if placed.transposed else weight  # a view: GPT-3's takes 1.8 GB
     b, a = value.b.to(device), value.a.to(device)

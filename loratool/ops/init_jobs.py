@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import LowRankUpdate, ModuleKind
-from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.blocks import all_finite, sum_of_squares
 from loratool.algebra.factorize import residual_norm
 from loratool.errors import NonFiniteValues
 from loratool.formats.loralib import merged_linear
@@ -140,6 +140,6 @@ def _parked_at(job: InitJob) -> Path:
 
 def _weight(job: InitJob) -> Tensor:
     weight = job.pair.base.read().to(job.device).float()
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise NonFiniteValues(f"{job.pair.name}: holds NaN or infinity")
     return weight.T if job.pair.kind is ModuleKind.CONV1D else weight

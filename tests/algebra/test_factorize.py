@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.blocks import all_finite, sum_of_squares
 from loratool.algebra.factorize import factorize, leading_triplets, residual_norm, resolve_spectrum
 from loratool.algebra.random import gaussian
 from loratool.algebra.ranks import parse_rank_rule
@@ -118,6 +118,16 @@ def test_signs_and_randomness_are_fixed() -> None:
 def test_norms_are_float64() -> None:
     d = torch.full((300, 1000), 1e-4)
     assert sum_of_squares(d) == pytest.approx(300_000 * float(d[0, 0].double()) ** 2, rel=1e-13)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), None])
+def test_whether_all_is_finite(wrong: float | None) -> None:
+    d = torch.tensor([[3e38, -3e38], [0.0, 1.0], [2.0, 4.0]])
+    if wrong is not None:
+        d[1, 0] = wrong
+    for seen in (d, d.T):
+        assert all_finite(seen) is (wrong is None)
+    assert all_finite(torch.empty(0, 3))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 20])
