@@ -95,7 +95,7 @@ def hostile_adapter(folder: Path, label: str) -> Path:
     path = folder / f"<script>window.hacked=1</script>\u202e{label}".replace("/", "\u2215")
     pairs = {
         name.removesuffix(".weight"): (
-            changed((2, 8), 2, len(label) + index),
+            changed((2, 8), 2, sum(map(ord, label)) + index),
             changed((6, 2), 2, index + 1),
         )
         for index, name in enumerate(hostile_names())
