@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loratool.adapter import (
@@ -40,6 +40,18 @@ def continue_from(
     low-rank, and UsageError where one would be lost because its tensor is left out.
     """
     placement = place([(adapter, 1.0)], base.checkpoint.tensors, base.config)
+    every = [placed for updates in placement.updates.values() for placed in updates]
+    of_members = [placed.source for placed in every if placed.member is not None]
+    if of_members:
+        raise _of_experts(of_members)
+    of_parts = [placed.source for placed in every if placed.places is not None]
+    if of_parts:
+        raise UsageError(
+            f"--into: {len(of_parts)} updates are of parts of a matrix that the base has whole, or "
+            "of several that it has apart; only those of the base's own matrices are continued",
+            details=of_parts[:12],
+            hint="extract without --into, then combine the two adapters",
+        )
     notes = list(placement.notes)
     starts: dict[str, Start] = {}
     whole = 0
@@ -79,7 +91,7 @@ def continue_from(
         replace(job, scale=scales_by_module.get(module_of(job.pair.name), job.scale))
         for job in continued
     ]
-    lost += [start.source for start in starts.values()]
+    _refuse_parts(starts, jobs)
     if lost:
         raise UsageError(
             f"--into: {len(lost)} updates of the adapter would be lost, for their tensors are "
@@ -88,6 +100,29 @@ def continue_from(
             hint="loosen --include, --exclude and --targets",
         )
     return continued, tuple(notes)
+
+
+def _refuse_parts(starts: Mapping[str, Start], jobs: Sequence[ExtractJob]) -> None:
+    """starts: those whose tensors no job has as one matrix. Raises UsageError with the reason."""
+    if not starts:
+        return
+    sources = [start.source for start in starts.values()]
+    if any(job.pair.kind is ModuleKind.EXPERT for job in jobs):
+        raise _of_experts(sources)
+    raise UsageError(
+        f"--into: {len(sources)} updates are of matrices that are extracted in parts",
+        details=sources[:12],
+        hint="without --split-fused, fused projections stay whole and are continued",
+    )
+
+
+def _of_experts(sources: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"--into: {len(sources)} updates are of experts, which are extracted one by one and padded "
+        "to one rank; only updates of whole matrices are continued",
+        details=sources[:12],
+        hint="extract without --into",
+    )
 
 
 def _stored_name(pair: Pair) -> str:

@@ -175,3 +175,51 @@ def test_another_adapter_does_not_take_over_finished_tensors(tmp_path: Path) -> 
     before = resume_key(old.jobs, old.into)
     os.utime(weights, ns=(1, 1))
     assert resume_key(old.jobs, old.into) != before
+
+
+def test_updates_of_matrices_that_are_taken_apart_are_refused_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    config = {"model_type": "phi3", "num_attention_heads": 4, "num_key_value_heads": 2}
+    name = "model.layers.0.self_attn.qkv_proj"
+    state = {f"{name}.weight": torch.randn(32, 16), "model.norm.weight": torch.ones(16)}
+    base = save_folder(state, tmp_path / "base", config)
+    tuned = save_folder(moved(state), tmp_path / "tuned", config)
+    lt.extract(base, tuned, tmp_path / "first", rank=2, drop_rest=True)
+    with pytest.raises(UsageError, match="1 updates are of matrices that are extracted in parts"):
+        plan_extract(
+            base,
+            tuned,
+            tmp_path / "a",
+            rank=2,
+            into=tmp_path / "first",
+            split_fused=True,
+            profile="vllm",
+        )
+
+
+def test_updates_of_parts_of_a_fused_matrix_are_refused_with_the_reason(tmp_path: Path) -> None:
+    config = {"model_type": "phi3", "num_attention_heads": 4, "num_key_value_heads": 2}
+    attention = "model.layers.0.self_attn"
+    state = {f"{attention}.qkv_proj.weight": torch.randn(32, 16)}
+    base = save_folder(state, tmp_path / "base", config)
+    tuned = save_folder(moved(state), tmp_path / "tuned", config)
+    q = {f"{attention}.q_proj": (torch.randn(2, 16), torch.randn(16, 2))}
+    save_peft(tmp_path / "first", q)
+    with pytest.raises(UsageError, match="1 updates are of parts of a matrix"):
+        plan_extract(base, tuned, tmp_path / "a", rank=2, into=tmp_path / "first")
+
+
+def test_updates_of_experts_are_refused_with_the_reason(tmp_path: Path) -> None:
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    owner = "model.layers.0.mlp.experts"
+    state = {
+        f"{owner}.gate_up_proj": torch.randn(2, 12, 8),
+        f"{owner}.down_proj": torch.randn(2, 8, 6),
+        "model.layers.0.self_attn.q_proj.weight": torch.randn(8, 8),
+    }
+    base = save_folder(state, tmp_path / "base", config)
+    tuned = save_folder(moved(state), tmp_path / "tuned", config)
+    lt.extract(base, tuned, tmp_path / "first", rank=2)
+    with pytest.raises(UsageError, match="updates are of experts"):
+        plan_extract(base, tuned, tmp_path / "a", rank=2, into=tmp_path / "first")
