@@ -125,7 +125,11 @@ def _spend(
     plan: ExtractPlan, parameters: int, engine: Engine, progress: Progress
 ) -> tuple[list[ExtractJob], Allocation]:
     """Jobs with the ranks that the budget gives them: one pass over the checkpoints of its own."""
-    spectra = resolve_spectra(plan, engine, progress)
+    most = {job.pair.name: int(job.rule.value) for job in plan.jobs}
+    spectra = {
+        name: replace(spectrum, values=spectrum.values[: most[name]])
+        for name, spectrum in resolve_spectra(plan, engine, progress).items()
+    }
     allocation = allocate(list(spectra.values()), parameters)
     ranks = dict(zip(spectra, allocation.ranks, strict=True))
     jobs = []

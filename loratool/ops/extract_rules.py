@@ -75,6 +75,17 @@ def read_rules(
         pattern: None if rule == _WHOLE else parse_rank_rule(str(rule), limits)
         for pattern, rule in rank_for.items()
     }
+    for pattern, rule in special.items():
+        if is_budget and rule and rule.kind.name != "fixed":
+            raise UsageError(
+                f"--rank-for {pattern}={rule}: with a budget it is whole, or a number that these "
+                "may have at most"
+            )
+    if general.kind.name == "full" and limits != RankLimits():
+        raise UsageError(
+            "--rank full stores the whole change; --min-rank, --max-rank and --multiple-of do not "
+            "go with it"
+        )
     if conv_rank is None:
         return Rules(general, None, special)
     if conv_rank == _SAME:

@@ -49,9 +49,13 @@ def rank_tradeoff(
     plan: ExtractPlan, *, max_rank: int | None, engine: Engine, progress: Progress
 ) -> Tradeoff:
     """Resolve spectra once and say what ranks 1, 2, 4, … would keep."""
-    rule = parse_rank_rule("full", RankLimits(most=max_rank or MOST))
+    most = max_rank or MOST
+    rule = parse_rank_rule("full", RankLimits(most=most))
     looking = replace(plan, jobs=tuple(replace(job, rule=rule) for job in plan.jobs))
-    spectra = resolve_spectra(looking, engine, progress)
+    spectra = {
+        name: replace(spectrum, values=spectrum.values[:most])
+        for name, spectrum in resolve_spectra(looking, engine, progress).items()
+    }
     largest = max((len(s.values) for s in spectra.values()), default=0)
     ranks = [2**k for k in range(largest.bit_length()) if 2**k <= largest]
     if ranks and ranks[-1] != largest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,6 +251,26 @@ def test_rank_options(tmp_path: Path) -> None:
     assert all(rank % 2 == 0 and rank <= 6 for rank in ranks.values())
     with pytest.raises(NothingMatches, match="'conv' matches nothing"):
         lt.extract(base, tuned, tmp_path / "b", rank_for={"conv": 3})
+
+
+def test_limits_hold_whatever_the_rule_is(tmp_path: Path) -> None:
+    state = llama_like()
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(state), tmp_path / "tuned", LLAMA)
+    options: dict[str, Any] = {"drop_rest": True, "overwrite": True}
+    for rule in ("budget:90%", "energy:0.99", "knee", "auto", "nuclear:0.99"):
+        report = lt.extract(base, tuned, tmp_path / "a", rank=rule, max_rank=3, **options)
+        ranks = {row.rank for row in report.rows if row.rank}
+        assert ranks
+        assert max(ranks) <= 3, rule
+    capped = {"mlp.up_proj": "2"}
+    report = lt.extract(base, tuned, tmp_path / "a", rank="budget:90%", rank_for=capped, **options)
+    assert {row.rank for row in report.rows if "up_proj" in row.name} == {2}
+    with pytest.raises(UsageError, match="a number that these may have at most"):
+        lt.extract(base, tuned, tmp_path / "b", rank="budget:9%", rank_for={"mlp*": "energy:0.9"})
+    for limit in ("min_rank", "max_rank", "multiple_of"):
+        with pytest.raises(UsageError, match="--rank full stores the whole change"):
+            lt.extract(base, tuned, tmp_path / "b", rank="full", **{limit: 2, **options})
 
 
 def test_budget_is_kept_and_beats_a_uniform_rank(tmp_path: Path) -> None:
