@@ -128,7 +128,8 @@ def _refuse(profile: Profile, in_the_way: list[str]) -> None:
         raise Unplaced(
             f"{profile.name} does not take {len(in_the_way)} of the adapter's parameters",
             details=[*in_the_way[:12], *more],
-            hint="leave them out with --drop-rest or --exclude, or use --profile peft",
+            hint="leave them out with --exclude (what is stored whole also with --drop-rest), or "
+            "use --profile peft",
         )
 
 
