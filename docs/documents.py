@@ -280,6 +280,7 @@ EXTRACT: Form = {
             "near_noise": YES_NO,
             "changed_share": NUMBER,
             "lora_rank": maybe(WHOLE),
+            "lora_least": maybe(WHOLE),
             "lora_tail": maybe(NUMBER),
             "singular_values": [NUMBER],
         }
@@ -738,6 +739,7 @@ PAIR: Form = {
             "noise_share": NUMBER,
             "near_noise": YES_NO,
             "lora_rank": maybe(WHOLE),
+            "lora_least": maybe(WHOLE),
             "lora_tail": maybe(NUMBER),
         }
     ],
@@ -746,6 +748,7 @@ PAIR: Form = {
 AMPLIFICATION: Form = {
     "what": one_of("amplification"),
     "adapter": TEXT,
+    "of_pair": YES_NO,
     "base": TEXT,
     "device": TEXT,
     "updates": [

@@ -29,6 +29,7 @@ from loratool.ops import intruders as _intruders
 from loratool.ops import merge as _merge
 from loratool.ops import merge_in_place as _merge_in_place
 from loratool.ops import mitigate as _mitigate
+from loratool.ops import pair_amplification as _pair_amplification
 from loratool.ops import pictures as _pictures
 from loratool.ops import recipe as _recipe
 from loratool.ops import recover as _recover
@@ -523,6 +524,7 @@ def inspect(
     level: str | None = None,
     only: Sequence[str] = (),
     exact: bool = False,
+    amplification: bool = False,
     cost: Sequence[int] = (),
     alpha: float | None = None,
     device: str = "auto",
@@ -538,7 +540,8 @@ def inspect(
     level: "headers" reads no tensor, "values" takes one pass, "spectra" also decomposes.
     By default "headers" of one checkpoint, else "spectra". only: globs over names. exact: every
     singular value of a pair or a checkpoint. cost: of one checkpoint, ranks of adapters to tell
-    the cost of. Raises a LoratoolError subclass.
+    the cost of. amplification: of a pair, what the change amplifies in the base, instead. Raises a
+    LoratoolError subclass.
     """
     engine = _engine(jobs)
     if cost and (base is not None or tuned is not None or is_adapter(Path(path))):
@@ -574,6 +577,12 @@ def inspect(
                 progress=progress,
             )
         path, tuned = base, path
+    if amplification and (tuned is None or exact or level not in (None, "spectra")):
+        raise UsageError("amplification is of a pair at level spectra, or of an adapter's base")
+    if tuned is not None and amplification:
+        return _pair_amplification.amplification_of_pair(
+            Path(path), Path(tuned), only=only, device=device, engine=engine, progress=progress
+        )
     if tuned is not None:
         return _inspect.inspect_pair(
             Path(path),

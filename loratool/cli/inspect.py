@@ -102,6 +102,11 @@ _SORTS: dict[str, Iterable[str]] = {
     help="Of a checkpoint: what adapters of these ranks take to keep, merge and extract.",
 )
 @click.option(
+    "--amplification",
+    is_flag=True,
+    help="Of a pair: what the change amplifies in the base, as of an adapter with --base.",
+)
+@click.option(
     "--intruders",
     is_flag=True,
     help="Of a pair, or an adapter with --base: strong directions of the tuned weights that the "
@@ -143,6 +148,7 @@ def inspect_command(
     csv_file: Path | None,
     pictures: Pictures,
     cost: str | None,
+    amplification: bool,
     intruders: bool,
     top: int | None,
     epsilon: float | None,
@@ -171,8 +177,8 @@ def inspect_command(
       loratool inspect adapter/ --base base/ --mitigate 0.75 -o milder/
     """
     if intruders or mitigate is not None:
-        if cost is not None:
-            raise UsageError("--cost: is of a checkpoint alone")
+        if cost is not None or amplification:
+            raise UsageError("--intruders goes with neither --cost nor --amplification")
         view = Looking(top, epsilon, exact, only, alpha, device, jobs, level)
         overwrites = pictures.overwrite and (mitigate is not None or not pictures.asked)
         writing = Writing(mitigate, output, dry_run=dry_run, overwrite=overwrites)
@@ -198,8 +204,10 @@ def inspect_command(
     pictures.check()
     result: Report
     if len(paths) > 2 or (len(paths) == 2 and all(is_adapter(path) for path in paths)):
-        if base is not None or exact or cost is not None:
-            raise UsageError("adapters side by side take neither --base nor --exact nor --cost")
+        if base is not None or exact or amplification or cost is not None:
+            raise UsageError(
+                "adapters side by side take none of --base, --exact, --amplification, --cost"
+            )
         result = inspect_adapters(
             *paths, level=level, only=only, alpha=alpha, jobs=jobs, progress=out.progress()
         )
@@ -210,6 +218,7 @@ def inspect_command(
             level=level,
             only=only,
             exact=exact,
+            amplification=amplification,
             cost=parse_ranks(cost) if cost is not None else (),
             alpha=alpha,
             device=device,

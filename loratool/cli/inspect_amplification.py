@@ -45,8 +45,9 @@ def show_amplification(out: Output, report: AmplificationReport, sort: str | Non
                 span([*left, *right]) if left else "",
             ]
         )
+    what = "the change to" if report.of_pair else "adapter"
     out.table(
-        f"adapter {report.adapter} in {report.base}, computed on {report.device}",
+        f"{what} {report.adapter} in {report.base}, computed on {report.device}",
         ["module", "r", "‖ΔW‖", "‖W‖", "ΔW's", "W's", "random", "amplified", "φ"],
         cells,
     )

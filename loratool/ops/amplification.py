@@ -80,18 +80,23 @@ class AmplificationRow:
 
 @dataclass(frozen=True)
 class AmplificationReport:
-    """What an adapter strengthens in its base."""
+    """What an adapter, or the change to a tuned checkpoint, strengthens in its base.
+
+    adapter: the name of either; of_pair: whether it is a checkpoint's.
+    """
 
     adapter: str
     base: str
     device: str
     rows: tuple[AmplificationRow, ...]
     notes: tuple[str, ...]
+    of_pair: bool = False
 
     def to_json(self) -> dict[str, Any]:
         body = {
             "what": "amplification",
             "adapter": self.adapter,
+            "of_pair": self.of_pair,
             "base": self.base,
             "device": self.device,
             "updates": [row.to_json() for row in self.rows],
@@ -164,7 +169,11 @@ def amplification(
 
 
 def _measure(job: _Job) -> AmplificationRow:
-    weight, value = on_weight(job.placed, job.base, job.device)
+    return measured(job.name, *on_weight(job.placed, job.base, job.device))
+
+
+def measured(name: str, weight: Tensor, value: LowRank) -> AmplificationRow:
+    """An update beside the weight that it is added to, both as (out, in·k…)."""
     shape = value.shape
     if turned := not weight.is_contiguous():  # as it is stored; left and right change places
         weight, value = weight.T, value.T
@@ -173,11 +182,11 @@ def _measure(job: _Job) -> AmplificationRow:
     norm = math.sqrt(sum_of_squares(weight))
     chance = projected_norm_by_chance(norm, rank, shape)
     row = AmplificationRow(
-        job.name, shape, rank, float(values.norm()), norm, 0.0, 0.0, chance, None, None
+        name, shape, rank, float(values.norm()), norm, 0.0, 0.0, chance, None, None
     )
     if not rank or not norm:
         return row
-    own = leading_triplets(weight, rank, key=f"0:{job.name}")
+    own = leading_triplets(weight, rank, key=f"0:{name}")
     phi = [
         float(phi_grid((ours.T @ theirs.double()).cpu())[-1, -1])
         for ours, theirs in ((u, own.u), (v, own.v))

@@ -228,7 +228,7 @@ def plan_looking(
     asked, target = Asked(top, epsilon, exact), resolve_device(device)
     if alpha is not None and not is_adapter(tuned):
         raise UsageError("--alpha is for adapters")
-    found = _of_adapter(base, tuned, alpha) if is_adapter(tuned) else _of_pair(base, tuned)
+    found = _of_adapter(base, tuned, alpha) if is_adapter(tuned) else linear_pairs(base, tuned)
     things, notes = found
     chosen = select(list(things), only, ())
     jobs = tuple(
@@ -268,7 +268,11 @@ def find_intruders(
     )
 
 
-def _of_pair(base: Path, tuned: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def linear_pairs(base: Path, tuned: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The linear layers of two checkpoints, one by one, and what is left out, in words.
+
+    Raises InputError, NothingMatches, DisagreementError, UnsupportedInput.
+    """
     ours, theirs = open_model(base), open_model(tuned)
     alignment = align(
         ours.checkpoint.tensors, theirs.checkpoint.tensors, ours.config, theirs.config
@@ -279,7 +283,7 @@ def _of_pair(base: Path, tuned: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     }
     if not weights:
         raise NothingMatches(
-            f"{tuned}: holds no linear layer", hint="intruder dimensions are of linear layers"
+            f"{tuned}: holds no linear layer", hint="directions are compared of linear layers"
         )
     for pair in weights.values():
         for side in (pair.base, pair.tuned):
@@ -361,7 +365,9 @@ def _directions(found: Examined) -> tuple[Direction, ...]:
 def _both(job: WeightJob) -> tuple[Tensor, Tensor, float] | None:
     """W0 and W as (out, in), float32, with ‖W − W0‖₂; None where they are equal, or W is zero."""
     if isinstance(job.of, Pair):
-        base, tuned = (_matrix(job, side) for side in (job.of.base, job.of.tuned))
+        base, tuned = (
+            pair_matrix(job.of, side, job.device) for side in (job.of.base, job.of.tuned)
+        )
         if torch.equal(base, tuned) or not bool(tuned.any()):
             return None
         value = resolve_spectrum(tuned - base, parse_rank_rule("1"), key=f"0:{job.name}:change")
@@ -375,18 +381,17 @@ def _both(job: WeightJob) -> tuple[Tensor, Tensor, float] | None:
     return base, tuned, float(values[0])
 
 
-def _matrix(job: WeightJob, side: Stored) -> Tensor:
-    """One side, read in blocks. Raises NonFiniteValues."""
-    assert isinstance(job.of, Pair)
+def pair_matrix(pair: Pair, side: Stored, device: torch.device) -> Tensor:
+    """One side of a linear layer as (out, in), float32, read in blocks. Raises NonFiniteValues."""
     rows, columns = side.shape[0], side.shape[1]
-    matrix = torch.empty(rows, columns, device=job.device)
+    matrix = torch.empty(rows, columns, device=device)
     read = RowReader(side, min(rows, _BLOCK_ROWS))
     for start in range(0, rows, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, rows)
-        matrix[start:stop] = read(start, stop).to(job.device)
+        matrix[start:stop] = read(start, stop).to(device)
     if not bool(torch.isfinite(matrix).all()):
-        raise NonFiniteValues(f"{job.name}: holds NaN or infinity in base or tuned")
-    return matrix.T.contiguous() if job.of.kind is ModuleKind.CONV1D else matrix
+        raise NonFiniteValues(f"{pair.name}: holds NaN or infinity in base or tuned")
+    return matrix.T.contiguous() if pair.kind is ModuleKind.CONV1D else matrix
 
 
 def parked_part(row: IntruderRow) -> LowRank:

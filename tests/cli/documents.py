@@ -132,6 +132,7 @@ def _commands(f: Path) -> Iterator[list[object]]:
     yield ["inspect", f / "a", f / "b"]
     yield ["inspect", f / "a", f / "b", "--level", "values"]
     yield ["inspect", f / "a", "--base", f / "base"]
+    yield ["inspect", f / "base", f / "tuned", "--amplification"]
     yield ["inspect", f / "zero", "--base", f / "zeros"]
     yield ["inspect", f / "a", "--base", f / "base", "--level", "values"]
     yield ["inspect", f / "zero", "--base", f / "zeros", "--level", "values"]

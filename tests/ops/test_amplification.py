@@ -191,3 +191,34 @@ def test_what_cannot_be_measured(tmp_path: Path) -> None:
     eight = weights | {f"{Q}.weight": torch.ones(8, 8).to(torch.float8_e4m3fn)}
     with pytest.raises(UnsupportedInput, match="F8_E4M3"):
         lt.inspect(adapter, base=write_checkpoint(tmp_path / "fp8", eight, LLAMA_CONFIG))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_pair(family: str, tmp_path: Path) -> None:
+    """A change with three equal singular values takes all of them to keep 90 %."""
+    name = f"{Q}.weight" if family == "llama" else "transformer.h.0.attn.c_attn.weight"
+    config = LLAMA_CONFIG if family == "llama" else GPT2_CONFIG
+    weights = llama_weights() if family == "llama" else gpt2_weights()
+    rows, columns = weights[name].shape
+    weights[name] = steep(rows, columns)
+    u = torch.linalg.qr(random_tensor(rows, 3, seed=5)).Q
+    v = torch.linalg.qr(random_tensor(columns, 3, seed=6)).Q
+    delta = 0.5 * u @ v.T
+    tuned = weights | {name: weights[name] + delta}
+    base = write_checkpoint(tmp_path / "base", weights, config)
+    other = write_checkpoint(tmp_path / "tuned", tuned, config)
+    report = lt.inspect(base, other, amplification=True)
+    assert isinstance(report, AmplificationReport)
+    assert report.of_pair
+    (row,) = report.to_json()["updates"]
+    assert row["name"] == name
+    turned = [x.T if family == "gpt2" else x for x in (weights[name], delta)]
+    wanted = expected(*turned, 3)
+    del wanted["inside_own_too"]
+    for key, value in wanted.items():
+        assert row[key] == pytest.approx(value, rel=1e-4), key
+    assert any("did not change" in note for note in report.notes)
+    with pytest.raises(UsageError, match="of a pair"):
+        lt.inspect(base, amplification=True)
+    out = invoke("inspect", base, other, "--amplification").out
+    assert "the change to tuned in base" in out
