@@ -56,7 +56,7 @@ def compare_command(
       loratool compare adapter-a/ adapter-b/
       loratool compare seed-*/ --include q_proj -v
     """
-    from loratool.api import compare
+    from loratool.api.look import compare
 
     pictures.check()
     result = compare(

@@ -25,7 +25,7 @@ from loratool.cli.tables import write_csv
 from loratool.errors import UsageError
 
 if TYPE_CHECKING:
-    from loratool.api import InspectReport
+    from loratool.api.look import InspectReport
     from loratool.ops.inspect import AdaptersReport
     from loratool.ops.intruders import IntruderReport
 
@@ -197,7 +197,7 @@ def inspect_command(
             "--dry-run": dry_run,
         }
     )
-    from loratool.api import inspect, inspect_adapters
+    from loratool.api.look import inspect, inspect_adapters
     from loratool.ops.inspect_cost import parse_ranks
     from loratool.ops.sources import is_adapter
 

@@ -76,7 +76,7 @@ def list_command(
       loratool list models/ more/ --kind adapter --sort date
       loratool list --only '*math*' --checksum --json
     """
-    from loratool.api import list_models
+    from loratool.api.look import list_models
 
     found = list_models(
         *paths, only=only, kind=kind, sort=sort, checksum=checksum, progress=out.progress()

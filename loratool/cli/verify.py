@@ -73,7 +73,7 @@ def verify_command(
       loratool verify merged/ --base base/ --adapter adapter/
       loratool verify adapter/ --base base/ --tuned tuned/
     """
-    from loratool.api import verify, verify_adapter
+    from loratool.api.look import verify, verify_adapter
 
     common = {"alpha": alpha, "device": device, "jobs": jobs, "progress": out.progress()}
     if tuned is not None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import loratool as lt
-from loratool import api
+from loratool.api import look
 from loratool.ops.compare_report import CompareReport
 from loratool.ops.inspect import AdaptersReport
 from loratool.ops.inspect_adapter import AdapterReport
@@ -60,7 +60,7 @@ def page(kind: str) -> Element:
 
 
 def test_every_report_of_inspect_and_compare_has_a_page() -> None:
-    reports = {*get_args(api.InspectReport), AdaptersReport, CompareReport, IntruderReport}
+    reports = {*get_args(look.InspectReport), AdaptersReport, CompareReport, IntruderReport}
     assert reports == set(VIEWS) == set(get_args(Viewable))
     assert {type(report(kind)) for kind in MADE} == reports
 
