@@ -39,6 +39,8 @@ _LEAST_ROWS = 64
 
 _CHECKED = 16
 _AGREEMENT = 1e-7
+_SMALL = 1e-3
+"""Missed less than this share of an update, its float32 rounding might be seen in a millionth."""
 
 COMFORTABLE = 1e8
 """Norms within this factor of one: their fourth powers stay well inside float32's range."""
@@ -275,7 +277,8 @@ def residual_norm(d: Tensor, update: LowRank) -> float:
     Squares and their sum are in float64; so is the product, of the first block of rows and of
     every sixteenth. In between it is in float32, as long as the two agree to 10⁻⁷ on the blocks
     that have both: where rounding is no longer small beside what is missed, or not independent of
-    it, they do not, and all is done in float64.
+    it, they do not, and all is done in float64. So it is where little is missed of a large update,
+    since the blocks looked at may not be those whose rounding counts.
     """
     rows, columns = d.shape
     step = max(_LEAST_ROWS, block_rows(columns) // 4)
@@ -287,9 +290,12 @@ def residual_norm(d: Tensor, update: LowRank) -> float:
             continue
         energy = exact.energy(start)
         if rows > step and not abs(single.energy(start) - energy) <= _AGREEMENT * energy:
-            return math.sqrt(math.fsum(exact.energy(start) for start in range(0, rows, step)))
+            break
         total += energy
-    return math.sqrt(total)
+    else:
+        if total >= _SMALL**2 * exact.update_energy:
+            return math.sqrt(total)
+    return math.sqrt(math.fsum(exact.energy(start) for start in range(0, rows, step)))
 
 
 class _Missed:
@@ -300,6 +306,11 @@ class _Missed:
         self._b, self._a = update.b.to(dtype), (update.a.double() * update.scale).to(dtype)
         self._buffer = torch.empty(min(step, len(d)), d.shape[1], dtype=dtype, device=d.device)
         self._squares = SquareSum(d.device)
+
+    @property
+    def update_energy(self) -> float:
+        """‖s·B·A‖², through the Gram matrices of the factors."""
+        return float(((self._b.T @ self._b) * (self._a @ self._a.T)).sum())
 
     def energy(self, start: int) -> float:
         """Of ``step`` rows from ``start`` on."""

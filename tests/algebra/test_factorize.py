@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from loratool.algebra.blocks import all_finite, sum_of_squares
 from loratool.algebra.factorize import factorize, leading_triplets, residual_norm, resolve_spectrum
+from loratool.algebra.lowrank import LowRank
 from loratool.algebra.random import gaussian
 from loratool.algebra.ranks import parse_rank_rule
 
@@ -76,6 +77,18 @@ def test_exact_flag_forbids_the_sketch() -> None:
     factors = factorize(d, parse_rank_rule("8"), key="t", exact=True)
     assert factors.method.startswith("exact")
     assert residual_norm(d, factors.low_rank()) == pytest.approx(optimum(d, 8), rel=1e-6)
+
+
+def test_rounding_is_not_stated_as_missed_where_few_rows_changed() -> None:
+    """The blocks on which products are compared hold nothing here; the others hold a LoRA."""
+    generator = torch.Generator().manual_seed(0)
+    b = torch.zeros(1500, 64)
+    b[600:] = torch.randn(900, 64, generator=generator)
+    value = LowRank(b, torch.randn(64, 256, generator=generator), 1 / 3)
+    exact = value.scale * (value.b.double() @ value.a.double())
+    d = exact.float()
+    true = float((d.double() - exact).norm())
+    assert residual_norm(d, value) == pytest.approx(true, rel=1e-6)
 
 
 def test_full_rank_gives_the_matrix_back() -> None:
