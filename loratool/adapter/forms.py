@@ -20,7 +20,7 @@ from loratool.adapter.updates import (
     LowRankUpdate,
     TensorProduct,
 )
-from loratool.storage.dtypes import BY_NAME, DType
+from loratool.storage.dtypes import F64, DType
 
 Structured = HadamardUpdate | KroneckerUpdate
 
@@ -58,7 +58,7 @@ class FormFactor:
 
     @property
     def dtype(self) -> DType:
-        return BY_NAME["F64"]
+        return F64
 
     def read(self) -> Tensor:
         one, two = (_sides(p)[self.side] for p in (self.update.first, self.update.second))

@@ -80,7 +80,7 @@ class MatrixProduct:
 
     @property
     def T(self) -> MatrixProduct:  # noqa: N802
-        return MatrixProduct(self.a.T, self.b.T)
+        return type(self)(self.a.T, self.b.T)
 
     def block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         b = self.b[rows]
@@ -97,23 +97,8 @@ def matrix_product(b: Tensor, a: Tensor) -> MatrixProduct:
     return MatrixProduct(checked(b).double(), checked(a).double())
 
 
-@dataclass(frozen=True)
-class WideProduct:
+class WideProduct(MatrixProduct):
     """The same with factors of up to 48 bits: products of two stored values."""
-
-    b: Tensor
-    a: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.b.shape[0], self.a.shape[1]
-
-    @property
-    def T(self) -> WideProduct:  # noqa: N802
-        return WideProduct(self.a.T, self.b.T)
-
-    def block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return MatrixProduct(self.b, self.a).block(rows)
 
     def exact(self, rows: Tensor, columns: Tensor) -> np.ndarray:
         return np.concatenate(two_product(self.b[rows].T.numpy(), self.a[:, columns].numpy()))

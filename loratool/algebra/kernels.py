@@ -86,9 +86,8 @@ def _machine_code() -> Any:
     module.verify()
     options = llvm.PipelineTuningOptions(speed_level=3)
     options.loop_vectorization = True
-    llvm.create_pass_builder(machine, options).getModulePassManager().run(
-        module, llvm.create_pass_builder(machine, options)
-    )
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     address, sizes = ctypes.c_void_p, ctypes.c_int64

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, size_text
+from loratool.cli.output import Output
 from loratool.cli.updates import show_updates
 from loratool.combining.method import Method, Parameter
 from loratool.combining.registry import DEFAULT, METHODS, parameters
 from loratool.errors import UsageError
+from loratool.report.text import size_text
 
 if TYPE_CHECKING:
     from loratool.engine import Engine

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, percent, spark
+from loratool.cli.output import Output, spark
 from loratool.cli.pictures import Pictures, picture_options
 from loratool.report.page import letter
+from loratool.report.text import percent
 
 if TYPE_CHECKING:
     from loratool.ops.compare_report import CompareReport, ModuleRow, PairTotals, PhiGrid

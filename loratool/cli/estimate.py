@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, percent, size_text
+from loratool.cli.output import Output
+from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
     from loratool.ops.estimate import EstimateReport

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, fitting, percent, size_text
+from loratool.cli.output import Output, fitting
 from loratool.errors import UsageError
+from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
     from loratool.engine import Engine

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from loratool.cli.output import Output, percent
+from loratool.cli.output import Output
+from loratool.report.text import percent
 
 _SHADES = "·░▒▓█"
 _ASCII_SHADES = ".-=*#"

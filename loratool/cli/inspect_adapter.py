@@ -6,9 +6,10 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from loratool.cli.inspect_values import show_values
-from loratool.cli.output import Output, fitting, size_text, span, spark
+from loratool.cli.output import Output, fitting, span, spark
 from loratool.cli.spectra import SHARES, known_ranks, show_sizes
 from loratool.cli.tables import Sorts, in_order
+from loratool.report.text import size_text
 
 if TYPE_CHECKING:
     from loratool.ops.inspect import AdapterReport

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool.cli.output import Output, fitting, size_text, span
+from loratool.cli.output import Output, fitting, span
 from loratool.cli.tables import Sorts, in_order
+from loratool.report.text import size_text
 
 if TYPE_CHECKING:
     from loratool.ops.inspect import AdapterReport, AdaptersReport

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool.cli.output import Output, counted, fitting, size_text
+from loratool.cli.output import Output, counted, fitting
+from loratool.report.text import size_text
 
 if TYPE_CHECKING:
     from loratool.ops.inspect_cost import Costs

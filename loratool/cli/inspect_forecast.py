@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from loratool.cli.output import Output, fitting, percent, span
+from loratool.cli.output import Output, fitting, span
 from loratool.cli.tables import Sorts, in_order
+from loratool.report.text import percent
 
 if TYPE_CHECKING:
     from loratool.ops.inspect_forecast import ForecastReport, ForecastRow

@@ -6,10 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratool.cli.output import Output, counted, fitting, percent, size_text, span
+from loratool.cli.output import Output, counted, fitting, span
 from loratool.cli.tables import Sorts, in_order
 from loratool.errors import UsageError
 from loratool.provenance import document
+from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
     from loratool.ops.intruders import IntruderReport, IntruderRow

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, counted, size_text, span
+from loratool.cli.output import Output, counted, span
 from loratool.cli.tables import write_csv
+from loratool.report.text import size_text
 
 if TYPE_CHECKING:
     from loratool.ops.catalogue import CatalogueReport

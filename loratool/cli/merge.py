@@ -16,8 +16,9 @@ from loratool.cli.merge_output import (
     show_rest,
     shown_as_json,
 )
-from loratool.cli.output import Output, size_text
+from loratool.cli.output import Output
 from loratool.errors import UsageError
+from loratool.report.text import size_text
 
 if TYPE_CHECKING:
     from loratool.engine import Engine

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.cli.output import Output, percent, size_text
+from loratool.cli.output import Output
 from loratool.provenance import document
+from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
     from loratool.ops.merge_inputs import Merging

@@ -280,25 +280,6 @@ def counted(count: int, what: str, plural: str | None = None) -> str:
     return f"{count:,} {what if count == 1 else plural or what + 's'}"
 
 
-def size_text(nbytes: int) -> str:
-    """1536 → '1.5 KiB'."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
-def percent(share: float | None) -> str:
-    """0.1234 → '12.34 %'; tiny shares keep two digits."""
-    if share is None:
-        return ""
-    if share != 0 and abs(share) < 1e-4:
-        return f"{share * 100:.1e} %"
-    return f"{share * 100:.2f} %"
-
-
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-:=+*#"
 

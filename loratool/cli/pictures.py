@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.options import PATH, Command
-from loratool.cli.output import Output, size_text
+from loratool.cli.output import Output
 from loratool.errors import UsageError
+from loratool.report.text import size_text
 
 if TYPE_CHECKING:
     from loratool.ops.pictures import Picture

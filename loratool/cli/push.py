@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, printable, size_text
+from loratool.cli.output import Output, printable
+from loratool.report.text import size_text
 
 if TYPE_CHECKING:
     from loratool.ops.push import PushPlan, PushReport

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from loratool.cli.output import Output, size_text, span
+from loratool.cli.output import Output, span
+from loratool.report.text import size_text
 
 SHARES = (0.9, 0.95, 0.99)
 

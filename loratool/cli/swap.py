@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, size_text
+from loratool.cli.output import Output
+from loratool.report.text import size_text
 
 
 @click.command("swap")

@@ -6,7 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.cli.output import Output, fitting, percent, size_text
+from loratool.cli.output import Output, fitting
+from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
     from loratool.ops.combine_report import UpdateRow, UpdatesReport

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, percent
+from loratool.cli.output import Output
 from loratool.errors import UsageError
+from loratool.report.text import percent
 
 if TYPE_CHECKING:
     from loratool.ops.verify_claim import ClaimReport

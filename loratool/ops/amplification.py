@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,10 @@ from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, place
 from loratool.ops.sources import measurable, open_adapter, open_model
 from loratool.provenance import document
-from loratool.storage.dtypes import BY_NAME
+from loratool.storage.dtypes import FLOATS
 from loratool.storage.tensors import TensorInfo
 
 SCHEMA_VERSION = 1
-_FLOATS = [BY_NAME[name] for name in ("F64", "F32", "F16", "BF16")]
 
 
 @dataclass(frozen=True)
@@ -139,18 +138,17 @@ def amplification(
     tensors = model.checkpoint.tensors
     placement = place([(value, 1.0)], tensors, model.config)
     chosen = select(list(placement.updates), only, ())
-    jobs = []
-    placed_updates = {n: placed for n, placed in placement.updates.items() if n in chosen}
-    for name, together in placed_updates.items():
-        for placed in together:
-            if isinstance(placed.update, LowRankUpdate):
-                label = name if len(together) == 1 else f"{name} ({placed.source})"
-                jobs.append(_Job(placed, label, measurable(tensors[name], _FLOATS), target))
+    looked_at = labelled({n: placed for n, placed in placement.updates.items() if n in chosen})
+    jobs = [
+        _Job(placed, label, measurable(tensors[name], FLOATS), target)
+        for label, name, placed in looked_at
+        if isinstance(placed.update, LowRankUpdate)
+    ]
     if not jobs:
         raise NothingMatches(
             f"{adapter}: holds no low-rank update", hint="other kinds have no directions to compare"
         )
-    others = sum(len(together) for together in placed_updates.values()) - len(jobs)
+    others = len(looked_at) - len(jobs)
     left_out = f"{others} updates that are not low-rank are left out"
     rows = (engine or Engine()).map(
         _measure,
@@ -199,6 +197,17 @@ def measured(name: str, weight: Tensor, value: LowRank) -> AmplificationRow:
         phi_left=left,
         phi_right=right,
     )
+
+
+def labelled(
+    updates: Mapping[str, Sequence[PlacedUpdate]],
+) -> list[tuple[str, str, PlacedUpdate]]:
+    """Every update with a label of its own and its tensor: (label, tensor, update)."""
+    return [
+        (name if len(together) == 1 else f"{name} ({placed.source})", name, placed)
+        for name, together in updates.items()
+        for placed in together
+    ]
 
 
 def on_weight(

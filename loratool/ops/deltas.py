@@ -73,12 +73,12 @@ def measure_delta(pair: Pair, device: torch.device) -> Delta | None:
         return read_delta(pair, device)
     _, columns = matrix_shape(pair.base.shape)
     nothing = torch.empty(0, columns, device=device)
-    block = torch.empty(_block_rows(pair), columns, device=device)
+    block = torch.empty(_block_rows(pair.base), columns, device=device)
     return _compared(pair, device, nothing, lambda start, stop: block[: stop - start])
 
 
-def _block_rows(pair: Pair) -> int:
-    rows, columns = matrix_shape(pair.base.shape)
+def _block_rows(tensor: LazyTensor) -> int:
+    rows, columns = matrix_shape(tensor.shape)
     return max(1, min(rows, _BLOCK_ELEMENTS // max(1, columns)))
 
 
@@ -87,7 +87,7 @@ def _compared(
 ) -> Delta | None:
     """The change with ``matrix`` for its own; ``target`` is where D's rows start:stop are put."""
     rows, columns = matrix_shape(pair.base.shape)
-    step = _block_rows(pair)
+    step = _block_rows(pair.base)
     read_base, read_tuned = (_reader(side, step, device) for side in (pair.base, pair.tuned))
     single = torch.empty(step, columns, device=device)
     squares = SquareSum(device)
@@ -133,6 +133,18 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
+
+
+def read_matrix(tensor: LazyTensor, device: torch.device) -> Tensor:
+    """A whole tensor as ``matrix_shape`` has it, float32, read in blocks of rows."""
+    rows, columns = matrix_shape(tensor.shape)
+    matrix = large_matrix(rows, columns, torch.float32, device)
+    step = _block_rows(tensor)
+    read = _reader(tensor, step, device)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        matrix[start:stop] = read(start, stop)
+    return matrix
 
 
 def _reader(

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loratool.adapter import ModuleKind
-from loratool.algebra.blocks import large_matrix
+from loratool.algebra.blocks import all_finite
 from loratool.algebra.factorize import resolve_spectrum
 from loratool.algebra.ranks import RankRule, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
@@ -20,15 +19,11 @@ from loratool.layouts.config import ModelConfig
 from loratool.layouts.experts import by_expert
 from loratool.layouts.families import layer_of
 from loratool.layouts.kinds import classify
-from loratool.ops.deltas import matrix_shape
+from loratool.ops.deltas import matrix_shape, read_matrix
 from loratool.ops.extract_treatments import LOW_RANK_KINDS
 from loratool.ops.spectra import SPECTRUM_VALUES, rank_for, ranks_by_share, shape_figures
-from loratool.storage.dtypes import BY_NAME
-from loratool.storage.row_reader import RowReader
+from loratool.storage.dtypes import FLOATS
 from loratool.storage.tensors import LazyTensor, TensorInfo
-
-_FLOATS = [BY_NAME[name] for name in ("F64", "F32", "F16", "BF16")]
-_BLOCK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ def weight_spectra(
     for name, tensor in matrices.items():
         if kinds[name] not in (*LOW_RANK_KINDS, ModuleKind.CONV) or len(tensor.shape) < 2:
             continue
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise UnsupportedInput(
                 f"{name}: is {tensor.dtype.name}; only weights of 16, 32 or 64 bits are measured",
                 hint="name the checkpoint that it was quantised from, or leave it out with --only",
@@ -114,22 +109,10 @@ def weight_spectra(
 
 
 def _resolve(job: _Job) -> WeightRow:
-    spectrum = resolve_spectrum(_matrix(job), job.rule, key=f"0:{job.name}", exact=job.exact)
+    matrix = read_matrix(job.tensor, job.device)
+    if not all_finite(matrix):
+        raise NonFiniteValues(
+            f"{job.name}: holds NaN or infinity", hint="inspect --level values counts them"
+        )
+    spectrum = resolve_spectrum(matrix, job.rule, key=f"0:{job.name}", exact=job.exact)
     return WeightRow(job.name, str(job.kind), job.tensor.shape, spectrum)
-
-
-def _matrix(job: _Job) -> Tensor:
-    """In float32, read in blocks. Raises NonFiniteValues."""
-    rows, columns = matrix_shape(job.tensor.shape)
-    matrix = large_matrix(rows, columns, torch.float32, job.device)
-    step = max(1, min(rows, _BLOCK_ELEMENTS // max(1, columns)))
-    read = RowReader(job.tensor, step)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        block = read(start, stop).reshape(stop - start, columns).to(job.device)
-        if not bool(torch.isfinite(block).all()):
-            raise NonFiniteValues(
-                f"{job.name}: holds NaN or infinity", hint="inspect --level values counts them"
-            )
-        matrix[start:stop] = block
-    return matrix

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import LowRankUpdate, ModuleKind
-from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.blocks import all_finite, sum_of_squares
 from loratool.algebra.factorize import resolve_spectrum
 from loratool.algebra.intruders import Examined, examine
 from loratool.algebra.lowrank import LowRank
@@ -22,13 +22,13 @@ from loratool.errors import NonFiniteValues, NothingMatches, UsageError
 from loratool.layouts.pairs import Pair, align
 from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, place
-from loratool.ops.amplification import on_weight
+from loratool.ops.amplification import labelled, on_weight
+from loratool.ops.deltas import read_matrix
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.sources import is_adapter, measurable, open_adapter, open_model
 from loratool.ops.stacks import is_indexed
 from loratool.provenance import document
-from loratool.storage.dtypes import BY_NAME
-from loratool.storage.row_reader import RowReader
+from loratool.storage.dtypes import FLOATS
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.views import Stored
 from loratool.storage.writing import park
@@ -36,9 +36,7 @@ from loratool.storage.writing import park
 TOP, EPSILON = 10, 0.5
 """What the paper examines of each matrix, and its threshold."""
 
-_FLOATS = [BY_NAME[name] for name in ("F64", "F32", "F16", "BF16")]
 _KINDS = (ModuleKind.LINEAR, ModuleKind.CONV1D)
-_BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -288,7 +286,7 @@ def linear_pairs(base: Path, tuned: Path) -> tuple[dict[str, Any], tuple[str, ..
     for pair in weights.values():
         for side in (pair.base, pair.tuned):
             if isinstance(side, TensorInfo):
-                measurable(side, _FLOATS)
+                measurable(side, FLOATS)
     others = sum(len(pair.base.shape) > 1 for pair in alignment.pairs) - len(weights)
     left_out = f"{others} matrices that are no linear layers of their own are left out"
     return dict(weights), (*alignment.notes, *([left_out] if others else []))
@@ -302,14 +300,12 @@ def _of_adapter(
     placement = place([(value, 1.0)], tensors, model.config)
     weights: dict[str, Any] = {}
     others = 0
-    for name, together in placement.updates.items():
-        for placed in together:
-            update = placed.update
-            if isinstance(update, LowRankUpdate) and _is_of_a_layer(placed, update):
-                label = name if len(together) == 1 else f"{name} ({placed.source})"
-                weights[label] = (placed, measurable(tensors[name], _FLOATS))
-            else:
-                others += 1
+    for label, name, placed in labelled(placement.updates):
+        update = placed.update
+        if isinstance(update, LowRankUpdate) and _is_of_a_layer(placed, update):
+            weights[label] = (placed, measurable(tensors[name], FLOATS))
+        else:
+            others += 1
     if not weights:
         raise NothingMatches(
             f"{adapter}: holds no low-rank update of a layer",
@@ -383,13 +379,8 @@ def _both(job: WeightJob) -> tuple[Tensor, Tensor, float] | None:
 
 def pair_matrix(pair: Pair, side: Stored, device: torch.device) -> Tensor:
     """One side of a linear layer as (out, in), float32, read in blocks. Raises NonFiniteValues."""
-    rows, columns = side.shape[0], side.shape[1]
-    matrix = torch.empty(rows, columns, device=device)
-    read = RowReader(side, min(rows, _BLOCK_ROWS))
-    for start in range(0, rows, _BLOCK_ROWS):
-        stop = min(start + _BLOCK_ROWS, rows)
-        matrix[start:stop] = read(start, stop).to(device)
-    if not bool(torch.isfinite(matrix).all()):
+    matrix = read_matrix(side, device)
+    if not all_finite(matrix):
         raise NonFiniteValues(f"{pair.name}: holds NaN or infinity in base or tuned")
     return matrix.T.contiguous() if pair.kind is ModuleKind.CONV1D else matrix
 

@@ -165,6 +165,25 @@ def run_mitigate(
         )
 
 
+@dataclass
+class _Storing:
+    """Rounds values to what is stored, and sums what that misses: ‖rounding‖², of ‖exact‖²."""
+
+    missed: float = 0.0
+    total: float = 0.0
+
+    def stored(self, name: str, exact: LowRank) -> LowRank:
+        value = stored_value(name, exact, F32)
+        self.missed += rounding(exact, value).norm() ** 2
+        self.total += exact.norm() ** 2
+        return value
+
+    @property
+    def error(self) -> float:
+        """As a share of the values' norm."""
+        return math.sqrt(self.missed / self.total) if self.total else 0.0
+
+
 def _weakened(plan: MitigatePlan, row: IntruderRow) -> LowRank:
     """(λ − 1)·Σ σ·u·vᵀ."""
     part = parked_part(row)
@@ -178,21 +197,18 @@ def _write_changes(
     factors miss, as a share of the changes' norm."""
     updates: dict[str, Update] = {}
     kinds = set()
-    missed = total = 0.0
+    storing = _Storing()
     for job in plan.looking.jobs:
         if (row := rows.get(job.name)) is None:
             continue
         assert isinstance(job.of, Pair)
         kinds.add(job.of.kind)
-        exact = _weakened(plan, row)
-        stored = stored_value(job.name, exact, F32)
-        missed += rounding(exact, stored).norm() ** 2
-        total += exact.norm() ** 2
+        stored = storing.stored(job.name, _weakened(plan, row))
         parked = scratch / f"change-{job.index}.raw"
         updates[job.name] = park_factors(parked, stored, (), is_embedding=False)
     adapter = Adapter(updates, peft.NAME, fan_in_fan_out=ModuleKind.CONV1D in kinds)
     write_adapter(folder, adapter, {})
-    return math.sqrt(missed / total)
+    return storing.error
 
 
 def _write_adapter(
@@ -206,7 +222,7 @@ def _write_adapter(
             assert not isinstance(job.of, Pair)
             placed = job.of[0]
             changes.setdefault(placed.source, []).append((placed, _weakened(plan, row)))
-    missed = total = 0.0
+    storing = _Storing()
     with staged(plan.output) as staging:
         updates: dict[str, Update] = {}
         for index, (name, update) in enumerate(adapter.updates.items()):
@@ -218,17 +234,9 @@ def _write_adapter(
             exact = value
             for placed, change in changes[name]:
                 exact = _beside(name, exact, placed, change)
-            stored = stored_value(name, exact, F32)
-            missed += rounding(exact, stored).norm() ** 2
-            total += exact.norm() ** 2
+            stored = storing.stored(name, exact)
             updates[name] = park_update(staging.scratch / f"{index}.raw", stored, update)
-        written = Mitigated(
-            plan.output.name,
-            "adapter",
-            plan.factor,
-            len(changes),
-            math.sqrt(missed / total) if total else 0.0,
-        )
+        written = Mitigated(plan.output.name, "adapter", plan.factor, len(changes), storing.error)
         report = replace(report, mitigated=written)
         mitigated = replace(adapter, updates=updates, format=peft.NAME)
         write_adapter(staging.out, mitigated, report.to_json())

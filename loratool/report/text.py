@@ -40,9 +40,9 @@ def cell_text(value: Cell, unit: Unit) -> str:
     if not math.isfinite(value):
         return str(value)
     if unit is Unit.SHARE:
-        return share(value)
+        return percent(value)
     if unit is Unit.BYTES:
-        return size(value)
+        return size_text(value)
     if unit is Unit.COUNT:
         return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
     if unit is Unit.SIGNED:
@@ -57,13 +57,14 @@ def number(value: float) -> str:
     return f"{value:.4g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.2e}"
 
 
-def share(value: float) -> str:
-    """0.1234 → '12.34 %'; tiny shares keep two digits."""
-    percent = 100 * value
-    return f"{percent:.1e} %" if value != 0 and abs(value) < 1e-4 else f"{percent:.2f} %"
+def percent(share: float | None) -> str:
+    """0.1234 → '12.34 %'; tiny shares keep two digits, unknown ones are empty."""
+    if share is None:
+        return ""
+    return f"{100 * share:.1e} %" if share != 0 and abs(share) < 1e-4 else f"{100 * share:.2f} %"
 
 
-def size(nbytes: float) -> str:
+def size_text(nbytes: float) -> str:
     """1536 → '1.5 KiB'."""
     value = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):

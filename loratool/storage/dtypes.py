@@ -52,9 +52,11 @@ _TABLE = [
 BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_TORCH = {dtype.torch: dtype for dtype in _TABLE if dtype.torch is not None}
 
+F64 = BY_NAME["F64"]
 F32 = BY_NAME["F32"]
 F16 = BY_NAME["F16"]
 BF16 = BY_NAME["BF16"]
+FLOATS = (F64, F32, F16, BF16)
 
 USER_NAMES = {
     "float32": BY_NAME["F32"],

@@ -23,7 +23,7 @@ from loratool.ops.inspect_adapter import AdapterReport
 from loratool.ops.intruders import IntruderReport
 from loratool.ops.views.registry import VIEWS, Viewable, page_of
 from loratool.report.html import render_page
-from loratool.report.text import embedded, plain, size
+from loratool.report.text import embedded, plain, size_text
 from tests.ops.builders import LLAMA, llama_like, save_folder
 from tests.report.reading import Element, data_of, read, table_of
 from tests.report.reports import MADE, report, rows_of, update
@@ -195,7 +195,7 @@ def test_costs_stand_in_the_overview(tmp_path: Path) -> None:
     stated = costly.to_json()["cost"]["ranks"]
     assert [line[0] for line in cells] == ["2", "8"]
     assert [line[1] for line in cells] == [f"{row['parameters']:,}" for row in stated]
-    assert [line[2] for line in cells] == [size(row["adapter_bytes"]) for row in stated]
+    assert [line[2] for line in cells] == [size_text(row["adapter_bytes"]) for row in stated]
     assert [line[7] for line in cells] == [f"~{row['extract']['seconds']:.2g} s" for row in stated]
 
 

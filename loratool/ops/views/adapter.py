@@ -8,7 +8,7 @@ from loratool.ops.inspect_level import Level
 from loratool.ops.views.spectra import SPECTRUM_COLUMNS, sizes_table, spectrum_cells
 from loratool.ops.views.values import VALUE_COLUMNS, equal_lists, value_cells, value_statements
 from loratool.report.page import Cell, Column, Curve, CurveKind, NameList, Page, Row, Unit
-from loratool.report.text import number, size
+from loratool.report.text import number, size_text
 
 SPECTRA = CurveKind(
     "Singular values of the update", "singular value", "rank", explorable=True, across=True
@@ -78,7 +78,7 @@ def adapter_facts(report: AdapterReport) -> tuple[tuple[str, str], ...]:
         ("rank", ranks_of(report)),
         *((("‖ΔW‖ of all", number(norm)),) if norm is not None else ()),
         ("values", f"{report.parameters:,}"),
-        ("size", size(report.nbytes)),
+        ("size", size_text(report.nbytes)),
         ("level", str(report.level)),
     )
 

@@ -14,7 +14,7 @@ from loratool.ops.views.adapter import (
     row_word,
 )
 from loratool.report.page import Group, Page, SmallTable, letter
-from loratool.report.text import number, size
+from loratool.report.text import number, size_text
 
 
 def adapters_page(report: AdaptersReport) -> Page:
@@ -34,7 +34,7 @@ def adapters_page(report: AdaptersReport) -> Page:
                 ranks_of(one),
                 "" if norm is None else number(norm),
                 f"{one.parameters:,}",
-                size(one.nbytes),
+                size_text(one.nbytes),
             )
         )
     columns = ("", "adapter", "format", "base", "updates", "other", "rank", "‖ΔW‖", "values")

@@ -10,7 +10,7 @@ from loratool.ops.views.costs import cost_table
 from loratool.ops.views.spectra import SPECTRUM_COLUMNS, spectrum_cells
 from loratool.ops.views.values import VALUE_COLUMNS, equal_lists, value_cells, value_statements
 from loratool.report.page import Column, Curve, CurveKind, Page, Row, SmallTable, Unit
-from loratool.report.text import size
+from loratool.report.text import size_text
 
 _WEIGHTS = (
     Column("norm", "‖W‖", Unit.NUMBER, "Frobenius norm", mapped=True),
@@ -42,7 +42,7 @@ def checkpoint_page(report: CheckpointReport) -> Page:
             ", ".join(row.dtypes),
             f"{row.tensors:,}",
             f"{row.parameters:,}",
-            size(row.nbytes),
+            size_text(row.nbytes),
         )
         for row in report.kinds
     )
@@ -52,7 +52,7 @@ def checkpoint_page(report: CheckpointReport) -> Page:
         facts=(
             ("architecture", report.architecture or "not recorded"),
             ("parameters", f"{report.parameters:,}"),
-            ("size", size(report.nbytes)),
+            ("size", size_text(report.nbytes)),
             ("tensors", f"{len(report.tensors):,}"),
             ("files", f"{report.files:,}"),
             ("level", str(report.level)),

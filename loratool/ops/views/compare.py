@@ -16,7 +16,7 @@ from loratool.report.page import (
     Unit,
     letter,
 )
-from loratool.report.text import number, share
+from loratool.report.text import number, percent
 
 _COLUMNS = (
     Column("cosine", "cosine", Unit.SIGNED, "⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖‖ΔW₂‖)", mapped=True),
@@ -91,10 +91,6 @@ def _letters(pair: tuple[int, int]) -> str:
     return " ".join(map(letter, pair))
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else share(value)
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else number(value)
 
@@ -110,8 +106,8 @@ def _adapters(report: CompareReport) -> SmallTable:
                 adapter.format,
                 f"{adapter.modules:,}",
                 number(adapter.norm),
-                _share(report.linear[position]),
-                _share(report.ties(position)),
+                percent(report.linear[position]),
+                percent(report.ties(position)),
             )
             for position, adapter in enumerate(report.adapters)
         ),
@@ -135,9 +131,9 @@ def _pairs(report: CompareReport) -> SmallTable:
                 _number(pair.phi_left_chance),
                 _number(pair.phi_right_whole),
                 _number(pair.phi_right_chance),
-                _share(pair.common[0]),
-                _share(pair.common[1]),
-                _share(pair.sign_agreement),
+                percent(pair.common[0]),
+                percent(pair.common[1]),
+                percent(pair.sign_agreement),
                 str(pair.start.start) if pair.start else "not compared",
             )
             for pair in report.pairs

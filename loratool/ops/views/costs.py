@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loratool.ops.inspect_cost import Costs
 from loratool.report.page import SmallTable
-from loratool.report.text import size
+from loratool.report.text import size_text
 
 _COLUMNS = (
     *("rank", "parameters", "adapter", "merge", "merge reads", "merge writes", "merge memory"),
@@ -22,14 +22,14 @@ def cost_table(costs: Costs) -> SmallTable:
             (
                 str(row.rank),
                 f"{row.parameters:,}",
-                size(row.adapter_bytes),
+                size_text(row.adapter_bytes),
                 f"~{row.merge.seconds:.2g} s",
-                size(row.merge.read_bytes),
-                size(row.merge.written_bytes),
-                size(row.merge.peak_bytes),
+                size_text(row.merge.read_bytes),
+                size_text(row.merge.written_bytes),
+                size_text(row.merge.peak_bytes),
                 f"~{row.extract.seconds:.2g} s",
-                size(row.extract.read_bytes),
-                size(row.extract.peak_bytes),
+                size_text(row.extract.read_bytes),
+                size_text(row.extract.peak_bytes),
             )
             for row in costs.rows
         ),

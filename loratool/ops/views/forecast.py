@@ -5,7 +5,7 @@ from __future__ import annotations
 from loratool.layouts.families import family_of, layer_of
 from loratool.ops.inspect_forecast import OUTPUTS, ForecastReport, ForecastRow
 from loratool.report.page import Column, Page, Row, Unit
-from loratool.report.text import share
+from loratool.report.text import percent
 
 _COLUMNS = (
     *(
@@ -36,7 +36,7 @@ def forecast_page(report: ForecastReport) -> Page:
         kind="What a merge would lose to rounding",
         title=f"{report.adapter} merged into {report.base}",
         facts=(
-            *((label, "" if value is None else share(value)) for label, value in lost),
+            *((label, percent(value)) for label, value in lost),
             ("weights added to", f"{len(report.rows):,}"),
             ("computed on", report.device),
         ),

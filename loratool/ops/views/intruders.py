@@ -5,7 +5,7 @@ from __future__ import annotations
 from loratool.layouts.families import family_of, layer_of
 from loratool.ops.intruders import IntruderReport, IntruderRow
 from loratool.report.page import Cell, Column, Curve, CurveKind, Page, Row, Unit
-from loratool.report.text import share
+from loratool.report.text import percent
 
 _COLUMNS = (
     Column("intruders", "intruders", Unit.COUNT, "strong directions that the base lacks", True),
@@ -45,7 +45,7 @@ def intruders_page(report: IntruderReport) -> Page:
         row_word="weight",
         statements=(
             f"written to {written.output}, a {written.kind}: the intruders of {written.tensors:,} "
-            f"weights at {written.factor:g} of their size, error {share(written.error)}",
+            f"weights at {written.factor:g} of their size, error {percent(written.error)}",
         )
         if written
         else (),

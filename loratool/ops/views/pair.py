@@ -17,7 +17,7 @@ from loratool.report.page import (
     Row,
     Unit,
 )
-from loratool.report.text import number, share
+from loratool.report.text import number, percent
 
 _CHANGE = (
     Column("change", "change", Unit.SHARE, "‖W − W0‖ / ‖W0‖", mapped=True),
@@ -71,7 +71,7 @@ def _facts(report: PairReport) -> tuple[tuple[str, str], ...]:
     total = len(report.rows) + len(report.unchanged)
     return (
         ("tensors changed", f"{len(report.rows):,} of {total:,}"),
-        ("change, of their norm", share(report.energy**0.5 / base) if base else "from 0"),
+        ("change, of their norm", percent(report.energy**0.5 / base) if base else "from 0"),
         ("‖W − W0‖", number(report.energy**0.5)),
         ("with a spectrum", f"{len(report.matrices):,}"),
         ("level", str(report.level)),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from loratool.algebra.spectrum import Spectrum
 from loratool.ops.spectra import SHARES, rank_for, shape_figures
 from loratool.report.page import Cell, Column, SmallTable, Unit
-from loratool.report.text import size
+from loratool.report.text import size_text
 
 SPECTRUM_COLUMNS = (
     *(
@@ -43,6 +43,6 @@ def sizes_table(
         if unknown := len(spectra) - len(ranks):
             found.append(f"{unknown:,} of {len(spectra):,} beyond those resolved")
         least = "at least " if beyond else ""
-        lines.append((f"{100 * share:.0f} %", least + size(nbytes), "; ".join(found)))
+        lines.append((f"{100 * share:.0f} %", least + size_text(nbytes), "; ".join(found)))
     title = "An adapter that keeps this share of each matrix's energy"
     return (SmallTable(title, ("share", "size", "ranks"), tuple(lines)),)
