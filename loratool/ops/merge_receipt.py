@@ -17,6 +17,7 @@ from loratool.errors import OutputError
 from loratool.layouts.placing import PlacedUpdate
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.merge_inputs import Merging
+from loratool.ops.merge_layout import lay_out
 from loratool.ops.merge_sides import side_files_of
 from loratool.ops.restoring import (
     Recorder,
@@ -229,13 +230,14 @@ def leave_receipt(
         progress=progress,
         what="hashing what was added",
     )
+    files, index = _files_of(base), _index_of(base)
     receipt = Receipt(
         tuple(adapters),
-        tuple(_files_of(base, merged)),
+        tuple(files),
         {job.base.name: record for job, record in zip(jobs, records, strict=True)},
-        changed_files(base, merged, side_files),
-        base.index_path.name if base.index_path else "",
-        pickled=not all(file.is_safetensors for file in base.files),
+        changed_files(base, merged, side_files, index),
+        index[0] if index else "",
+        pickled=_is_pickled(base),
         added=dict(zip(added, hashes, strict=True)),
     )
     write_receipt(path, receipt)
@@ -256,33 +258,49 @@ def _record(job: _RecordJob) -> TensorRecord:
     return recorder.record()
 
 
-def _files_of(base: Checkpoint, merged: Checkpoint) -> list[FileRecord]:
-    """The base's files by header; a pickle has none, so it is rebuilt as the merged file is laid
-    out."""
-    files = base.files
-    if not all(file.is_safetensors for file in base.files):
-        files = merged.files
+def _is_pickled(base: Checkpoint) -> bool:
+    return not all(file.is_safetensors for file in base.files)
+
+
+def _files_of(base: Checkpoint) -> list[FileRecord]:
+    """The base's files by header. A pickle has none: it is rebuilt as a merge that changes neither
+    dtypes nor shards lays it out."""
+    if _is_pickled(base):
+        return [FileRecord(file.name, file.header, file.size) for file in lay_out(base).files]
     return [
         FileRecord(
-            str(file.path.relative_to(base.folder if file in base.files else merged.folder)),
+            str(file.path.relative_to(base.folder)),
             file.raw_header or b"",
             file.path.stat().st_size,
         )
-        for file in files
+        for file in base.files
     ]
 
 
+def _index_of(base: Checkpoint) -> tuple[str, bytes] | None:
+    """The name and the content of the index of those files."""
+    return lay_out(base).index
+
+
 def changed_files(
-    base: Checkpoint, merged: Checkpoint, side_files: Sequence[Path]
+    base: Checkpoint,
+    merged: Checkpoint,
+    side_files: Sequence[Path],
+    index: tuple[str, bytes] | None,
 ) -> dict[str, LazyTensor]:
-    """Small files that the merged folder has not, or has with other bytes, as the base has them."""
+    """Small files that the merged folder has not, or has with other bytes, as the base has them;
+    the index among them."""
     if base.is_single_file:
         return {}
-    paths = [*side_files, *([base.index_path] if base.index_path else [])]
     found: dict[str, LazyTensor] = {}
-    for path in paths:
+    for path in side_files:
         name = path.relative_to(base.folder)
         other = merged.folder / name
         if not other.is_file() or not filecmp.cmp(path, other, shallow=False):
             found[str(name)] = as_bytes_tensor(path.read_bytes())
+    if index is not None:
+        name, content = index
+        other = merged.folder / name
+        if not other.is_file() or other.read_bytes() != content:
+            found[name] = as_bytes_tensor(content)
     return found
