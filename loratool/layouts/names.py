@@ -51,6 +51,15 @@ _MODEL_PREFIXES = {
 }
 """transformers' base_model_prefix: what a head model's names start with and a bare one's lack."""
 
+WRAPPERS = (
+    "module.",
+    "_orig_mod.",
+    "_forward_module.",
+    "_fsdp_wrapped_module.",
+    "base_model.model.",
+)
+"""What torch and PEFT put before every name of a model that they wrap; no module is called so."""
+
 
 @dataclass(frozen=True)
 class NameMatch:
@@ -134,6 +143,34 @@ def near_components(word: str, names: Iterable[str]) -> list[str]:
     """Up to three single components of dotted names that look like ``word``."""
     components = {part for name in names for part in name.split(".")}
     return difflib.get_close_matches(word, sorted(components), n=3, cutoff=0.6)
+
+
+def wrapper_of(names: Collection[str]) -> str:
+    """The wrappers' prefix that all names bear, or ''."""
+    prefix = ""
+    while names and (
+        found := next((w for w in WRAPPERS if all(n.startswith(prefix + w) for n in names)), "")
+    ):
+        prefix += found
+    return prefix
+
+
+def model_name(ours: str, theirs: str, names: Collection[str], config: ModelConfig) -> str:
+    """Which of two names of a parameter, equal but for a prefix, the base's full model has.
+
+    names: all of the side with the shorter one. The longer where the prefix is a head model's and
+    these lack it, since transformers adds it on loading; the shorter where it stands twice. Else
+    the base's: the adapter is for the base.
+    """
+    shorter, longer = sorted((ours, theirs), key=len)
+    prefix = longer.removesuffix(shorter)
+    known = _MODEL_PREFIXES.get(config.model_type or "")
+    possible = (known,) if known else tuple(_MODEL_PREFIXES.values())
+    if prefix not in possible:
+        return ours
+    if not any(name.startswith(possible) for name in names):
+        return longer
+    return shorter if any(name.startswith(prefix) for name in names) else ours
 
 
 def head_model_prefix(names: Collection[str], config: ModelConfig) -> str:

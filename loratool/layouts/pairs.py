@@ -11,7 +11,13 @@ from loratool.layouts.config import ModelConfig
 from loratool.layouts.experts import Experts, by_expert, find_experts, has_stacked
 from loratool.layouts.fused import refit
 from loratool.layouts.kinds import classify, is_over_vocabulary
-from loratool.layouts.names import head_model_prefix, match_names, near_misses
+from loratool.layouts.names import (
+    head_model_prefix,
+    match_names,
+    model_name,
+    near_misses,
+    wrapper_of,
+)
 from loratool.layouts.renames import module_names
 from loratool.layouts.ties import Tie, find_ties, same_values
 from loratool.storage.tensors import TensorInfo
@@ -92,7 +98,10 @@ def align(
     shape.
     """
     config = base_config if base_config.known else tuned_config
+    base, unwrapped = _unwrapped(base, "base")
+    tuned, also = _unwrapped(tuned, "tuned")
     ours, notes = _as_loaded(base, config)
+    notes = [*unwrapped, *also, *notes]
     theirs, _ = _as_loaded(tuned, tuned_config if tuned_config.known else config)
     refitted = refit(theirs, ours)
     if refitted.note:
@@ -105,6 +114,17 @@ def align(
         replace(pair, input_first=experts.is_input_first(pair.name)) for pair in alignment.pairs
     )
     return replace(alignment, pairs=pairs, experts=experts, notes=(*notes, *alignment.notes))
+
+
+def _unwrapped(
+    tensors: Mapping[str, TensorInfo], side: str
+) -> tuple[Mapping[str, TensorInfo], list[str]]:
+    """The tensors without what a wrapper put before all their names, and what there is to say."""
+    wrapper = wrapper_of(tensors)
+    if not wrapper:
+        return tensors, []
+    note = f"the prefix {wrapper!r} in {side} was left out: a wrapper's, and no part of the model's"
+    return {name.removeprefix(wrapper): info for name, info in tensors.items()}, [note]
 
 
 def _as_loaded(
@@ -242,7 +262,9 @@ def _theirs(ours: str, found: Mapping[str, str]) -> str:
 
 def _full_names(found: Mapping[str, str], config: ModelConfig) -> tuple[dict[str, str], list[str]]:
     """tuned name → the name that the full model gives the parameter, and what was assumed."""
-    full = {theirs: max(theirs, ours, key=len) for theirs, ours in found.items()}
+    one, two = set(found), set(found.values())
+    shorter = one if sum(map(len, one)) < sum(map(len, two)) else two
+    full = {theirs: model_name(ours, theirs, shorter, config) for theirs, ours in found.items()}
     notes = []
     prefix = head_model_prefix(full.values(), config)
     if prefix:

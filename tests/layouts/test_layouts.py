@@ -451,6 +451,41 @@ def test_two_bare_sides_of_a_head_model_get_its_names() -> None:
     assert {pair.name for pair in aligned.pairs} == set(gpt2_weights())
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."]
+)
+@pytest.mark.parametrize("sides", ["base", "tuned", "both"])
+def test_what_torch_and_peft_put_before_all_names_is_no_part_of_them(
+    wrapper: str, sides: str
+) -> None:
+    """PEFT finds no module of such a name: the adapter would do nothing."""
+    plain = infos(gpt2_weights())
+    wrapped = {wrapper + name: info for name, info in plain.items()}
+    base = wrapped if sides != "tuned" else plain
+    tuned = wrapped if sides != "base" else plain
+    aligned = align(base, tuned, GPT2, GPT2)
+    assert {pair.name for pair in aligned.pairs} == set(plain)
+    assert any(repr(wrapper) in note for note in aligned.notes)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "model.", "transformer.", "net."])
+@pytest.mark.parametrize("config", [GPT2, NONE])
+def test_a_prefix_of_tuned_that_is_not_the_head_models_is_not_the_adapters(
+    prefix: str, config: ModelConfig
+) -> None:
+    """A training framework's attribute; 'transformer.transformer.' names no module either."""
+    plain = infos(gpt2_weights())
+    tuned = {prefix + name: info for name, info in plain.items()}
+    aligned = align(plain, tuned, config, config)
+    assert {pair.name for pair in aligned.pairs} == set(plain)
+
+
+def test_a_head_models_prefix_that_stands_twice_in_base_stands_once_in_the_adapter() -> None:
+    plain = infos(llama_weights())
+    aligned = align({f"model.{n}": info for n, info in plain.items()}, plain, LLAMA, LLAMA)
+    assert {pair.name for pair in aligned.pairs} == set(plain)
+
+
 def test_tensors_on_one_side_only_are_named_with_near_misses() -> None:
     base = gpt2_weights()
     tuned = dict(base)
