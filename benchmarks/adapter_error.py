@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.factorize import residual_norm
 from loratool.ops.sources import open_adapter, open_model
 

@@ -6,7 +6,6 @@ what is computed with it, since the system hands it out page by page.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 4 * 2**20
-_SQUARED_ELEMENTS = 2**18
 
 
 def block_rows(columns: int) -> int:
@@ -33,30 +31,6 @@ def float64_blocks(d: Tensor) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, rows, step):
         part = d[start : start + step]
         yield start, buffer[: part.shape[0]].copy_(part)
-
-
-class SquareSum:
-    """‖x‖² of one matrix after another, squares and sum in float64, through one buffer."""
-
-    def __init__(self, device: torch.device):
-        self._buffer = torch.empty(_SQUARED_ELEMENTS, dtype=torch.float64, device=device)
-
-    def of(self, x: Tensor) -> float:
-        """Σx² of a contiguous tensor."""
-        total = 0.0
-        for part in torch.split(x.view(-1), _SQUARED_ELEMENTS):
-            wide = self._buffer[: len(part)].copy_(part)
-            total += float(torch.dot(wide, wide))
-        return total
-
-
-def sum_of_squares(d: Tensor) -> float:
-    """‖d‖²_F with the squares and their sum in float64, block by block."""
-    squares = SquareSum(d.device)
-    step = block_rows(d.shape[1])
-    return (
-        math.fsum(squares.of(rows.contiguous()) for rows in torch.split(d, step)) if len(d) else 0.0
-    )
 
 
 def all_finite(d: Tensor) -> bool:

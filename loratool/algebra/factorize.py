@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loratool.algebra.blocks import SquareSum, block_rows, float64_blocks, sum_of_squares
+from loratool.algebra.blocks import block_rows, float64_blocks
 from loratool.algebra.certificate import EXACT, ExcessBound, excess_bound
+from loratool.algebra.energies import row_energies, sum_of_squares, total
 from loratool.algebra.krylov import (
     OVERSAMPLING,
     Ritz,
@@ -305,7 +306,6 @@ class _Missed:
         self._d, self._step = d, step
         self._b, self._a = update.b.to(dtype), (update.a.double() * update.scale).to(dtype)
         self._buffer = torch.empty(min(step, len(d)), d.shape[1], dtype=dtype, device=d.device)
-        self._squares = SquareSum(d.device)
 
     @property
     def update_energy(self) -> float:
@@ -315,8 +315,10 @@ class _Missed:
     def energy(self, start: int) -> float:
         """Of ``step`` rows from ``start`` on."""
         part = self._d[start : start + self._step]
-        rest = self._buffer[: len(part)].copy_(part)
-        return self._squares.of(rest.addmm_(self._b[start : start + self._step], self._a, alpha=-1))
+        product = torch.mm(
+            self._b[start : start + self._step], self._a, out=self._buffer[: len(part)]
+        )
+        return total(row_energies(part, minus=product))
 
 
 def _gram_eigenvectors(d: Tensor) -> _Right:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import LowRankUpdate
-from loratool.algebra.blocks import all_finite, sum_of_squares
+from loratool.algebra.blocks import all_finite
+from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.factorize import leading_triplets
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.subspaces import (

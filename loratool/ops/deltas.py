@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.algebra.blocks import SquareSum, large_matrix, sum_of_squares
+from loratool.algebra.blocks import large_matrix
+from loratool.algebra.differences import DifferenceSums
+from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.noise import NoiseFloor, NoiseSums
+from loratool.algebra.noise import NoiseFloor
 from loratool.errors import NonFiniteValues
 from loratool.layouts.pairs import Pair
 from loratool.storage.row_reader import RowReader
@@ -89,32 +91,18 @@ def _compared(
     rows, columns = matrix_shape(pair.base.shape)
     step = _block_rows(pair.base)
     read_base, read_tuned = (_reader(side, step, device) for side in (pair.base, pair.tuned))
-    single = torch.empty(step, columns, device=device)
-    squares = SquareSum(device)
-    noise = NoiseSums(columns, device)
-    energy = base_energy = 0.0
-    changed = 0
+    sums: DifferenceSums | None = None
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         before, after = read_base(start, stop), read_tuned(start, stop)
-        block, before32 = target(start, stop), single[: stop - start]
-        if torch.float64 in (before.dtype, after.dtype):
-            noise.add(block.copy_(after), after.dtype, before32)
-            block.copy_(after.double() - before.double())
-            base_energy += squares.of(before)
-        else:
-            noise.add(block.copy_(after), after.dtype, before32)
-            block.sub_(before32.copy_(before))
-            base_energy += squares.of(before32)
-        part = squares.of(block)
-        if not math.isfinite(part):
+        sums = sums or DifferenceSums(columns, before.dtype, after.dtype)
+        block = target(start, stop)
+        if not sums.add(before, after, block):
             raise _non_finite(pair, start, block)
-        energy += part
-        changed += _count_nonzero(block)
-    if energy == 0:
+    if sums is None or sums.energy == 0:
         return None
-    share = changed / (rows * columns)
-    return Delta(matrix, energy, float(base_energy**0.5), noise.floor(), share)
+    share = sums.changed / (rows * columns)
+    return Delta(matrix, sums.energy, sums.base_energy**0.5, sums.noise(), share)
 
 
 def _non_finite(pair: Pair, first_row: int, block: Tensor) -> NonFiniteValues:
@@ -158,12 +146,6 @@ def _reader(
     if len(tensor.shape) == 2 and device.type == "cpu":
         return rows
     return lambda start, stop: rows(start, stop).reshape(stop - start, columns).to(device)
-
-
-def _count_nonzero(block: Tensor) -> int:
-    if block.device.type != "cpu":
-        return int(torch.count_nonzero(block))
-    return int(np.count_nonzero(block.numpy() != 0))  # numpy counts flags several times faster
 
 
 def check_finite_rows(pair: Pair) -> None:

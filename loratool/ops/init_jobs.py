@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import LowRankUpdate, ModuleKind
-from loratool.algebra.blocks import all_finite, sum_of_squares
+from loratool.algebra.blocks import all_finite
+from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.factorize import residual_norm
 from loratool.errors import NonFiniteValues
 from loratool.formats.loralib import merged_linear

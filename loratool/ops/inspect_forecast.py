@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratool.algebra.blocks import sum_of_squares
+from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.factorize import resolve_spectrum
 from loratool.algebra.ranks import parse_rank_rule
 from loratool.engine import Engine, NoProgress, Progress

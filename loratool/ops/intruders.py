@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import LowRankUpdate, ModuleKind
-from loratool.algebra.blocks import all_finite, sum_of_squares
+from loratool.algebra.blocks import all_finite
+from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.factorize import resolve_spectrum
 from loratool.algebra.intruders import Examined, examine
 from loratool.algebra.lowrank import LowRank

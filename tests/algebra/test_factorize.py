@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.algebra.blocks import all_finite, sum_of_squares
+from loratool.algebra.blocks import all_finite
+from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.factorize import factorize, leading_triplets, residual_norm, resolve_spectrum
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.random import gaussian

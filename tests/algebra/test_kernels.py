@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.algebra.kernels import SWITCH, decide_bf16
+from loratool.algebra.kernels import decide_bf16
 from loratool.algebra.lowrank import LowRank
+from loratool.algebra.native import SWITCH
 from loratool.algebra.rounding import CertifiedSum, RoundedBlock
 from loratool.errors import NonFiniteValues
 from tests.algebra.reference import exact_merge, same_bits
