@@ -299,8 +299,8 @@ def changed_files(
         if not other.is_file() or not filecmp.cmp(path, other, shallow=False):
             found[str(name)] = as_bytes_tensor(path.read_bytes())
     if index is not None:
-        name, content = index
-        other = merged.folder / name
+        index_name, content = index
+        other = merged.folder / index_name
         if not other.is_file() or other.read_bytes() != content:
-            found[name] = as_bytes_tensor(content)
+            found[index_name] = as_bytes_tensor(content)
     return found
