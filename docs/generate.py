@@ -70,7 +70,14 @@ def rank_rules() -> str:
         "# Rank rules\n\n"
         "`--rank` takes one of these. A bare number means `fixed`. D is the change of one matrix, "
         "σ its singular values.\n\n"
-        f"| rule | keeps | X is |\n|---|---|---|\n{rows}\n"
+        f"| rule | keeps | X is |\n|---|---|---|\n{rows}\n\n"
+        "`budget:SIZE` is a number of parameters, a size (`20MB`) or a share (`2%`) for the "
+        "factors of all matrices together, spent where it lowers Σ‖D − D_r‖² most. `extract` gives "
+        "the experts of one parameter one rank, and so all matrices for a consumer that takes one: "
+        "what they are padded to is counted. It does not count what is stored whole, nor DoRA's "
+        "norms.\n\n"
+        "`--min-rank`, `--max-rank` and `--multiple-of` bound what a rule says; a matrix's smaller "
+        "side comes before them. A budget goes with `--max-rank` alone, in `resize` with none.\n"
     )
 
 

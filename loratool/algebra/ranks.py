@@ -82,6 +82,11 @@ class RankLimits:
             raise UsageError("rank limits must be at least 1")
         if self.most is not None and self.least > self.most:
             raise UsageError(f"--min-rank {self.least} is above --max-rank {self.most}")
+        if self.most is not None and -(-self.least // self.multiple) * self.multiple > self.most:
+            between = (
+                f"from {self.least} to {self.most}" if self.least > 1 else f"up to {self.most}"
+            )
+            raise UsageError(f"no rank {between} is a multiple of {self.multiple}")
 
     def apply(self, rank: int, shape: tuple[int, int]) -> int:
         """The rank within the limits; 0 (keep nothing) stays 0 unless a least rank was asked."""
@@ -90,7 +95,7 @@ class RankLimits:
         rank = max(rank, self.least)
         rank = -(-rank // self.multiple) * self.multiple
         if self.most is not None and rank > self.most:
-            rank = max(self.most - self.most % self.multiple, 1)
+            rank = self.most - self.most % self.multiple
         return min(rank, *shape)
 
 
@@ -126,9 +131,14 @@ class RankRule:
             return side if self.kind.uncut else most
         return max(min(FIRST_GUESS, most), min(self.limits.least, most))
 
+    @property
+    def asked(self) -> int:
+        """The rank that was asked for in so many words, as a number or as the least; else 1."""
+        return max(int(self.value) if self.kind.name == "fixed" else 1, self.limits.least)
+
     def clamps(self, rank: int) -> bool:
-        """Whether ``rank`` is less than the fixed number that was asked for."""
-        return self.kind.name == "fixed" and rank < self.value
+        """Whether ``rank`` is less than what was asked for."""
+        return rank < self.asked
 
     def __str__(self) -> str:
         if self.kind.argument is None:

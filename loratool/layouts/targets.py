@@ -37,6 +37,7 @@ _MLP = {
     "shared_expert",
     "block_sparse_moe",
 }
+_LINEAR = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EXPERT)
 _HEADS = {"lm_head", "embed_out", "classifier", "score", "qa_outputs"}
 _ALIASES = {
     "q": ("q", "q_proj", "query", "query_proj", "to_q", "q_lin"),
@@ -55,8 +56,8 @@ def targeted(text: str, kinds: Mapping[str, ModuleKind]) -> set[str]:
 
     ``attention``, ``mlp``, ``all-linear`` (every linear layer but output heads), ``all-conv``,
     names, q, k, v, o, gate, up, down, a comma-separated list of these, or a regular expression
-    that covers the whole module name. Raises NothingMatches, and UsageError for an expression
-    that does not compile.
+    that covers the whole module name. The experts of a mixture are linear layers, of its mlp.
+    Raises NothingMatches, and UsageError for an expression that does not compile.
     """
     if _REGEX_SIGNS.search(text):
         chosen = {name for name in kinds if _compiled(text).fullmatch(module_of(name))}
@@ -78,18 +79,14 @@ def _meant_by(word: str, kinds: Mapping[str, ModuleKind]) -> set[str]:
     matrices = {
         name
         for name, kind in kinds.items()
-        if kind in (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV, ModuleKind.EMBEDDING)
+        if kind in (*_LINEAR, ModuleKind.CONV, ModuleKind.EMBEDDING)
     }
     if word == "attention":
         return {name for name in matrices if _parts(name) & _ATTENTION}
     if word == "mlp":
         return {name for name in matrices if not _parts(name) & _ATTENTION and _is_mlp(name)}
     if word == "all-linear":
-        return {
-            name
-            for name in matrices
-            if kinds[name] in (ModuleKind.LINEAR, ModuleKind.CONV1D) and not _parts(name) & _HEADS
-        }
+        return {name for name in matrices if kinds[name] in _LINEAR and not _parts(name) & _HEADS}
     if word == "all-conv":
         return {name for name in matrices if kinds[name] is ModuleKind.CONV}
     named = _named(_ALIASES.get(word, (word,)), kinds)

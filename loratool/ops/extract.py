@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter
-from loratool.algebra.budget import Allocation, allocate
-from loratool.algebra.ranks import parse_rank_rule
+from loratool.algebra.budget import Allocation
 from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import NothingMatches, Unplaced
@@ -16,16 +15,16 @@ from loratool.ops.adapter_folder import write_adapter
 from loratool.ops.base_check import samples_of
 from loratool.ops.extract_adapter import base_modules, build_adapter, stored_size
 from loratool.ops.extract_biases import settled
+from loratool.ops.extract_budget import spend
 from loratool.ops.extract_jobs import (
     ExtractJob,
     ExtractResult,
-    Treatment,
     extract_tensor,
     read_ahead,
     resolve_spectrum,
 )
 from loratool.ops.extract_plan import ExtractPlan
-from loratool.ops.extract_report import ExtractReport, Status, TensorRow, factorised
+from loratool.ops.extract_report import LEFT_OUT, ExtractReport, Status, TensorRow, factorised
 from loratool.ops.extract_resume import keep, pending, resume_key
 from loratool.ops.findings import rounding_notes
 from loratool.ops.sources import Model
@@ -46,7 +45,8 @@ def run_extract(
     engine, progress = engine or Engine(), progress or NoProgress()
     jobs, allocation = list(plan.jobs), None
     if plan.budget is not None:
-        jobs, allocation = _spend(plan, plan.budget, engine, progress)
+        spectra = resolve_spectra(plan, engine, progress)
+        jobs, allocation = spend(plan.jobs, spectra, plan.budget, plan.profile)
     with staged(plan.output, resume_key(jobs, plan.into)) as staging:
         jobs = [replace(job, scratch=staging.scratch) for job in jobs]
         done, left = pending(jobs)
@@ -69,6 +69,7 @@ def run_extract(
             task_type=plan.base.config.task_type,
             base_model=plan.base_model,
         )
+        _refuse_nothing(adapter, rows)
         fitted = fit(adapter, plan.profile, str(plan.seed))
         report = ExtractReport.of(
             rows,
@@ -121,29 +122,6 @@ def resolve_spectra(
     }
 
 
-def _spend(
-    plan: ExtractPlan, parameters: int, engine: Engine, progress: Progress
-) -> tuple[list[ExtractJob], Allocation]:
-    """Jobs with the ranks that the budget gives them: one pass over the checkpoints of its own."""
-    most = {job.pair.name: int(job.rule.value) for job in plan.jobs}
-    spectra = {
-        name: replace(spectrum, values=spectrum.values[: most[name]])
-        for name, spectrum in resolve_spectra(plan, engine, progress).items()
-    }
-    allocation = allocate(list(spectra.values()), parameters)
-    ranks = dict(zip(spectra, allocation.ranks, strict=True))
-    jobs = []
-    for job in plan.jobs:
-        rank = ranks.get(job.pair.name)
-        if rank is None:
-            jobs.append(job)
-        elif rank == 0:
-            jobs.append(replace(job, treatment=Treatment.NO_BUDGET))
-        else:
-            jobs.append(replace(job, rule=parse_rank_rule(str(rank))))
-    return jobs, allocation
-
-
 def _placed(row: TensorRow, plan: ExtractPlan) -> TensorRow:
     if row.status is Status.NO_PLACE and plan.drop_rest:
         return replace(row, status=Status.DROPPED)
@@ -168,6 +146,17 @@ def _refuse_lost_changes(rows: Sequence[TensorRow]) -> None:
         )
 
 
+def _refuse_nothing(adapter: Adapter, rows: Sequence[TensorRow]) -> None:
+    if adapter.updates:
+        return
+    counts = {status: sum(row.status is status for row in rows) for status in LEFT_OUT}
+    raise NothingMatches(
+        "no change is left to store",
+        details=[f"{count} changed tensors: {status}" for status, count in counts.items() if count],
+        hint="loosen --rank, --include, --exclude and --targets; --drop-rest stores factors alone",
+    )
+
+
 def _notes(
     plan: ExtractPlan,
     adapter: Adapter,
@@ -190,9 +179,11 @@ def _notes(
     ]
     if allocation is not None:
         how = "exactly" if not allocation.loss else f"to within {allocation.loss:.2e} of Σ‖D‖²"
+        spent = f"was spent {how} where it lowers the error most"
+        if plan.profile.limits.one_rank:
+            spent = f"went into one rank for all matrices, which {plan.profile.name} wants"
         notes.append(
-            f"the budget of {plan.budget:,} parameters was spent {how} where it lowers the error "
-            f"most; {allocation.used:,} are used"
+            f"the budget of {plan.budget:,} parameters {spent}; {allocation.used:,} are used"
         )
     if plan.base_model is None:
         notes.append("the base's Hub name is not known; --base-model owner/name records it")

@@ -294,6 +294,6 @@ def _check_rank(jobs: Sequence[ExtractJob]) -> None:
     for rule, side in sides.items():
         if rule.clamps(side):
             raise UsageError(
-                f"rank {rule} is above the smaller side of every matrix (at most {side})",
+                f"rank {rule.asked} is above the smaller side of every matrix (at most {side})",
                 hint="use --rank full to keep everything",
             )

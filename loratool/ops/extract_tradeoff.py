@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.algebra.budget import allocate
 from loratool.algebra.ranks import RankLimits, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, Progress
 from loratool.ops.extract import resolve_spectra
+from loratool.ops.extract_budget import parameters_at, shared_out, stack_sizes
 from loratool.ops.extract_plan import ExtractPlan
 from loratool.provenance import document
 
@@ -60,21 +60,20 @@ def rank_tradeoff(
     ranks = [2**k for k in range(largest.bit_length()) if 2**k <= largest]
     if ranks and ranks[-1] != largest:
         ranks.append(largest)
-    item = plan.dtype.bits // 8
-    return Tradeoff(len(spectra), tuple(_row(rank, spectra, item) for rank in ranks))
+    return Tradeoff(len(spectra), tuple(_row(rank, spectra, plan) for rank in ranks))
 
 
-def _row(rank: int, spectra: Mapping[str, Spectrum], item_bytes: int) -> TradeoffRow:
+def _row(rank: int, spectra: Mapping[str, Spectrum], plan: ExtractPlan) -> TradeoffRow:
     every = list(spectra.values())
-    uniform = [min(rank, len(spectrum.values)) for spectrum in every]
-    parameters = sum(r * sum(s.shape) for r, s in zip(uniform, every, strict=True))
-    spent = allocate(every, parameters)
+    stacks = stack_sizes(plan.jobs)
+    parameters = parameters_at(rank, spectra, stacks, plan.profile)
+    spent, _ = shared_out(spectra, stacks, parameters, plan.profile)
     return TradeoffRow(
         rank,
         parameters,
-        parameters * item_bytes,
-        _error(every, uniform),
-        _error(every, list(spent.ranks)),
+        parameters * plan.dtype.bits // 8,
+        _error(every, [min(rank, len(spectrum.values)) for spectrum in every]),
+        _error(every, [spent[name] for name in spectra]),
     )
 
 

@@ -1,5 +1,13 @@
 """One consumer of adapters per file: what it accepts."""
 
-from loratool.profiles.profile import PROFILES, Fitted, Profile, check_kinds, find_profile, fit
+from loratool.profiles.profile import (
+    PROFILES,
+    Fitted,
+    Profile,
+    allowed_rank,
+    check_kinds,
+    find_profile,
+    fit,
+)
 
-__all__ = ["PROFILES", "Fitted", "Profile", "check_kinds", "find_profile", "fit"]
+__all__ = ["PROFILES", "Fitted", "Profile", "allowed_rank", "check_kinds", "find_profile", "fit"]

@@ -60,7 +60,7 @@ def fit(adapter: Adapter, profile: Profile, key: str) -> Fitted:
     if not profile.limits.one_rank or not adapter.low_rank:
         return Fitted(adapter, _without_target(adapter))
     ranks = sorted({update.rank for update in adapter.low_rank.values()})
-    rank = _allowed_rank(ranks[-1], profile)
+    rank = allowed_rank(ranks[-1], profile)
     updates = dict(adapter.updates)
     alpha = next(iter(adapter.low_rank.values())).scale * rank
     for name, update in adapter.low_rank.items():
@@ -133,7 +133,8 @@ def _refuse(profile: Profile, in_the_way: list[str]) -> None:
         )
 
 
-def _allowed_rank(largest: int, profile: Profile) -> int:
+def allowed_rank(largest: int, profile: Profile) -> int:
+    """The rank to which a consumer of one rank has all padded. Raises Unplaced above its ranks."""
     if profile.limits.ranks is None:
         return largest
     fitting = [rank for rank in profile.limits.ranks if rank >= largest]

@@ -129,12 +129,23 @@ def test_a_spectrum_cut_short_does_not_decide() -> None:
     st.integers(1, 50),
 )
 def test_limits(rank: int, least: int, room: int, multiple: int, side: int) -> None:
-    limits = RankLimits(least, least + room, multiple)
-    limited = limits.apply(rank, (side, side + 3))
-    assert 1 <= limited <= min(side, least + room)
-    if limited < min(side, least + room - multiple):
+    most = least + room
+    if not any(value % multiple == 0 for value in range(least, most + 1)):
+        with pytest.raises(UsageError, match=f"is a multiple of {multiple}"):
+            RankLimits(least, most, multiple)
+        return
+    limited = RankLimits(least, most, multiple).apply(rank, (side, side + 3))
+    assert min(side, least) <= limited <= min(side, most)
+    if limited < side:
         assert limited % multiple == 0
-        assert limited >= max(rank, least)
+        assert limited >= rank or limited + multiple > most
+
+
+def test_a_rank_below_what_was_asked_for_is_clamped() -> None:
+    assert parse_rank_rule("9").clamps(8)
+    assert not parse_rank_rule("9").clamps(9)
+    assert parse_rank_rule("auto", RankLimits(least=9)).clamps(8)
+    assert not parse_rank_rule("auto").clamps(1)
 
 
 def test_limits_leave_nothing_as_nothing() -> None:

@@ -49,6 +49,19 @@ def test_roles() -> None:
     assert targeted("all-linear, all-conv", KINDS) == everything | {"conv_in.weight"}
 
 
+def test_experts_are_linear_layers_of_the_mlp() -> None:
+    """They are most of a mixture: --targets mlp must not mean its router alone."""
+    block = "model.layers.0.mlp"
+    experts = {
+        f"{block}.experts.{part}.{i}" for part in ("gate_up_proj", "down_proj") for i in (0, 1)
+    }
+    kinds = {f"{block}.gate.weight": LINEAR, **dict.fromkeys(experts, ModuleKind.EXPERT)}
+    attention = {"model.layers.0.self_attn.q_proj.weight": LINEAR}
+    for role in ("mlp", "all-linear"):
+        assert experts < targeted(role, kinds | attention)
+    assert targeted("attention", kinds | attention) == set(attention)
+
+
 def test_names_and_expressions() -> None:
     assert short(targeted("q,v", KINDS)) == {"self_attn.q_proj", "self_attn.v_proj"}
     assert short(targeted("gate_proj, lm_head", KINDS)) == {"mlp.gate_proj", "lm_head"}
