@@ -294,10 +294,10 @@ def changed_files(
         return {}
     found: dict[str, LazyTensor] = {}
     for path in side_files:
-        name = path.relative_to(base.folder)
-        other = merged.folder / name
+        relative = path.relative_to(base.folder)
+        other = merged.folder / relative
         if not other.is_file() or not filecmp.cmp(path, other, shallow=False):
-            found[str(name)] = as_bytes_tensor(path.read_bytes())
+            found[str(relative)] = as_bytes_tensor(path.read_bytes())
     if index is not None:
         index_name, content = index
         other = merged.folder / index_name
