@@ -289,14 +289,17 @@ def changed_files(
     index: tuple[str, bytes] | None,
 ) -> dict[str, LazyTensor]:
     """Small files that the merged folder has not, or has with other bytes, as the base has them;
-    the index among them."""
-    if base.is_single_file:
-        return {}
+    the index among them. What lies beside a base that is one file comes along into folders only,
+    so it is none of it where it did not."""
     found: dict[str, LazyTensor] = {}
     for path in side_files:
         relative = path.relative_to(base.folder)
         other = merged.folder / relative
-        if not other.is_file() or not filecmp.cmp(path, other, shallow=False):
+        if not other.is_file():
+            differs = not base.is_single_file
+        else:
+            differs = not filecmp.cmp(path, other, shallow=False)
+        if differs:
             found[str(relative)] = as_bytes_tensor(path.read_bytes())
     if index is not None:
         index_name, content = index

@@ -160,6 +160,18 @@ def test_a_single_file_and_a_receipt_elsewhere(tmp_path: Path) -> None:
     assert (tmp_path / "again.safetensors").read_bytes() == base.read_bytes()
 
 
+def test_the_config_beside_a_single_file(tmp_path: Path) -> None:
+    """Merged into a folder, it says the new dtype; the restored one says the base's."""
+    config = LLAMA | {"torch_dtype": "float32"}
+    base = save_folder(llama_like(), tmp_path / "base", config)
+    adapter = save_peft(tmp_path / "adapter", FACTORS)
+    file, merged = base / "model.safetensors", tmp_path / "merged"
+    lt.merge(file, adapter, merged, dtype="bfloat16", receipt=True)
+    assert json.loads((merged / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    lt.unmerge(merged, adapter, tmp_path / "back")
+    assert bytes_of(tmp_path / "back") == bytes_of(base)
+
+
 def test_where_a_receipt_may_go(tmp_path: Path) -> None:
     base = save_folder(llama_like(), tmp_path / "base", LLAMA)
     adapter = save_peft(tmp_path / "adapter", FACTORS)
