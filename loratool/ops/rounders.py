@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,14 @@ from loratool.algebra.dora import CertifiedDora, Dora
 from loratool.algebra.exact_matrix import ExactMatrix, Scaled, Spread, checked, low_rank_matrix
 from loratool.algebra.kasa import KasaSum
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.rounding import CertifiedSum, RoundedBlock, Rounder, round_once
+from loratool.algebra.rounding import U32, U64, CertifiedSum, RoundedBlock, Rounder, round_once
 from loratool.errors import DisagreementError, NonFiniteValues, UnsupportedInput
 from loratool.layouts.placing import PlacedUpdate
 from loratool.layouts.scales import ScaledBy
 from loratool.storage.tensors import LazyTensor
 
 _BLOCK_ELEMENTS = 2**20
+_UNITS = U32 / U64
 
 
 def rounder_of(
@@ -71,6 +72,32 @@ def rounder_of(
     except (NonFiniteValues, UnsupportedInput, DisagreementError) as error:
         sources = " + ".join(dict.fromkeys(update.source for update in updates))
         raise type(error)(f"{sources}: {error.message}") from None
+
+
+def float32_errors(
+    updates: Sequence[PlacedUpdate], base: LazyTensor
+) -> Callable[[Tensor, int], Tensor] | None:
+    """By how much a merge calculated in float32 may miss each value: the a-priori bound that
+    float64 has, in units of float32. Takes rows of the base and the first one's number. None for
+    what is replaced or rounded on the way (KaSA)."""
+    if any(isinstance(one.update, Replacement | TokenRows | KasaUpdate) for one in updates):
+        return None
+    members = {update.member for update in updates if update.member is not None}
+    if not members:
+        whole = _mixed(updates, base, 0)
+        return lambda rows, first: _UNITS * whole.estimate(rows.double(), first)[1]
+    ours = {member: [one for one in updates if one.member == member] for member in members}
+    sums = {member: _mixed(of_one, base, 0) for member, of_one in ours.items()}
+
+    def of_members(rows: Tensor, first: int) -> Tensor:
+        errors = torch.zeros(rows.shape, dtype=torch.float64)
+        for offset, flat in enumerate(rows):
+            if (summed := sums.get(first + offset)) is not None:
+                matrix = flat.double().view(_matrix_shape(ours[first + offset][0]))
+                errors[offset] = _UNITS * summed.estimate(matrix, 0)[1].reshape(-1)
+        return errors
+
+    return of_members
 
 
 @dataclass(frozen=True)

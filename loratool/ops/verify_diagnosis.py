@@ -17,7 +17,7 @@ from loratool.algebra.rounding import MERGEABLE
 from loratool.errors import LoratoolError
 from loratool.layouts.placing import PlacedUpdate
 from loratool.ops.restoring import all_additive
-from loratool.ops.rounders import rounder_of
+from loratool.ops.rounders import float32_errors, rounder_of
 from loratool.ops.verify_row import AdapterFit, Cause, Order, Status, VerifyJob, VerifyRow
 from loratool.receipt import bit_patterns
 from loratool.storage.tensors import MemoryTensor
@@ -117,6 +117,8 @@ def _sum_up(job: VerifyJob) -> _Sums:
     sums.orders = dict.fromkeys(orders, 0)
     dtype = job.merged.dtype.torch
     assert dtype is not None
+    # a unit of the result is more than 16 bits' arithmetic in float32 can miss, but not float32's
+    errors = float32_errors(job.updates, job.base) if dtype == torch.float32 else None
     for start, stop in job.blocks():
         before = job.base.read_rows(start, stop).reshape(stop - start, -1)
         after = job.merged.read_rows(start, stop).reshape(stop - start, -1)
@@ -136,6 +138,8 @@ def _sum_up(job: VerifyJob) -> _Sums:
             sums.e_parts[i] += float((e * mine).sum())
             sums.gram[i] += [float((mine * other).sum()) for other in each]
         unit = _unit(before, after, u, scale)
+        if errors is not None:
+            unit = unit + errors(before, start)
         sums.noise += float(unit.square().sum()) / 12
         sums.beyond += int(((after.double() - ours.double()).abs() * scale > unit).sum())
         if turned is not None:
@@ -212,7 +216,8 @@ def _cause(
         ):
             if all(abs(one - factor) < _NEAR for one in factors):
                 return cause
-        if all(min(abs(one), abs(one - 1)) < _NEAR for one in factors) and not right_scale:
+        near = [min(abs(one), abs(one - 1)) < _NEAR for one in factors]
+        if all(near) and any(abs(one) < _NEAR for one in factors) and not right_scale:
             return Cause.PART
         many = sums.beyond > _FEW * sums.elements and any(abs(one - 1) > 0.1 for one in factors)
         return Cause.VALUES if right_scale and not many else Cause.SCALE

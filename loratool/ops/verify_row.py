@@ -67,7 +67,8 @@ class VerifyRow:
     """One tensor. Counts are of elements; ``checked`` of ``elements`` were compared.
 
     different: not the correctly rounded value. beyond: off by more than a unit in the last place
-    of the largest of base weight, update and result. worst: the largest difference, worst_at where.
+    of the largest of base weight, update and result (and by more than a merge calculated in float32
+    may be, where that is stored). worst: the largest difference, worst_at where.
     fit: the factor of the update that fits best, ⟨W′ − W0, ΔW⟩/‖ΔW‖² where that is not spoilt by
     rounding. fits: where several adapters meet, the factor of each, by least squares over all of
     them. residual: ‖W′ − W0 − Σ fit·ΔW‖ / ‖W′ − W0‖. order: the rounding order that explains the

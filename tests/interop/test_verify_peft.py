@@ -7,15 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import loratool as lt
 from loratool.ops.verify_report import EXACT, ROUNDED
-from loratool.ops.verify_row import Cause, Order
+from loratool.ops.verify_row import Cause, Order, Status
 from tests.interop.conftest import llama
+from tests.interop.families import EXPERT_FAMILIES
+from tests.interop.test_peft_experts import TARGETS, trained
+from tests.interop.test_peft_kinds import KINDS, randomised
 
 # PEFT asks transformers by a name that is on its way out
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing",
+    "ignore:Setting `save_embedding_layers`",
+    "ignore:.*tie_word_embeddings",
+    "ignore:`lora_bias=True` was passed",
+    "ignore:.* LoRA tensor.* have invalid shape",
+    "ignore:.*no longer tied",
+    "ignore:The following (rank|alpha)_pattern keys",
+)
 
 
 @pytest.fixture
@@ -62,3 +74,53 @@ def test_a_merge_that_never_happened(made: Path) -> None:
     """Adapter keys that name no module: PEFT loads and merges nothing."""
     report = lt.verify(made / "base", made / "base", made / "adapter")
     assert {row.cause for row in report.updated} == {Cause.NOT_APPLIED}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kasa"])
+def test_a_merge_in_float32(kind: str, tmp_path: Path) -> None:
+    """Sums of products miss by more than the last place where they cancel; that is rounding too.
+    One wrong value beyond that is not."""
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    make, config = KINDS[kind]
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(base)
+    randomised(model, config).save_pretrained(adapter)
+    onto = type(model).from_pretrained(base)
+    PeftModel.from_pretrained(onto, str(adapter)).merge_and_unload().save_pretrained(merged)
+    report = lt.verify(merged, base, adapter)
+    assert report.verdict in (EXACT, ROUNDED)
+
+    file = merged / "model.safetensors"
+    state = load_file(file)
+    name = report.updated[0].name
+    state[name].reshape(-1)[5] += 1e-4 * state[name].abs().max()
+    save_file(state, file, {"format": "pt"})
+    (row,) = (row for row in lt.verify(merged, base, adapter).rows if row.name == name)
+    assert (row.status, row.cause) in ((Status.OFF, Cause.VALUES), (Status.OFF, Cause.OTHER))
+
+
+def test_experts_merged_in_float32(tmp_path: Path) -> None:
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    torch.manual_seed(0)
+    model = EXPERT_FAMILIES["mixtral"].make()
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    changes = trained(adapter, TARGETS[1])
+    for folder in (base, merged):
+        folder.mkdir()
+        model.config.save_pretrained(folder)
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    lt.merge(base, adapter, tmp_path / "right")
+    right = load_file(tmp_path / "right" / "model.safetensors")
+    summed = {name: state[name] + change.detach() for name, change in changes.items()}
+    assert all(one.ndim == 3 and not torch.equal(one, right[n]) for n, one in summed.items())
+    save_file(right | summed, merged / "model.safetensors", {"format": "pt"})
+    report = lt.verify(merged, base, adapter)
+    assert report.verdict == ROUNDED
+
+
+def test_one_adapter_cannot_be_missing_beside_others(made: Path) -> None:
+    """A factor close to 1 that is not 1: there is only one adapter, so none of several is amiss."""
+    lt.merge(made / "base", [(made / "adapter", 1.015)], made / "off", dtype="float32")
+    report = lt.verify(made / "off", made / "base", made / "adapter")
+    assert {row.cause for row in report.updated} == {Cause.SCALE}
