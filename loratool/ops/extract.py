@@ -47,7 +47,8 @@ def run_extract(
     if plan.budget is not None:
         spectra = resolve_spectra(plan, engine, progress)
         jobs, allocation = spend(plan.jobs, spectra, plan.budget, plan.profile)
-    with staged(plan.output, resume_key(jobs, plan.into)) as staging:
+    key = resume_key(jobs, plan.into, (plan.base.config, plan.tuned.config))
+    with staged(plan.output, key) as staging:
         jobs = [replace(job, scratch=staging.scratch) for job in jobs]
         done, left = pending(jobs)
         new = engine.map(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import DenseUpdate, DoraUpdate, LowRankUpdate, Update
+from loratool.layouts.config import ModelConfig
 from loratool.ops.extract_jobs import ExtractJob, ExtractResult, parked_file
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.provenance import loratool_version
@@ -23,10 +24,13 @@ from loratool.storage.tensors import LazyTensor, TensorInfo
 from loratool.storage.views import files_of
 
 
-def resume_key(jobs: Sequence[ExtractJob], into: Path | None = None) -> str:
+def resume_key(
+    jobs: Sequence[ExtractJob], into: Path | None = None, configs: Sequence[ModelConfig] = ()
+) -> str:
     """What must be equal for finished tensors to be taken over: inputs, options, version.
 
-    into: the adapter that is continued from, a file or a folder.
+    into: the adapter that is continued from, a file or a folder. configs: of base and tuned, for
+    they decide which rows of a fused matrix are whose.
     """
     files = sorted(
         {
@@ -36,7 +40,7 @@ def resume_key(jobs: Sequence[ExtractJob], into: Path | None = None) -> str:
             for path in files_of(side)
         }
     )
-    state = [loratool_version()]
+    state = [loratool_version(), *(json.dumps(c.values, sort_keys=True) for c in configs)]
     if into is not None:
         files += sorted(into.iterdir()) if into.is_dir() else [into]
     for path in files:
@@ -52,6 +56,9 @@ def resume_key(jobs: Sequence[ExtractJob], into: Path | None = None) -> str:
             job.exact,
             job.sketch,
             job.dora,
+            job.pair.kind,
+            job.scale.hex(),
+            job.start.update.scale.hex() if job.start else None,
         )
         state.append(f"{job.pair.name}:{job.treatment}:{':'.join(map(str, options))}")
     return hashlib.sha256("\n".join(state).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import loratool as lt
 from loratool.ops import extract as extract_op
+from tests.builders import random_tensor
 from tests.ops.builders import LLAMA, llama_like, moved, save_folder
 
 
@@ -35,7 +38,11 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def interrupt_after(
-    count: int, pair: tuple[Path, Path], out: Path, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    pair: tuple[Path, Path],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    **options: Any,
 ) -> list[str]:
     """Run an extraction that is interrupted after ``count`` tensors; their names."""
     done: list[str] = []
@@ -50,7 +57,7 @@ def interrupt_after(
     with monkeypatch.context() as patch:
         patch.setattr(extract_op, "extract_tensor", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            lt.extract(*pair, out, rank=4, jobs=1)
+            lt.extract(*pair, out, rank=4, jobs=1, **options)
     return done
 
 
@@ -134,3 +141,44 @@ def test_other_options_or_inputs_start_afresh(
     report = lt.extract(*pair, out, rank=5, jobs=1)
     assert {row.rank for row in report.rows if row.rank} == {5}
     assert leftovers(tmp_path) == []
+
+
+def test_another_scale_of_the_adapter_continued_from_starts_afresh(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--alpha is no part of the adapter's file."""
+    old = tmp_path / "old.safetensors"
+    module = "model.layers.0.mlp.up_proj"
+    save_file(
+        {
+            f"{module}.lora_A": random_tensor(2, 24),
+            f"{module}.lora_B": random_tensor(40, 2),
+        },
+        old,
+    )
+    interrupt_after(60, pair, tmp_path / "out", monkeypatch, into=old, alpha=2)
+    lt.extract(*pair, tmp_path / "out", rank=4, jobs=1, into=old, alpha=6)
+    lt.extract(*pair, tmp_path / "whole", rank=4, jobs=1, into=old, alpha=6)
+    for name in os.listdir(tmp_path / "whole"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_another_number_of_heads_starts_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.json decides which rows of a fused matrix are the query's."""
+    state = {f"transformer.h.{i}.attn.c_attn.weight": random_tensor(48, 8) for i in range(3)}
+
+    def config(heads: int) -> dict[str, Any]:
+        return {"model_type": "gpt_bigcode", "n_head": heads, "multi_query": True}
+
+    base = save_folder(state, tmp_path / "base", config(2))
+    tuned = save_folder(moved(state), tmp_path / "tuned", config(2))
+    options: dict[str, Any] = {"split_fused": True, "profile": "vllm"}
+    interrupt_after(5, (base, tuned), tmp_path / "out", monkeypatch, **options)
+    for side in (base, tuned):
+        (side / "config.json").write_text(json.dumps(config(4)))
+    lt.extract(base, tuned, tmp_path / "out", rank=4, jobs=1, **options)
+    lt.extract(base, tuned, tmp_path / "whole", rank=4, jobs=1, **options)
+    for name in os.listdir(tmp_path / "whole"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
