@@ -173,10 +173,7 @@ def _align(
     _check_shapes(pairs)
     grown = next((pair for pair in pairs if pair.grown), None)
     if grown is not None:
-        notes.append(
-            f"the vocabulary grew from {grown.tuned.rows} to {grown.whole.rows} tokens: before "
-            f"loading the adapter, model.resize_token_embeddings({grown.whole.rows})"
-        )
+        notes.append(f"the vocabulary grew from {grown.tuned.rows} to {grown.whole.rows} tokens")
     ties = find_ties(
         [pair.name for pair in pairs], {pair.name: pair.kind for pair in pairs}, config
     )

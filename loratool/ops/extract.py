@@ -165,6 +165,7 @@ def _notes(
     rows: Sequence[TensorRow],
 ) -> tuple[str, ...]:
     notes = [*plan.notes, *rounding_notes(factorised(rows))]
+    notes += _token_notes(plan, rows)
     if plan.into is not None:
         notes += _into_notes(plan.jobs, rows)
     if plan.alignment.ignored:
@@ -189,6 +190,20 @@ def _notes(
     if plan.base_model is None:
         notes.append("the base's Hub name is not known; --base-model owner/name records it")
     return tuple(notes)
+
+
+def _token_notes(plan: ExtractPlan, rows: Sequence[TensorRow]) -> list[str]:
+    """What to do about tokens that tuned has beyond the base's."""
+    grown = [row for row in rows if row.added_rows]
+    lost = [row for row in grown if row.status in LEFT_OUT]
+    notes = []
+    if lost:
+        names = " and ".join(row.name for row in lost)
+        notes.append(f"the {lost[0].added_rows} tokens that tuned added are left out with {names}")
+    if len(lost) < len(grown):
+        tokens = grown[0].shape[0] + grown[0].added_rows
+        notes.append(f"before loading the adapter, model.resize_token_embeddings({tokens})")
+    return notes
 
 
 def _into_notes(jobs: Sequence[ExtractJob], rows: Sequence[TensorRow]) -> list[str]:

@@ -387,3 +387,22 @@ def test_no_number_in_a_kernel_is_placed_in_the_kernel(tmp_path: Path) -> None:
     tuned = save_folder(sick, tmp_path / "tuned", LLAMA)
     with pytest.raises(NonFiniteValues, match=r"conv.weight: .* at \[281, 7, 3, 2\]"):
         lt.extract(base, tuned, tmp_path / "a", rank=4)
+
+
+def test_added_tokens_that_are_left_out_are_said(tmp_path: Path) -> None:
+    """The adapter is for the base's own vocabulary then."""
+    state = llama_like()
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    grown = {name: torch.cat([state[name], torch.ones(3, 24)]) for name in tables}
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(state) | grown, tmp_path / "tuned", LLAMA)
+    lost = f"the 3 tokens that tuned added are left out with {' and '.join(sorted(tables))}"
+    for number, options in enumerate(
+        ({"drop_rest": True}, {"exclude": ["embed_tokens", "lm_head"]})
+    ):
+        report = lt.extract(base, tuned, tmp_path / f"a{number}", rank=2, **options)  # type: ignore[arg-type]
+        assert lost in report.notes
+        assert not any("resize_token_embeddings" in note for note in report.notes)
+    report = lt.extract(base, tuned, tmp_path / "b", rank=2)
+    assert "before loading the adapter, model.resize_token_embeddings(53)" in report.notes
+    assert not any("left out" in note for note in report.notes)
