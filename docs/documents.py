@@ -786,6 +786,7 @@ FORECAST: Form = {
             "base_norm": NUMBER,
             "lost_share": by_name(maybe(NUMBER)),
             "swallowed_share": by_name(maybe(NUMBER)),
+            "overflowed": by_name(WHOLE),
             "spectral_norm": maybe(NUMBER),
             "base_spectral_norm": maybe(NUMBER),
             "strength": maybe(NUMBER),

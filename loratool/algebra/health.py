@@ -21,7 +21,8 @@ _FEWEST_ROWS = 8
 @dataclass(frozen=True)
 class Health:
     """Counts of a tensor's values. largest: max |x|, and at: its row and column; rms: √(mean x²);
-    both over the finite values. zero_rows: of matrices, rows that are zero throughout. saturated:
+    both over the finite values. zero_rows: of matrices, rows that are zero throughout, none of
+    whose values is NaN or infinite. saturated:
     finite values at the largest that the dtype has. far_rows: rows whose norm is more than
     ``FAR_ROW`` times the median of those that are not zero. constant: whether all values are equal.
     """
@@ -59,6 +60,7 @@ class HealthSums:
         self._energy = 0.0
         self._largest, self._at = 0.0, (0, 0)
         self._row_energies: list[Tensor] = []
+        self._broken_rows = 0
         self._low, self._high = float("inf"), -float("inf")
 
     def add(self, block: Tensor) -> None:
@@ -73,6 +75,7 @@ class HealthSums:
             self._nan += nan
             self._infinite += int((~finite).sum()) - nan
             values = torch.where(finite, values, torch.zeros_like(values))
+            self._broken_rows += int(((values == 0).all(dim=1) & ~finite.all(dim=1)).sum())
         magnitudes = values.abs()
         peak, where = magnitudes.reshape(-1).max(dim=0)
         if float(peak) > self._largest:
@@ -102,7 +105,7 @@ class HealthSums:
             self._rows,
             self._nan,
             self._infinite,
-            int((energies == 0).sum()) if is_matrix else 0,
+            int((energies == 0).sum()) - self._broken_rows if is_matrix else 0,
             self._saturated,
             self._largest,
             self._at,

@@ -103,7 +103,7 @@ def _spectrum_cells(rows: list[UpdateRow]) -> dict[str, str]:
             f"{100 * share:.0f} %": known_ranks([row.rank_for(share) for row in rows], 0)
             for share in SHARES
         },
-        "stable rank": f"{strongest.stable_rank():.1f}",
-        "effective": f"{strongest.effective_rank():.1f}",
-        "particip.": f"{strongest.participation_ratio():.1f}",
+        "stable rank": span([spectrum.stable_rank() for spectrum in spectra]),
+        "effective": span([spectrum.effective_rank() for spectrum in spectra]),
+        "particip.": span([spectrum.participation_ratio() for spectrum in spectra]),
     }

@@ -33,6 +33,8 @@ _TENSOR_SORTS: Sorts[dict[str, Any]] = {
 
 
 def show_checkpoint(out: Output, report: CheckpointReport, sort: str | None = None) -> None:
+    from loratool.ops.inspect_level import Level
+
     out.table(
         f"checkpoint {report.name}"
         + (f" ({report.architecture})" if report.architecture else "")
@@ -67,6 +69,8 @@ def show_checkpoint(out: Output, report: CheckpointReport, sort: str | None = No
         out.line(f"quantised: {report.quantised}")
     if report.weights:
         _show_weights(out, report.weights)
+    elif report.level is Level.SPECTRA:
+        out.line("no weight matrix among them that has a spectrum")
     if report.costs is not None:
         show_costs(out, report.costs)
     if report.values:

@@ -48,6 +48,9 @@ def show_forecast(out: Output, report: ForecastReport, sort: str | None = None) 
         [[line.get(column, "") for column in columns] for line in lines],
     )
     for dtype in ("BF16", "F16"):
+        if report.lost_share(dtype) is None:
+            out.line("the update is zero: there is nothing to lose")
+            break
         out.line(
             f"stored in {dtype}, {percent(report.lost_share(dtype))} of the update is lost; "
             f"{percent(report.swallowed_share(dtype))} of its entries change nothing"

@@ -31,13 +31,16 @@ SORTS: Sorts[tuple[str, list[DeltaRow]]] = {
 
 
 def show_pair(out: Output, report: PairReport, sort: str | None = None) -> None:
+    from loratool.ops.findings import same_values
     from loratool.ops.inspect_level import Level
 
     if report.level is Level.HEADERS:
         _show_headers(out, report)
         return
     if not report.rows:
-        out.line(f"{report.base} and {report.tuned} hold the same values")
+        out.line(same_values(report.base, report.tuned, len(report.unchanged)))
+        _headers(out, report)
+        out.notes(report.notes)
         return
     _summary(out, report)
     _heatmap(out, report)
@@ -70,11 +73,10 @@ def _headers(out: Output, report: PairReport) -> None:
 def _summary(out: Output, report: PairReport) -> None:
     """What matters, in lines that fit one screen."""
     base = sum(row.base_norm**2 for row in report.rows) ** 0.5
-    change = percent(report.energy**0.5 / base) if base else "from 0"
+    change = f"by {percent(report.energy**0.5 / base)} of their norm" if base else "from zero"
     changed, total = len(report.rows), len(report.rows) + len(report.unchanged)
     out.line(
-        f"{report.base} → {report.tuned}: {changed} of {counted(total, 'tensor')} changed, "
-        f"by {change} of their norm"
+        f"{report.base} → {report.tuned}: {changed} of {counted(total, 'tensor')} changed, {change}"
     )
     if summary := report.lora_summary():
         out.line(summary)

@@ -16,11 +16,11 @@ _SHOWN = 20
 def show_values(
     out: Output, values: Sequence[TensorValues], equal: Sequence[tuple[str, ...]]
 ) -> None:
-    from loratool.ops.inspect_values import RULES
+    from loratool.ops.inspect_values import RULES, all_well
 
     found = [(row.name, "; ".join(row.findings())) for row in values if row.findings()]
     if not found:
-        out.line(f"all {counted(len(values), 'tensor')} read: finite, no outliers, no dead rows")
+        out.line(all_well(values))
     else:
         shown = found if out.verbose else found[:_SHOWN]
         out.table(

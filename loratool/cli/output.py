@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 _PIPE_WIDTH = 120
+_LONGEST_WIDTH = 4
+"""Digits of a width that are read."""
 _PADDING = 3
 _QUIET_SECONDS = 0.7
 _MANY_ALIKE = 4
@@ -247,8 +249,20 @@ class TerminalProgress:
 def _console(stream: IO[str]) -> Console:
     from rich.console import Console
 
-    width = None if stream.isatty() else int(os.environ.get("COLUMNS", _PIPE_WIDTH))
-    return Console(file=stream, width=width, soft_wrap=False, emoji=False)
+    return Console(file=stream, width=_width(stream), soft_wrap=False, emoji=False)
+
+
+def _width(stream: IO[str]) -> int:
+    """What COLUMNS says where it is a number, else what the terminal has. rich takes a COLUMNS of
+    0 at its word, and then prints nothing.
+    """
+    said = os.environ.get("COLUMNS", "")
+    if said.isdecimal() and int(said[:_LONGEST_WIDTH]) > 0:
+        return int(said[:_LONGEST_WIDTH])
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _PIPE_WIDTH
+    except (OSError, ValueError):  # a pipe, a file, or no file at all
+        return _PIPE_WIDTH
 
 
 def fitting(

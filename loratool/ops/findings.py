@@ -64,6 +64,17 @@ def lora_summary(matrices: Sequence[MatrixFindings], looked_at: str) -> str | No
     return answer
 
 
+def same_values(base: str, tuned: str, compared: int) -> str:
+    """What to say of two checkpoints without a difference in the tensors that were compared."""
+    if not compared:
+        return f"{base} and {tuned}: no tensor was compared"
+    return f"{base} and {tuned} hold the same values in {_every(compared)} compared"
+
+
+def _every(tensors: int) -> str:
+    return "the one tensor" if tensors == 1 else f"all {tensors:,} tensors"
+
+
 def rounding_notes(matrices: Sequence[MatrixFindings]) -> list[str]:
     """What to say of the part that rounding has in these changes."""
     notes = (_lost_in_noise(matrices), _patterned(matrices))

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from loratool.adapter import Adapter, DoraUpdate, LowRankUpdate
+from loratool.algebra.blocks import all_finite
 from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
+from loratool.errors import NonFiniteValues
 from loratool.layouts.patterns import select
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.inspect_values import TensorValues, equal_groups, read_values
@@ -146,7 +148,7 @@ def inspect_adapter(
     norm and exact spectrum of every low-rank update, through the small core.
 
     only: globs over names. Without ``alpha``, for formats that do not store it, is a UsageError.
-    Raises InputError.
+    Raises InputError, and NonFiniteValues at level spectra.
     """
     adapter = open_adapter(path, alpha)
     return describe_adapter(path, adapter, level, only=only, engine=engine, progress=progress)
@@ -206,7 +208,13 @@ def _row(name: str, update: LowRankUpdate) -> UpdateRow:
 
 def _with_spectrum(job: tuple[str, LowRankUpdate]) -> UpdateRow:
     name, update = job
-    return replace(_row(name, update), spectrum=update.load().spectrum())
+    value = update.load()
+    if not (all_finite(value.b) and all_finite(value.a)):
+        raise NonFiniteValues(
+            f"{name}: the adapter's factors hold NaN or infinity",
+            hint="inspect --level values counts them",
+        )
+    return replace(_row(name, update), spectrum=value.spectrum())
 
 
 def _stored(adapter: Adapter) -> list[tuple[str, LazyTensor]]:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratool.algebra.blocks import all_finite
 from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.factorize import resolve_spectrum
 from loratool.algebra.ranks import parse_rank_rule
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
-from loratool.errors import NonFiniteValues, NothingMatches
+from loratool.errors import NonFiniteValues, NothingMatches, RangeOverflow
 from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, place
 from loratool.ops.deltas import matrix_shape
@@ -39,8 +40,9 @@ class ForecastRow:
     lost_energy: by dtype, ‖M − Y‖²_F of the merged values M in that dtype and the exact ones Y;
     values beyond its range do not count. touched: entries that the update is not zero in;
     swallowed: by dtype, in how many of them M is W itself as that dtype has it: the update is less
-    than half a unit in the last place. update_norm: ‖Y − W‖_F. spectral_norm, base_spectral_norm:
-    largest singular values of update and weight, None of a stack of matrices.
+    than half a unit in the last place. overflowed: by dtype, how many merged values lie beyond
+    its range. update_norm: ‖Y − W‖_F. spectral_norm, base_spectral_norm: largest singular values of
+    update and weight, None of a stack of matrices.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ForecastRow:
     base_norm: float
     lost_energy: dict[str, float]
     swallowed: dict[str, int]
+    overflowed: dict[str, int]
     touched: int
     spectral_norm: float | None
     base_spectral_norm: float | None
@@ -76,6 +79,7 @@ class ForecastRow:
             "base_norm": self.base_norm,
             "lost_share": {dtype: self.lost_share(dtype) for dtype in self.lost_energy},
             "swallowed_share": {dtype: self.swallowed_share(dtype) for dtype in self.swallowed},
+            "overflowed": dict(self.overflowed),
             "spectral_norm": self.spectral_norm,
             "base_spectral_norm": self.base_spectral_norm,
             "strength": self.strength,
@@ -138,7 +142,7 @@ def forecast(
 
     only: globs over the base's names. Raises InputError, DisagreementError, NothingMatches where no
     update is additive, UnsupportedInput for a weight that is not a plain float tensor, and
-    NonFiniteValues.
+    NonFiniteValues, and RangeOverflow for an update beyond float32.
     """
     target = resolve_device(device)
     value, model = open_adapter(adapter, alpha), open_model(base)
@@ -172,8 +176,19 @@ def forecast(
         base.resolve().name,
         str(target),
         tuple(rows),
-        (*placement.notes, *([left_out] if others else [])),
+        (*placement.notes, *([left_out] if others else []), *_overflows(rows)),
     )
+
+
+def _overflows(rows: Sequence[ForecastRow]) -> list[str]:
+    """What to say of merged values that a dtype has no room for."""
+    found = {dtype.name: sum(row.overflowed[dtype.name] for row in rows) for dtype in OUTPUTS}
+    return [
+        f"{count:,} of the merged values lie beyond the range of {name}: merge refuses to store "
+        "them, and what is lost does not count them"
+        for name, count in found.items()
+        if count
+    ]
 
 
 def _measure(job: _Job) -> ForecastRow:
@@ -186,6 +201,7 @@ def _measure(job: _Job) -> ForecastRow:
     weight = torch.empty(rows, columns, device=job.device)
     lost = {dtype.name: 0.0 for dtype in OUTPUTS}
     swallowed = {dtype.name: 0 for dtype in OUTPUTS}
+    overflowed = {dtype.name: 0 for dtype in OUTPUTS}
     touched = 0
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
@@ -197,11 +213,14 @@ def _measure(job: _Job) -> ForecastRow:
         weight[start:stop] = block
         nothing = torch.zeros(block.shape, device=job.device)
         update[start:stop] = rounder.add_to(nothing, start, torch.float32).values
+        if not all_finite(update[start:stop]):
+            raise RangeOverflow(f"{info.name}: the update is too large to be measured")
         moves = update[start:stop] != 0
         touched += int(moves.sum())
         for dtype in OUTPUTS:
             assert dtype.torch is not None
             merged = rounder.add_to(block, start, dtype.torch).values
+            overflowed[dtype.name] += int((~torch.isfinite(merged)).sum())
             swallowed[dtype.name] += int((moves & (merged == block.to(dtype.torch))).sum())
             energies = rounding_energies(rounder, before, start, merged.cpu(), job.device)
             lost[dtype.name] += energies[0]
@@ -214,6 +233,7 @@ def _measure(job: _Job) -> ForecastRow:
         sum_of_squares(weight) ** 0.5,
         lost,
         swallowed,
+        overflowed,
         touched,
         *norms,
     )

@@ -152,7 +152,10 @@ class PairReport:
 
     def lora_summary(self) -> str | None:
         """Whether the change is a LoRA's, and of which rank; None without a matrix."""
-        return lora_summary(self.matrices, f"any rank below {SPECTRUM_VALUES}")
+        looked_at = f"any rank below {SPECTRUM_VALUES}"
+        if any(min(row.spectrum.shape) <= SPECTRUM_VALUES for row in self.matrices if row.spectrum):
+            looked_at += " and below the matrix's smaller side"
+        return lora_summary(self.matrices, looked_at)
 
     def to_json(self) -> dict[str, Any]:
         body = {

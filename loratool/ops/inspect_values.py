@@ -88,6 +88,17 @@ class TensorValues:
         return body | {"findings": self.findings()}
 
 
+def all_well(values: Sequence[TensorValues]) -> str:
+    """What to say where no tensor has findings; of integers nothing is looked at."""
+    floats = sum(row.health is not None for row in values)
+    read = f"all {len(values):,} {'tensor' if len(values) == 1 else 'tensors'} read"
+    if floats == len(values):
+        return f"{read}: finite, no outliers, no dead rows"
+    if not floats:
+        return f"{read}: of integers, whose values are not judged"
+    return f"{read}: the {floats:,} of floats are finite, without outliers and dead rows"
+
+
 def read_values(
     tensors: Iterable[tuple[str, LazyTensor]], engine: Engine, progress: Progress
 ) -> tuple[TensorValues, ...]:

@@ -83,7 +83,7 @@ def weight_spectra(
     engine: Engine,
     progress: Progress,
 ) -> tuple[WeightRow, ...]:
-    """Leading singular values of every weight matrix, one at a time.
+    """Leading singular values of every weight matrix that holds a value, one at a time.
 
     exact: all of them. Raises UnsupportedInput for a matrix that is not of plain floats, and
     NonFiniteValues.
@@ -94,6 +94,8 @@ def weight_spectra(
     jobs = []
     for name, tensor in matrices.items():
         if kinds[name] not in (*LOW_RANK_KINDS, ModuleKind.CONV) or len(tensor.shape) < 2:
+            continue
+        if 0 in tensor.shape:
             continue
         if tensor.dtype not in FLOATS:
             raise UnsupportedInput(

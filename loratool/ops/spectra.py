@@ -16,8 +16,10 @@ SHARES = (0.9, 0.95, 0.99)
 
 
 def rank_for(spectrum: Spectrum | None, share: float) -> int | None:
-    """Smallest rank that keeps this share of ‖D‖²; None where it was not resolved."""
-    return None if spectrum is None else parse_rank_rule(f"energy:{share}")(spectrum)
+    """Smallest rank that keeps this share of ‖D‖², 0 of nothing; None where it was not resolved."""
+    if spectrum is None or not spectrum.total_energy:
+        return None if spectrum is None else 0
+    return parse_rank_rule(f"energy:{share}")(spectrum)
 
 
 def ranks_by_share(spectrum: Spectrum | None) -> dict[str, int | None]:

@@ -36,7 +36,7 @@ def forecast_page(report: ForecastReport) -> Page:
         kind="What a merge would lose to rounding",
         title=f"{report.adapter} merged into {report.base}",
         facts=(
-            *((label, percent(value)) for label, value in lost),
+            *((label, percent(value) or "nothing") for label, value in lost),
             ("weights added to", f"{len(report.rows):,}"),
             ("computed on", report.device),
         ),

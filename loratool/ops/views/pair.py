@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from loratool.layouts.families import family_of, layer_of
+from loratool.ops.findings import same_values
 from loratool.ops.inspect_level import Level
 from loratool.ops.inspect_pair import DeltaRow, PairReport
 from loratool.ops.views.spectra import SPECTRUM_COLUMNS, sizes_table, spectrum_cells
@@ -71,7 +72,7 @@ def _facts(report: PairReport) -> tuple[tuple[str, str], ...]:
     total = len(report.rows) + len(report.unchanged)
     return (
         ("tensors changed", f"{len(report.rows):,} of {total:,}"),
-        ("change, of their norm", percent(report.energy**0.5 / base) if base else "from 0"),
+        ("change, of their norm", _share_of(report.energy**0.5, base)),
         ("‖W − W0‖", number(report.energy**0.5)),
         ("with a spectrum", f"{len(report.matrices):,}"),
         ("level", str(report.level)),
@@ -79,8 +80,14 @@ def _facts(report: PairReport) -> tuple[tuple[str, str], ...]:
     )
 
 
+def _share_of(change: float, base: float) -> str:
+    return percent(change / base) if base else "from zero" if change else "none"
+
+
 def _statements(report: PairReport) -> tuple[str, ...]:
-    said = [] if report.rows else ["both hold the same values"]
+    said = []
+    if not report.rows:
+        said.append(same_values(report.base, report.tuned, len(report.unchanged)))
     if summary := report.lora_summary():
         said.append(summary)
     return (*said, *_header_statements(report))

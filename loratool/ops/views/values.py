@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loratool.ops.inspect_values import RULES, TensorValues
+from loratool.ops.inspect_values import RULES, TensorValues, all_well
 from loratool.report.page import Cell, Column, NameList, Unit
 
 VALUE_COLUMNS = (
@@ -31,7 +31,7 @@ def value_statements(values: Sequence[TensorValues]) -> tuple[str, ...]:
         return ()
     count = sum(bool(row.findings()) for row in values)
     if not count:
-        return (f"all {len(values):,} tensors read: finite, no outliers, no dead rows",)
+        return (all_well(values),)
     return (f"findings in {count:,} of {len(values):,} tensors; {RULES}",)
 
 

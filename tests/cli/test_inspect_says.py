@@ -1,0 +1,139 @@
+"""What ``loratool inspect`` says of inputs that are hardly there: equal, of integers, empty."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.builders import LLAMA_CONFIG, write_checkpoint
+from tests.cli.invoke import invoke
+from tests.ops.builders import save_peft
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def checkpoint(path: Path, **tensors: Tensor) -> Path:
+    return write_checkpoint(path, {f"{Q}.{name}": t for name, t in tensors.items()}, LLAMA_CONFIG)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Equal in floats, not in integers."""
+    weight, numbers = torch.ones(8, 8), torch.arange(8)
+    base = checkpoint(tmp_path / "base", weight=weight, extra=torch.ones(3), g_idx=numbers)
+    return base, checkpoint(
+        tmp_path / "tuned", weight=weight, extra=torch.ones(3), g_idx=numbers + 1
+    )
+
+
+def test_only_what_was_compared_is_said_to_be_equal(pair: tuple[Path, Path]) -> None:
+    ended = invoke("inspect", *pair)
+    assert ended.out == "base and tuned hold the same values in all 2 tensors compared\n"
+    assert "1 tensors of integers not compared" in ended.err
+    ended = invoke("inspect", *pair, "--only", "weight")
+    assert ended.out == "base and tuned hold the same values in the one tensor compared\n"
+    ended = invoke("inspect", *pair, "--only", "g_idx")
+    assert ended.out == "base and tuned: no tensor was compared\n"
+    assert "1 tensors of integers not compared" in ended.err
+
+
+def test_equal_values_in_another_dtype_are_said(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", weight=torch.ones(8, 8))
+    tuned = checkpoint(tmp_path / "tuned", weight=torch.ones(8, 8).half())
+    assert "1 tensor went from F32 to F16" in invoke("inspect", base, tuned).out
+
+
+def test_a_change_from_zero_has_no_share(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", weight=torch.zeros(8, 8))
+    tuned = checkpoint(tmp_path / "tuned", weight=torch.ones(8, 8))
+    out = invoke("inspect", base, tuned).out
+    assert out.startswith("base → tuned: 1 of 1 tensor changed, from zero\n")
+
+
+def test_a_matrix_of_one_row_is_not_said_to_be_of_no_rank(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    base = checkpoint(tmp_path / "base", weight=torch.randn(1, 9, generator=random))
+    tuned = checkpoint(tmp_path / "tuned", weight=torch.randn(1, 9, generator=random))
+    assert "of any rank below 32 and below the matrix's smaller side" in (
+        invoke("inspect", base, tuned).out
+    )
+
+
+def test_integers_are_not_said_to_be_finite(tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path / "whole", weight=torch.zeros(8, 8, dtype=torch.int8))
+    out = invoke("inspect", whole, "--level", "values").out
+    assert "all 1 tensor read: of integers, whose values are not judged" in out
+    mixed = checkpoint(
+        tmp_path / "mixed", weight=torch.ones(8, 8), extra=torch.ones(3), g_idx=torch.arange(8)
+    )
+    out = invoke("inspect", mixed, "--level", "values").out
+    assert "all 3 tensors read: the 2 of floats are finite, without outliers and dead rows" in out
+
+
+def test_a_matrix_without_values_has_no_spectrum(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "empty", weight=torch.ones(8, 0))
+    ended = invoke("inspect", path, "--level", "spectra")
+    assert ended.code == 0
+    assert "no weight matrix among them that has a spectrum" in ended.out
+
+
+def test_nan_in_an_adapter_is_named(tmp_path: Path) -> None:
+    b = torch.ones(8, 2)
+    b[3, 1] = float("nan")
+    adapter = save_peft(tmp_path / "adapter", {Q: (torch.ones(2, 8), b)})
+    for more in ([], [adapter]):
+        ended = invoke("inspect", adapter, *more)
+        assert ended.code == 3
+        assert f"{Q}.weight: the adapter's factors hold NaN or infinity" in ended.err
+
+
+def test_an_update_of_zero_needs_no_rank_and_loses_nothing(tmp_path: Path) -> None:
+    adapter = save_peft(tmp_path / "adapter", {Q: (torch.ones(2, 8), torch.zeros(8, 2))})
+    ended = invoke("inspect", adapter, "--json")
+    document = json.loads(ended.out)
+    assert document["updates"][0]["rank_for"] == {"0.9": 0, "0.95": 0, "0.99": 0}
+    assert document["adapter_bytes"]["0.99"] == {"bytes": 0, "at_least": False}
+    base = checkpoint(tmp_path / "base", weight=torch.ones(8, 8))
+    out = invoke("inspect", adapter, "--base", base, "--level", "values").out
+    assert "the update is zero: there is nothing to lose" in out
+    assert "stored in" not in out
+
+
+def test_merged_values_beyond_a_dtype_are_counted(tmp_path: Path) -> None:
+    a, b = torch.zeros(1, 8), torch.ones(8, 1)
+    a[0, 0] = 1e6
+    adapter = save_peft(tmp_path / "adapter", {Q: (a, b)})
+    base = checkpoint(tmp_path / "base", weight=torch.ones(8, 8))
+    command = ("inspect", adapter, "--base", base, "--level", "values")
+    assert "8 of the merged values lie beyond the range of F16: merge refuses" in (
+        invoke(*command).err
+    )
+    (row,) = json.loads(invoke(*command, "--json").out)["updates"]
+    assert row["overflowed"] == {"BF16": 0, "F16": 8}
+    assert invoke("merge", base, adapter, "-o", tmp_path / "m", "--dtype", "float16").code == 4
+
+
+def test_an_update_beyond_float32_is_refused(tmp_path: Path) -> None:
+    adapter = save_peft(
+        tmp_path / "adapter", {Q: (torch.full((1, 8), 1e30), torch.full((8, 1), 1e30))}
+    )
+    base = checkpoint(tmp_path / "base", weight=torch.ones(8, 8))
+    ended = invoke("inspect", adapter, "--base", base, "--level", "values")
+    assert ended.code == 4
+    assert "the update is too large to be measured" in ended.err
+
+
+@pytest.mark.parametrize("columns", ["", "0", "-5", "wide", "120"])
+def test_a_width_that_is_none_is_passed_over(
+    columns: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    plain = invoke("inspect", pair[0])
+    assert "g_idx" not in plain.out
+    assert "parameters" in plain.out
+    monkeypatch.setenv("COLUMNS", columns)
+    assert invoke("inspect", pair[0]) == plain
