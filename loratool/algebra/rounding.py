@@ -42,6 +42,9 @@ _GATHER_ELEMENTS = 2**18
 _UP = 1 + 1e-6
 _HUGE = 2.0**100
 """Beyond this size float32 estimates might overflow; float64 decides then."""
+_STEEP = 2.0**20
+"""So is it with scales beyond this or below its inverse: what float32 loses of B·A to underflow
+would be made large by them, and what they make small might have overflowed."""
 
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -117,6 +120,7 @@ class CertifiedSum:
         # each term is added with one rounding of the sum so far, and so is the margin; what is of
         # second order is covered by _UP
         self._adds = len(terms) + 1
+        self._steep = any(t.scale and not 1 / _STEEP <= abs(t.scale) <= _STEEP for t in terms)
 
     def add_to(self, w0: Tensor, first_row: int, dtype: torch.dtype) -> RoundedBlock:
         """RN(w0 + ΔW[first_row : first_row + len(w0)]) in ``dtype``.
@@ -129,6 +133,8 @@ class CertifiedSum:
         rows = slice(first_row, first_row + w0.shape[0])
         if dtype == torch.float32:
             decided = self._decide_float64(w0, rows)
+        elif self._steep:
+            decided = _Decided(w0.to(dtype, copy=True), _everything(w0), 0, _largest(w0))
         else:
             decided = self._decide_float32(w0, rows, dtype)
         if not math.isfinite(decided.largest):
@@ -137,7 +143,7 @@ class CertifiedSum:
         reach = decided.largest + float(self._size[rows].max())
         values, open_ = decided.values, decided.open
         if reach > _HUGE and dtype != torch.float32:
-            open_ = torch.arange(w0.numel(), device=w0.device)  # float32 may have overflowed
+            open_ = _everything(w0)  # float32 may have overflowed
         start = w0.to(dtype).reshape(-1)
         flat = values.reshape(-1)
         changed = decided.changed - int((_bits(flat[open_]) != _bits(start[open_])).sum())
@@ -288,6 +294,11 @@ def _largest(values: Tensor) -> float:
     positive = max(int(bits.max()), 0)  # magnitudes are ordered as their bits are
     negative = int(bits.view(np.uint16).max()) & 0x7FFF
     return float(torch.tensor([max(positive, negative)]).short().view(values.dtype))
+
+
+def _everything(block: Tensor) -> Tensor:
+    """All flat positions."""
+    return torch.arange(block.numel(), device=block.device)
 
 
 def _where_different(first: Tensor, second: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ from loratool.layouts.ties import find_ties
 from loratool.layouts.vocabulary import grown_tables
 from loratool.storage.tensors import LazyTensor, TensorInfo
 
+_LARGEST_WEIGHT = 1e100
+"""Products of it with a scale and two stored values are doubles."""
+
 __all__ = ["PlacedUpdate", "Placement", "TieChoice", "can_be_untied", "describe", "place"]
 
 
@@ -54,7 +57,7 @@ def place(
     NothingMatches naming updates
     without a tensor and what looks like them, ShapeMismatch, and DisagreementError for an adapter
     that changes one side of a tied pair or two that cannot be summed; UsageError for a weight on
-    replaced values.
+    replaced values or beyond any use.
     """
     updates: dict[str, tuple[PlacedUpdate, ...]] = {}
     copies: dict[str, tuple[LazyTensor, ...]] = {}
@@ -63,6 +66,11 @@ def place(
     grown: dict[str, int] = {}
     notes: list[str] = []
     for index, (adapter, weight) in enumerate(adapters):
+        if not abs(weight) <= _LARGEST_WEIGHT:
+            raise UsageError(
+                f"adapter {index + 1} has the weight {weight:g}, --scale included",
+                hint=f"weights go up to {_LARGEST_WEIGHT:g}",
+            )
         one = _place_one(adapter, tensors, config, add_bias, ties, grow)
         grown |= one.grown
         untied |= one.untied

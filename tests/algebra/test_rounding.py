@@ -170,3 +170,21 @@ def test_the_frameworks_own_cast_rounds_twice() -> None:
     value = torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64)
     assert value.to(torch.float32).to(torch.bfloat16).item() == 1.0
     assert round_float64(value, torch.bfloat16).item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize(
+    ("scale", "size"),
+    [(1e38, 1e-20), (1e40, 1e-21), (1e300, 1e-38), (2.0**21, 1e-4), (1e-48, 1e23), (1e-30, 1e14)],
+)
+@pytest.mark.parametrize("dtype", MERGEABLE)
+def test_scales_beyond_what_float32_can_follow(
+    scale: float, size: float, dtype: torch.dtype
+) -> None:
+    """B·A is subnormal or infinite in float32, s itself may be; s·B·A is of ordinary size."""
+    torch.manual_seed(0)
+    w0 = (torch.randn(24, 24) * 0.1).to(dtype)
+    b, a = torch.randn(24, 4) * size, torch.randn(4, 24) * size
+    found = CertifiedSum([LowRank(b, a, scale)]).add_to(w0, 0, dtype)
+    expected = exact_merge(w0, [(b, a, scale)], dtype)
+    assert same_bits(found.values, expected)
+    assert found.changed == int((expected != w0).sum())
