@@ -38,6 +38,7 @@ class Adapter:
     that the file carries along unchanged (PEFT stores embeddings beside their updates); they are
     facts about the base, not changes. fan_in_fan_out: what the file says about weights stored as
     (in, out). as_parameters: weights that PEFT adapts as parameters rather than by their modules.
+    lacking: what the config announces and the file does not hold, in a few words each.
     """
 
     updates: Mapping[str, Update]
@@ -47,6 +48,7 @@ class Adapter:
     task_type: str | None = None
     base_copies: Mapping[str, LazyTensor] = field(default_factory=dict)
     as_parameters: frozenset[str] = frozenset()
+    lacking: tuple[str, ...] = ()
 
     @property
     def low_rank(self) -> dict[str, LowRankUpdate]:

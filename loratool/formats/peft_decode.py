@@ -6,7 +6,7 @@ Checked against PEFT 0.21: what its loader does with each kind of key (``base_la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import (
@@ -22,7 +22,7 @@ from loratool.adapter import (
 )
 from loratool.errors import DisagreementError, MalformedFile, Unplaced, UnsupportedInput, UsageError
 from loratool.formats.hints import NOTHING, Hints
-from loratool.formats.peft_config import CONFIG_FILE, Scaling, read_config, scaling_of
+from loratool.formats.peft_config import CONFIG_FILE, TASK_HEADS, Scaling, read_config, scaling_of
 from loratool.formats.peft_experts import Wrapped, decode_parameter, is_bare
 from loratool.formats.peft_keys import (
     BASE_COPY,
@@ -106,7 +106,23 @@ class _Reader:
             task_type=_text(self.config.get("task_type")),
             base_copies=self.base_copies,
             as_parameters=frozenset(self.as_parameters),
+            lacking=tuple(self._lacking()),
         )
+
+    def _lacking(self) -> Iterator[str]:
+        """What was trained by the config and is not here: PEFT saved it elsewhere or not at all."""
+        modules = {f".{module_of(name)}." for name in self.updates}
+        saved = self.config.get("modules_to_save")
+        named = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
+        heads = TASK_HEADS.get(str(self.config.get("task_type")), ())
+        if any(f".{head}." in module for head in heads for module in modules):
+            named = [name for name in named if name not in heads]  # one of them is the model's
+        for name in named:
+            if not any(f".{name}." in module for module in modules):
+                yield f"lists {name} in modules_to_save"
+        tokens = self.config.get("trainable_token_indices")
+        if tokens and not any(isinstance(one, TokenRows) for one in self.updates.values()):
+            yield "lists tokens in trainable_token_indices"
 
     def _sort(self, key: str) -> None:
         name = key.removeprefix(PREFIX)

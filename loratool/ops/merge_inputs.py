@@ -28,7 +28,7 @@ from loratool.ops.base_check import check_base
 from loratool.ops.eight_bits import scales_of
 from loratool.ops.merge_jobs import BLOCK_ELEMENTS, NOTHING_MORE, WAITING, Asked
 from loratool.ops.merge_layout import Added
-from loratool.ops.sources import Model, open_adapter
+from loratool.ops.sources import Model, open_adapters
 from loratool.storage.dtypes import DType
 from loratool.storage.tensors import TensorInfo, equal_values
 from loratool.storage.views import Zeros
@@ -192,13 +192,22 @@ def plan_merging(
     DisagreementError or UsageError.
     """
     target = resolve_device(device)
-    opened = [WeightedAdapter(path, weight, open_adapter(path, alpha)) for path, weight in adapters]
-    if not opened:
+    if not adapters:
         raise UsageError("no adapter is named")
+    values = open_adapters([path for path, _ in adapters], alpha)
+    opened = [
+        WeightedAdapter(path, weight, value)
+        for (path, weight), value in zip(adapters, values, strict=True)
+    ]
     notes = [
         note
         for one in opened
         for note in check_base(model, one.path, one.adapter, required=base_check, values=holds_base)
+    ]
+    notes += [
+        f"{one.path.name}: its config {what}, of which the file holds nothing"
+        for one in opened
+        for what in one.adapter.lacking
     ]
     paths = [one.path.resolve() for one in opened]
     notes += [

@@ -100,18 +100,25 @@ def open_adapters(paths: Sequence[Path], alpha: float | None = None) -> list[Ada
 
     Raises what ``open_adapter`` raises, and UsageError for an alpha that none of them needs.
     """
-    opened, taken = [], False
-    for path in paths:
-        try:
-            opened.append(open_adapter(path))
-        except UsageError:
-            if alpha is None:
-                raise
-            opened.append(open_adapter(path, alpha))
-            taken = True
-    if alpha is not None and not taken:
+    if alpha is None or len(paths) == 1:
+        return [open_adapter(path, alpha) for path in paths]
+    lacking = [needs_alpha(path) for path in paths]
+    opened = [
+        open_adapter(path, alpha if lacks else None)
+        for path, lacks in zip(paths, lacking, strict=True)
+    ]
+    if not any(lacking):
         raise UsageError("every adapter stores its own alpha; --alpha is for those that do not")
     return opened
+
+
+def needs_alpha(path: Path) -> bool:
+    """Whether an adapter does not store its alpha. Raises what ``open_adapter`` raises."""
+    try:
+        open_adapter(path)
+    except UsageError:
+        return True
+    return False
 
 
 def adapter_sha256(path: Path) -> str:

@@ -21,6 +21,7 @@ from loratool.ops.merge_receipt import plan_receipt, receipt_facts, receipt_plac
 from loratool.ops.merge_report import MergeReport, MergeRow
 from loratool.ops.restoring import Recorder, RestoredTensor, guess_for_record, value_sha256
 from loratool.ops.rounders import rounder_of
+from loratool.ops.sources import needs_alpha
 from loratool.ops.unmerge import (
     RestoreJob,
     UnmergePlan,
@@ -110,6 +111,9 @@ def plan_swap(
     """
     if not add:
         raise UsageError("no adapter to add", hint="to take one out only, use unmerge")
+    alpha_in = alpha if alpha is not None and any(needs_alpha(path) for path, _ in add) else None
+    if alpha_in is not None and not any(needs_alpha(path) for path, _ in remove):
+        alpha = None
     out = plan_unmerge(
         merged, remove, output, receipt=receipt, alpha=alpha, device=device, overwrite=overwrite
     )
@@ -120,7 +124,7 @@ def plan_swap(
         )
     check_output(output, overwrite=overwrite, inputs=[path for path, _ in add])
     _check_same_layout(out)
-    merging = plan_merging(out.merged, add, alpha=alpha, device=device, holds_base=False)
+    merging = plan_merging(out.merged, add, alpha=alpha_in, device=device, holds_base=False)
     if merging.placement.added:
         raise UsageError(
             "the adapter adds biases that the base does not have", hint="use unmerge, then merge"

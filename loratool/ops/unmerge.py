@@ -28,7 +28,7 @@ from loratool.ops.restoring import (
     leading,
     uncertain,
 )
-from loratool.ops.sources import Model, open_adapter, open_model
+from loratool.ops.sources import Model, open_adapters, open_model
 from loratool.ops.unmerge_checks import (
     check_can_be_taken_off,
     check_dtypes,
@@ -161,7 +161,8 @@ def plan_unmerge(
     model = open_model(merged)
     found = find_receipt(model, receipt) if not without_receipt else None
     known = read_receipt(found) if found else None
-    opened = tuple((path, weight, open_adapter(path, alpha)) for path, weight in adapters)
+    values = open_adapters([path for path, _ in adapters], alpha)
+    opened = tuple((*one, value) for one, value in zip(adapters, values, strict=True))
     if not opened:
         raise UsageError("no adapter is named")
     inputs = [*model.paths, *(path for path, _ in adapters), *([found] if found else [])]

@@ -22,7 +22,7 @@ from loratool.ops.merge_inputs import added_by
 from loratool.ops.merge_layout import Added
 from loratool.ops.receipt_match import given_as_recorded
 from loratool.ops.restoring import beyond, leading, value_sha256
-from loratool.ops.sources import Model, open_adapter, open_model
+from loratool.ops.sources import Model, open_adapters, open_model
 from loratool.ops.unmerge_checks import find_receipt
 from loratool.ops.verify_report import VerifyReport
 from loratool.ops.verify_row import Status, VerifyJob, VerifyRow
@@ -75,7 +75,8 @@ def plan_verify(
     if not adapters:
         raise UsageError("no adapter is named", hint="name it with --adapter PATH[:WEIGHT]")
     model = open_model(merged)
-    opened = tuple((path, weight, open_adapter(path, alpha)) for path, weight in adapters)
+    values = open_adapters([path for path, _ in adapters], alpha)
+    opened = tuple((*one, value) for one, value in zip(adapters, values, strict=True))
     weighted = [(adapter, weight) for _, weight, adapter in opened]
     found = find_receipt(model, receipt) if fast or receipt else None
     known = read_receipt(found) if found else None

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import loratool as lt
-from loratool.errors import DisagreementError, NonFiniteValues
+from loratool.errors import DisagreementError, NonFiniteValues, UsageError
 from tests.builders import random_tensor
 from tests.faults.killing import bytes_of
 from tests.ops.builders import LLAMA, llama_like, load_folder, save_folder, save_peft
@@ -138,3 +138,42 @@ def test_an_adapter_that_is_in_already_is_said(tmp_path: Path) -> None:
     assert lt.merge(tmp_path / "m", first, tmp_path / "unknown").facts["notes"] == []
     lt.merge(base, first, tmp_path / "m2", receipt=True)
     assert lt.swap(tmp_path / "m2", first, first, tmp_path / "swapped").facts["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lists lm_head in modules_to_save"),
+        ({"trainable_token_indices": [3]}, "lists tokens in trainable_token_indices"),
+        ({"trainable_token_indices": {"embed_tokens": [3]}}, "lists tokens in"),
+        ({"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"}, "lists classifier"),
+    ],
+)
+def test_what_the_config_lists_and_the_file_lacks(
+    tmp_path: Path, config: dict[str, object], said: str
+) -> None:
+    """A note: the merged model is not the one that was trained."""
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    factors = {Q: (random_tensor(2, 24), random_tensor(24, 2))}
+    adapter = save_peft(tmp_path / "a", factors, **config)
+    notes = lt.merge(base, adapter, tmp_path / "out").facts["notes"]
+    assert any(said in note and "file holds nothing" in note for note in notes)
+
+
+def test_what_the_config_lists_and_the_file_holds(tmp_path: Path) -> None:
+    """Of a classifier's two names a model has one."""
+    state = llama_like() | {"score.weight": random_tensor(3, 24)}
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    adapter = replacing(tmp_path / "a", **{"score.weight": random_tensor(3, 24)})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert lt.merge(base, adapter, tmp_path / "out").facts["notes"] == []
+
+
+@pytest.mark.parametrize("weights", [(1e200, 1e200), (1e308, 1.0), (-1e101, 1.0)])
+def test_weights_beyond_any_use(tmp_path: Path, weights: tuple[float, float]) -> None:
+    base = save_folder(llama_like(torch.bfloat16), tmp_path / "base", LLAMA)
+    adapter = save_peft(tmp_path / "a", {Q: (random_tensor(2, 24), random_tensor(24, 2))})
+    with pytest.raises(UsageError, match=r"adapter 1 has the weight .*, --scale included"):
+        lt.merge(base, [(adapter, weights[0])], tmp_path / "out", scale=weights[1])

@@ -10,6 +10,7 @@ import torch
 
 import loratool as lt
 from loratool.errors import DisagreementError, InputMissing, OutputError, UsageError
+from loratool.ops.verify_report import EXACT
 from loratool.receipt import RECEIPT_FILE
 from tests.builders import snapshot
 from tests.ops.builders import (
@@ -127,3 +128,23 @@ def test_a_new_adapter_of_the_same_base_is_no_cause_for_a_note(tmp_path: Path) -
     lt.merge(base, tmp_path / "a1", tmp_path / "merged", receipt=True)
     report = lt.swap(tmp_path / "merged", tmp_path / "a1", tmp_path / "a2", tmp_path / "out")
     assert report.facts["notes"] == []
+
+
+def test_an_adapter_without_alpha_for_one_that_stores_it(made: Path) -> None:
+    """--alpha is for those that need it, on whichever side they are."""
+    b, a = torch.randn(24, 4) * 0.1, torch.randn(4, 24) * 0.1
+    theirs = made / "lora.pt"
+    torch.save({f"{Q0}.lora_A": a, f"{Q0}.lora_B": b}, theirs)
+    lt.swap(made / "merged", made / "old", theirs, made / "swapped", alpha=8)
+    lt.merge(made / "base", theirs, made / "expected", alpha=8, receipt=True)
+    assert everything(made / "swapped") == everything(made / "expected")
+    lt.swap(made / "swapped", theirs, made / "old", made / "again", alpha=8)
+    assert everything(made / "again") == everything(made / "merged")
+    with pytest.raises(UsageError, match="stores its own alpha"):
+        lt.swap(made / "merged", made / "old", made / "new", made / "no", alpha=8)
+
+    both = [(theirs, 0.5), (made / "new", 1.0)]
+    lt.merge(made / "base", both, made / "both", alpha=8, receipt=True)
+    assert lt.verify(made / "both", made / "base", both, alpha=8).verdict == EXACT
+    lt.unmerge(made / "both", both, made / "back", alpha=8)
+    assert everything(made / "back") == everything(made / "base")
