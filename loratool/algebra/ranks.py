@@ -131,6 +131,11 @@ class RankRule:
             return side if self.kind.uncut else most
         return max(min(FIRST_GUESS, most), min(self.limits.least, most))
 
+    def most(self, shape: tuple[int, int]) -> int:
+        """The largest rank that the rule can say, whatever the spectrum."""
+        fixed = self.kind.name == "fixed"
+        return self.first_guess(shape) if fixed else self.limits.apply(min(shape), shape)
+
     @property
     def asked(self) -> int:
         """The rank that was asked for in so many words, as a number or as the least; else 1."""

@@ -261,6 +261,8 @@ def _show_ranks(out: Output, plan: ExtractPlan, engine: Engine, max_rank: int | 
     )
     if plan.into is not None:
         out.line("of what the adapter of --into leaves of the change")
+    if any(job.dora for job in plan.jobs):
+        out.line("of a LoRA: what --dora makes of these ranks is not in the table")
     out.line("error: ‖D − D_r‖ / ‖D‖ over these matrices, before the factors are rounded")
     out.line("as a budget: the same size by --rank budget:SIZE, spent where it helps most")
 
@@ -273,17 +275,18 @@ def _show_plan(out: Output, plan: ExtractPlan, engine: Engine) -> None:
         return
     counts: dict[str, int] = defaultdict(int)
     for job in plan.jobs:
-        counts[str(job.treatment)] += 1
+        counts[plan.if_changed(job)] += 1
     out.line(f"would extract at rank {plan.rank} in {plan.dtype.name} on {plan.device}")
     out.table(
-        "tensors, if they changed",
+        "if they changed",
         ["treatment", "tensors"],
         [[treatment, str(count)] for treatment, count in counts.items()],
     )
     out.line(f"reads {size_text(plan.read_bytes)}")
-    out.line(f"adapter: at most {size_text(plan.adapter_bytes_at_most)}")
+    at_most = plan.forecast
+    out.line(f"adapter: at most {size_text(at_most.bytes_at_most)}")
     out.line(f"working memory: about {size_text(plan.peak_bytes(engine.workers))}")
-    out.notes(plan.notes)
+    out.notes((*plan.notes, *at_most.notes))
 
 
 def _show(out: Output, report: ExtractReport, output: Path) -> None:

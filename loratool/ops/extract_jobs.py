@@ -119,8 +119,9 @@ class ExtractJob:
         return copies * float32
 
     @property
-    def output_bytes_at_most(self) -> int:
-        """Size of what it stores, if the tensor changed."""
+    def likely_output_bytes(self) -> int:
+        """Size of what it stores, if the tensor changed; where the rule looks at the spectrum, at
+        the rank that it looks at first."""
         if self.treatment in (Treatment.WHOLE, Treatment.NEW_ROWS):
             return self.pair.whole.nbytes
         if self.treatment is not Treatment.LOW_RANK:

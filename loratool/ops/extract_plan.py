@@ -21,6 +21,7 @@ from loratool.layouts.splitting import split_pairs
 from loratool.layouts.targets import targeted
 from loratool.ops.deltas import matrix_shape
 from loratool.ops.extract_biases import as_differences
+from loratool.ops.extract_forecast import Forecast, forecast
 from loratool.ops.extract_into import continue_from
 from loratool.ops.extract_jobs import ExtractJob, Treatment
 from loratool.ops.extract_rules import BUDGET, Rules, read_rules
@@ -60,32 +61,50 @@ class ExtractPlan:
         return sum(job.cost for job in self.jobs)
 
     @property
-    def adapter_bytes_at_most(self) -> int:
-        """Size of the adapter if every tensor changed."""
-        whole = sum(j.output_bytes_at_most for j in self.jobs if j.treatment is Treatment.WHOLE)
+    def likely_bytes(self) -> int:
+        """Size of the adapter if every tensor changed, at the ranks that rules look at first."""
+        whole = sum(j.likely_output_bytes for j in self.jobs if j.treatment is Treatment.WHOLE)
         if self.budget is not None:
             return whole + self.budget * self.dtype.bits // 8
-        return sum(job.output_bytes_at_most for job in self.jobs)
+        return sum(job.likely_output_bytes for job in self.jobs)
+
+    @property
+    def forecast(self) -> Forecast:
+        """What may be written at most."""
+        return forecast(
+            self.jobs,
+            self.alignment,
+            self.profile,
+            self.base.config.task_type,
+            budget=self.budget,
+            drop_rest=self.drop_rest,
+        )
+
+    def if_changed(self, job: ExtractJob) -> str:
+        """What is done with a tensor that changed."""
+        stored = (Treatment.LOW_RANK, Treatment.DIFFERENCE, Treatment.EXCLUDED)
+        return "dropped" if self.drop_rest and job.treatment not in stored else str(job.treatment)
 
     def peak_bytes(self, workers: int) -> int:
         """Working memory: the largest jobs that can run side by side."""
         return sum(sorted((job.memory_bytes for job in self.jobs), reverse=True)[:workers])
 
     def to_json(self, workers: int) -> dict[str, Any]:
+        at_most = self.forecast
         return {
             "rank": self.rank,
             "dtype": self.dtype.name,
             "device": str(self.device),
             "read_bytes": self.read_bytes,
-            "adapter_bytes_at_most": self.adapter_bytes_at_most,
+            "adapter_bytes_at_most": at_most.bytes_at_most,
             "peak_bytes": self.peak_bytes(workers),
-            "notes": list(self.notes),
+            "notes": [*self.notes, *at_most.notes],
             "tensors": [
                 {
                     "name": job.pair.name,
                     "kind": str(job.pair.kind),
                     "shape": list(job.pair.base.shape),
-                    "if_changed": str(job.treatment),
+                    "if_changed": self.if_changed(job),
                 }
                 for job in self.jobs
             ],
@@ -217,7 +236,7 @@ def plan_extract(
         tuple(notes),
         into,
     )
-    check_free_space(output, 2 * plan.adapter_bytes_at_most)
+    check_free_space(output, 2 * plan.likely_bytes)
     return plan
 
 

@@ -366,7 +366,7 @@ for _rank, _message in {
     "energy:nan": "rank 'energy:nan': energy needs a share",
     "full:3": "rank rule 'full' takes no number",
     "9": "rank 9 is above the smaller side of every matrix (at most 8)",
-    "1000000000": "rank 1e+09 is above the smaller side of every matrix",
+    "1000000000": "rank 1000000000 is above the smaller side of every matrix",
 }.items():
     failure(f"--rank {_rank}", 2, "UsageError", _message)(
         lambda folder, rank=_rank: extract_setup(folder, "--rank", rank)  # type: ignore[misc]
