@@ -15,6 +15,7 @@ from loratool.cli.updates import show_updates
 from loratool.combining.method import Method, Parameter
 from loratool.combining.registry import DEFAULT, METHODS, parameters
 from loratool.errors import UsageError
+from loratool.layouts.families import by_name
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def _show_plan(out: Output, plan: CombinePlan, engine: Engine) -> None:
                     " ".join(f"{weight:g}" for weight in job.weights),
                     str(job.rank_at_most),
                 ]
-                for job in plan.jobs
+                for job in by_name(plan.jobs)
             ],
         )
     out.line(f"reads {size_text(plan.read_bytes)}")

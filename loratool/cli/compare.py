@@ -12,6 +12,7 @@ import click
 from loratool.cli import options
 from loratool.cli.output import Output, spark
 from loratool.cli.pictures import Pictures, picture_options
+from loratool.layouts.families import by_name, family_of, layer_of, natural
 from loratool.report.page import letter
 from loratool.report.text import percent
 
@@ -176,10 +177,8 @@ def _against(value: float | None, chance: float | None) -> str:
 
 
 def _show_modules(out: Output, report: CompareReport, pair: PairTotals) -> None:
-    from loratool.layouts.families import family_of, layer_of
-
     families: dict[str, list[ModuleRow]] = defaultdict(list)
-    for row in report.shared:
+    for row in by_name(report.shared):
         if row.pair(pair.pair):
             families[row.name if out.verbose else family_of(row.name)].append(row)
     cells = []
@@ -295,12 +294,11 @@ def _show_advice(out: Output, report: CompareReport, adapters: Sequence[Path]) -
 
 
 def _show_alone(out: Output, report: CompareReport) -> None:
-    from loratool.layouts.families import family_of
-
     for position, adapter in enumerate(report.adapters):
         if not adapter.alone:
             continue
-        names = adapter.alone if out.verbose else sorted({family_of(n) for n in adapter.alone})
+        alone = adapter.alone if out.verbose else {family_of(name) for name in adapter.alone}
+        names = sorted(alone, key=natural)
         shown = ", ".join(name.removesuffix(".weight") for name in names[:8])
         more = f", … {len(names) - 8} more" if len(names) > 8 else ""
         out.line(f"only in {letter(position)}: {len(adapter.alone)} modules: {shown}{more}")

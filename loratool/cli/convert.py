@@ -9,6 +9,7 @@ import click
 
 from loratool.cli import options
 from loratool.cli.output import Output
+from loratool.layouts.families import natural
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def _show_plan(out: Output, plan: ConvertPlan) -> None:
 
 def _show(out: Output, report: ConvertReport, output: Path) -> None:
     if out.verbose:
-        out.table("updates", ["parameter", "update"], [list(row) for row in report.updates], text=2)
+        updates = sorted(map(list, report.updates), key=lambda row: natural(row[0]))
+        out.table("updates", ["parameter", "update"], updates, text=2)
     without = f", without its start {report.facts['start']}" if report.facts["start"] else ""
     out.line(
         f"converted to {output}: {len(report.updates)} updates from {report.facts['from']} as "

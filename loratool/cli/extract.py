@@ -12,6 +12,7 @@ import click
 from loratool.cli import options
 from loratool.cli.output import Output, fitting
 from loratool.errors import UsageError
+from loratool.layouts.families import by_name, family_of
 from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
@@ -306,7 +307,7 @@ def _show(out: Output, report: ExtractReport, output: Path) -> None:
                 "energy kept",
                 "share of change",
             ],
-            [_tensor_cells(row, report) for row in report.rows],
+            [_tensor_cells(row, report) for row in by_name(report.rows)],
             text=2,
         )
         out.line("seconds, added up over the workers: " + _stages(report.seconds))
@@ -373,10 +374,8 @@ _BY_WORTH = ("share of change", "tensors", "energy kept")
 
 
 def _family_lines(rows: list[TensorRow], report: ExtractReport) -> list[dict[str, str]]:
-    from loratool.layouts.families import family_of
-
     families: dict[str, list[TensorRow]] = defaultdict(list)
-    for row in rows:
+    for row in by_name(rows):
         families[family_of(row.name).removesuffix(".weight")].append(row)
     lines = []
     for family, members in families.items():

@@ -11,6 +11,7 @@ import click
 from loratool.cli import options
 from loratool.cli.output import Output
 from loratool.inits.registry import INITS
+from loratool.layouts.families import by_name
 from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _show(out: Output, report: InitReport, output: Path, residual: Path | None) 
                     str(row.rank),
                     percent(row.energy_kept),
                 ]
-                for row in report.rows
+                for row in by_name(report.rows)
             ],
         )
     parts = report.facts["fused_parts"]

@@ -23,6 +23,7 @@ from loratool.cli.output import Output
 from loratool.cli.pictures import Pictures, picture_options
 from loratool.cli.tables import write_csv
 from loratool.errors import UsageError
+from loratool.layouts.families import natural
 
 if TYPE_CHECKING:
     from loratool.api.look import InspectReport
@@ -269,7 +270,7 @@ def _refuse_alone(given: dict[str, bool]) -> None:
 
 
 def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per tensor, with what was found in its values where they were read."""
+    """A row per tensor by name, with what was found in its values where they were read."""
     if document["what"] == "adapters":
         return [
             {"adapter": one["name"]} | row for one in document["adapters"] for row in _rows(one)
@@ -279,6 +280,6 @@ def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
         field = "tensors"
     if document["what"] == "checkpoint" and "weights" in document:
         field = "weights"
-    rows: list[dict[str, Any]] = document[field]
+    rows = sorted(document[field], key=lambda row: natural(row["name"]))
     values = {row["name"]: row for row in document.get("values", [])}
     return [row | values.get(row["name"], {}) for row in rows]

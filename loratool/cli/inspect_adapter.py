@@ -9,6 +9,7 @@ from loratool.cli.inspect_values import show_values
 from loratool.cli.output import Output, fitting, span, spark
 from loratool.cli.spectra import SHARES, known_ranks, show_sizes
 from loratool.cli.tables import Sorts, in_order
+from loratool.layouts.families import family_of, natural
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ _BY_WORTH = (
 
 
 SORTS: Sorts[tuple[str, list[UpdateRow]]] = {
-    "model": lambda line: 0,
-    "name": lambda line: line[0],
+    "name": lambda line: natural(line[0]),
+    "model": None,
     "norm": lambda line: -max(row.norm or 0.0 for row in line[1]),
     "rank": lambda line: -max(row.rank for row in line[1]),
     "stable-rank": lambda line: -max(row.stable_rank or 0.0 for row in line[1]),
@@ -36,8 +37,6 @@ SORTS: Sorts[tuple[str, list[UpdateRow]]] = {
 
 
 def show_adapter(out: Output, report: AdapterReport, sort: str | None = None) -> None:
-    from loratool.layouts.families import family_of
-
     families: dict[str, list[UpdateRow]] = defaultdict(list)
     for row in report.rows:
         families[row.name if out.verbose else family_of(row.name)].append(row)
@@ -58,19 +57,19 @@ def show_adapter(out: Output, report: AdapterReport, sort: str | None = None) ->
         out.table(title, columns, [[line.get(column, "") for column in columns] for line in lines])
     else:
         out.line(title)
-    for other in report.others[:12]:
+    for other in sorted(report.others, key=lambda row: natural(row["name"]))[:12]:
         out.line(f"{other['name']}: {other['update']}")
     if len(report.others) > 12:
         out.line(f"… {len(report.others) - 12} more updates that are not low-rank")
     if report.replaced:
-        names = ", ".join(row["name"] for row in report.replaced[:4])
+        names = ", ".join(sorted((row["name"] for row in report.replaced), key=natural)[:4])
         more = len(report.replaced) - 4
         out.line(
             f"replaces {len(report.replaced)} parameters whole: {names}"
             + (f", … {more} more" if more > 0 else "")
         )
     out.line(f"{report.parameters:,} values, {size_text(report.nbytes)}")
-    for name in report.zero_b[:12]:
+    for name in sorted(report.zero_b, key=natural)[:12]:
         out.line(f"zero B, so that nothing changes: {name}")
     if len(report.zero_b) > 12:
         out.line(f"… {len(report.zero_b) - 12} more with a zero B")

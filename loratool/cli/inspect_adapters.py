@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratool.cli.output import Output, fitting, span
 from loratool.cli.tables import Sorts, in_order
+from loratool.layouts.families import natural
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ _TARGETS = 4
 
 
 SORTS: Sorts[AdapterReport] = {
-    "given": lambda report: 0,
-    "name": lambda report: report.name,
+    "given": None,
+    "name": lambda report: natural(report.name),
     "norm": lambda report: -sum(row.norm**2 for row in report.rows if row.norm is not None),
     "rank": lambda report: -max((row.rank for row in report.rows), default=0),
     "size": lambda report: -report.nbytes,

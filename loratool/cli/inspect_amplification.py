@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 from loratool.cli.output import Output, span
 from loratool.cli.tables import Sorts, in_order
+from loratool.layouts.families import family_of, natural
 
 if TYPE_CHECKING:
     from loratool.ops.amplification import AmplificationReport, AmplificationRow
 
 
 SORTS: Sorts[tuple[str, list[AmplificationRow]]] = {
-    "model": lambda line: 0,
-    "name": lambda line: line[0],
+    "name": lambda line: natural(line[0]),
+    "model": None,
     "amplification": lambda line: -max(row.amplification or 0.0 for row in line[1]),
     "norm": lambda line: -max(row.delta_norm for row in line[1]),
     "rank": lambda line: -max(row.rank for row in line[1]),
@@ -22,8 +23,6 @@ SORTS: Sorts[tuple[str, list[AmplificationRow]]] = {
 
 
 def show_amplification(out: Output, report: AmplificationReport, sort: str | None = None) -> None:
-    from loratool.layouts.families import family_of
-
     families: dict[str, list[AmplificationRow]] = defaultdict(list)
     for row in report.rows:
         families[row.name if out.verbose else family_of(row.name)].append(row)

@@ -12,6 +12,7 @@ from loratool.cli.inspect_values import show_values
 from loratool.cli.output import Output, counted, fitting, span, spark
 from loratool.cli.spectra import SHARES, known_ranks
 from loratool.cli.tables import Sorts, in_order
+from loratool.layouts.families import family_of, natural
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -22,13 +23,17 @@ if TYPE_CHECKING:
 SORTS: Sorts[KindRow] = {
     "size": lambda row: -row.nbytes,
     "parameters": lambda row: -row.parameters,
-    "name": lambda row: row.kind,
+    "name": lambda row: natural(row.kind),
 }
 _TENSOR_SORTS: Sorts[dict[str, Any]] = {
-    "model": lambda row: 0,
+    "name": lambda row: natural(row["name"]),
     "size": lambda row: -row["bytes"],
     "parameters": lambda row: -math.prod(row["shape"]),
-    "name": lambda row: row["name"],
+}
+_WEIGHT_SORTS: Sorts[tuple[str, list[WeightRow]]] = {
+    "name": lambda line: natural(line[0]),
+    "size": lambda line: -sum(math.prod(row.shape) for row in line[1]),
+    "parameters": lambda line: -sum(math.prod(row.shape) for row in line[1]),
 }
 
 
@@ -68,7 +73,7 @@ def show_checkpoint(out: Output, report: CheckpointReport, sort: str | None = No
     if report.quantised:
         out.line(f"quantised: {report.quantised}")
     if report.weights:
-        _show_weights(out, report.weights)
+        _show_weights(out, report.weights, sort)
     elif report.level is Level.SPECTRA:
         out.line("no weight matrix among them that has a spectrum")
     if report.costs is not None:
@@ -95,14 +100,12 @@ _BY_WORTH = (
 _BARS = 16
 
 
-def _show_weights(out: Output, weights: Sequence[WeightRow]) -> None:
-    from loratool.layouts.families import family_of
-
+def _show_weights(out: Output, weights: Sequence[WeightRow], sort: str | None) -> None:
     families: dict[str, list[WeightRow]] = defaultdict(list)
     for row in weights:
         families[row.name if out.verbose else family_of(row.name)].append(row)
     lines = []
-    for name, rows in families.items():
+    for name, rows in in_order(list(families.items()), sort, _WEIGHT_SORTS):
         spectra = [row.spectrum for row in rows]
         complete = [spectrum for spectrum in spectra if spectrum.is_complete]
         strongest = max(spectra, key=lambda spectrum: spectrum.total_energy)

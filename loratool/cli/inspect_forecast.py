@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.cli.output import Output, fitting, span
 from loratool.cli.tables import Sorts, in_order
+from loratool.layouts.families import family_of, natural
 from loratool.report.text import percent
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ _BY_WORTH = ("lost in BF16", "lost in F16", "σ(ΔW)/σ(W)", "tensors")
 
 
 SORTS: Sorts[tuple[str, list[ForecastRow]]] = {
-    "model": lambda line: 0,
-    "name": lambda line: line[0],
+    "name": lambda line: natural(line[0]),
+    "model": None,
     "lost": lambda line: -max(row.lost_share("BF16") or 0.0 for row in line[1]),
     "norm": lambda line: -max(row.update_norm for row in line[1]),
     "strength": lambda line: -max(row.strength or 0.0 for row in line[1]),
@@ -26,8 +27,6 @@ SORTS: Sorts[tuple[str, list[ForecastRow]]] = {
 
 
 def show_forecast(out: Output, report: ForecastReport, sort: str | None = None) -> None:
-    from loratool.layouts.families import family_of
-
     families: dict[str, list[ForecastRow]] = defaultdict(list)
     for row in report.rows:
         families[row.name if out.verbose else family_of(row.name)].append(row)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loratool.cli.output import Output, counted, fitting, span
 from loratool.cli.tables import Sorts, in_order
 from loratool.errors import UsageError
+from loratool.layouts.families import natural
 from loratool.provenance import document
 from loratool.report.text import percent, size_text
 
@@ -27,7 +28,7 @@ SORTS: Sorts[tuple[str, list[IntruderRow]]] = {
     "intruders": lambda line: -sum(row.intruders for row in line[1]),
     "energy": lambda line: -max(row.intruder_energy for row in line[1]),
     "strength": lambda line: -max(row.strength or 0.0 for row in line[1]),
-    "name": lambda line: line[0],
+    "name": lambda line: natural(line[0]),
 }
 
 

@@ -9,6 +9,7 @@ from loratool.cli.heatmap import show_heatmap
 from loratool.cli.output import Output, counted, fitting, span, spark
 from loratool.cli.spectra import SHARES, known_ranks, show_sizes
 from loratool.cli.tables import Sorts, in_order
+from loratool.layouts.families import natural
 from loratool.report.text import percent
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ SORTS: Sorts[tuple[str, list[DeltaRow]]] = {
     "stable-rank": lambda line: (
         -max((row.spectrum.stable_rank() for row in line[1] if row.spectrum), default=0.0)
     ),
-    "name": lambda line: line[0],
+    "name": lambda line: natural(line[0]),
 }
 
 
@@ -110,7 +111,7 @@ def _heatmap(out: Output, report: PairReport) -> None:
     show_heatmap(
         out,
         "‖W − W0‖ / ‖W0‖ by layer",
-        {short[name]: values for name, values in sorted(grid.items())},
+        {short[name]: grid[name] for name in sorted(grid, key=natural)},
         layers,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.cli.output import Output, counted
+from loratool.layouts.families import by_name
 
 if TYPE_CHECKING:
     from loratool.ops.inspect_values import TensorValues
@@ -18,7 +19,7 @@ def show_values(
 ) -> None:
     from loratool.ops.inspect_values import RULES, all_well
 
-    found = [(row.name, "; ".join(row.findings())) for row in values if row.findings()]
+    found = [(row.name, "; ".join(row.findings())) for row in by_name(values) if row.findings()]
     if not found:
         out.line(all_well(values))
     else:

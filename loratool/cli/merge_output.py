@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.cli.output import Output
+from loratool.layouts.families import by_name, natural
 from loratool.provenance import document
 from loratool.report.text import percent, size_text
 
@@ -31,7 +32,10 @@ def show_changes(out: Output, merging: Merging, body: dict[str, Any], total_byte
         out.table(
             "updates",
             ["tensor", "update"],
-            [[row["name"], row["update"]] for row in body["tensors"]],
+            sorted(
+                ([row["name"], row["update"]] for row in body["tensors"]),
+                key=lambda line: natural(line[0]),
+            ),
             text=2,
         )
 
@@ -95,7 +99,7 @@ def show(out: Output, report: MergeReport, output: Path) -> None:
                     f"{row.exact:,}",
                     percent(row.lost_share),
                 ]
-                for row in report.rows
+                for row in by_name(report.rows)
             ],
             text=2,
         )

@@ -11,13 +11,18 @@ from typing import Any, TypeVar
 from loratool.errors import OutputError
 
 Row = TypeVar("Row")
-Sorts = Mapping[str, Callable[[Row], Any]]
-"""--sort: what can be asked for, the default first → key of a line."""
+Sorts = Mapping[str, Callable[[Row], Any] | None]
+"""--sort: what can be asked for, the default first → key of a line; None: as they are. Every table
+has ``name``, which decides between equals."""
 
 
 def in_order(lines: Sequence[Row], sort: str | None, sorts: Sorts[Row]) -> list[Row]:
     """The lines of a table as --sort asks for it, by the first of ``sorts`` where it does not."""
-    return sorted(lines, key=sorts[sort or next(iter(sorts))])
+    key, name = sorts[sort or next(iter(sorts))], sorts["name"]
+    if key is None:
+        return list(lines)
+    assert name is not None
+    return sorted(lines, key=lambda line: (key(line), name(line)))
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import click
 
 from loratool.cli import options
 from loratool.cli.output import Output
+from loratool.layouts.families import by_name
 from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _show(out: Output, report: UnmergeReport, output: Path) -> None:
                     f"{getattr(row, column):,}",
                     percent(getattr(row, column) / max(1, row.elements)),
                 ]
-                for row in report.rows
+                for row in by_name(report.rows)
             ],
         )
     tensors = f"{len(report.rows)} of {report.facts['tensors_total']} tensors"

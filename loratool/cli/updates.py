@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.cli.output import Output, fitting
+from loratool.layouts.families import by_name, family_of
 from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def show_updates(out: Output, report: UpdatesReport, title: str, output: Path) -
                     percent(row.relative_error),
                     percent(row.energy / report.energy if report.energy else 0.0),
                 ]
-                for row in report.rows
+                for row in by_name(report.rows)
             ],
         )
     lines = _families(report)
@@ -50,11 +51,10 @@ _BY_WORTH = ("ranks", "share", "weights")
 
 
 def _families(report: UpdatesReport) -> list[dict[str, str]]:
-    from loratool.layouts.families import family_of
     from loratool.ops.combine_report import error_of
 
     families: dict[str, list[UpdateRow]] = defaultdict(list)
-    for row in report.rows:
+    for row in by_name(report.rows):
         families[family_of(row.name).removesuffix(".weight")].append(row)
     return [
         {

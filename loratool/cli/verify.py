@@ -11,6 +11,7 @@ import click
 from loratool.cli import options
 from loratool.cli.output import Output
 from loratool.errors import UsageError
+from loratool.layouts.families import by_name
 from loratool.report.text import percent
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _show(out: Output, report: VerifyReport) -> None:
         )
     for line in report.diagnosis:
         out.line(f"  {line}")
-    odd = [row for row in report.rows if row.status is not Status.EQUAL]
+    odd = by_name([row for row in report.rows if row.status is not Status.EQUAL])
     shown = odd if out.verbose else odd[:_SHOWN]
     if shown:
         out.table(
@@ -194,7 +195,7 @@ def _show_claim(out: Output, report: ClaimReport) -> None:
                 f"  {report.count(status)} tensors {status} ({percent(report.share(status))} of "
                 "the change's energy)"
             )
-    rows = sorted(report.rows, key=lambda row: -row.missed_norm)
+    rows = sorted(by_name(report.rows), key=lambda row: -row.missed_norm)
     if not out.verbose:
         rows = [row for row in rows if row.status is not ClaimStatus.AS_STATED][:_SHOWN]
     if rows:

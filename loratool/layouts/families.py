@@ -4,8 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 _LAYER = re.compile(r"\.(\d{1,9})\.")
+_NUMBER = re.compile(r"(\d{1,18})")
+
+Named = TypeVar("Named", bound="HasName")
+
+
+class HasName(Protocol):
+    """A row about something that has a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def natural(name: str) -> tuple[tuple[str | int, ...], str]:
+    """A key by which names are sorted for people: numbers by value, letters whatever their case."""
+    parts = _NUMBER.split(name)
+    return tuple(int(p) if i % 2 else p.casefold() for i, p in enumerate(parts)), name
+
+
+def by_name(rows: Iterable[Named]) -> list[Named]:
+    """Rows in the ``natural`` order of their names."""
+    return sorted(rows, key=lambda row: natural(row.name))
 
 
 def layer_of(name: str) -> int | None:

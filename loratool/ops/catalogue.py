@@ -10,6 +10,7 @@ from typing import Any
 
 from loratool.engine import NoProgress, Progress
 from loratool.errors import UsageError
+from loratool.layouts.families import natural
 from loratool.ops.catalogue_alike import CRITERIA, Group, groups
 from loratool.ops.catalogue_entry import Entry, content_hash, describe
 from loratool.ops.catalogue_finding import Search
@@ -85,7 +86,7 @@ def list_models(
         entry = describe(found)
         if kind is None or entry.kind == kind:
             entries.append(entry)
-    entries.sort(key=lambda entry: (ORDERS[sort](entry), entry.name))
+    entries.sort(key=lambda entry: (ORDERS[sort](entry), natural(entry.name)))
     if checksum:
         entries = _with_contents(entries, progress or NoProgress())
     return CatalogueReport(tuple(entries), tuple(groups(entries)), checksum, tuple(_notes(search)))

@@ -24,7 +24,7 @@ from loratool.errors import InputMissing, NothingMatches, UsageError
 from loratool.layouts.architectures import parameters_of
 from loratool.layouts.architectures.paper import NAMED, PUBLISHED
 from loratool.layouts.config import ModelConfig
-from loratool.layouts.families import family_of
+from loratool.layouts.families import family_of, natural
 from loratool.layouts.fused import split_fused
 from loratool.layouts.fusing import Undecided
 from loratool.layouts.kinds import classify
@@ -304,7 +304,9 @@ def _rows(matrices: Mapping[str, tuple[int, int]], rank: int) -> tuple[AdaptedRo
             min(rank, *shape),
             count * lora_parameters([shape], rank),
         )
-        for (name, shape), count in sorted(counted.items())
+        for (name, shape), count in sorted(
+            counted.items(), key=lambda item: (natural(item[0][0]), item[0][1])
+        )
     )
 
 

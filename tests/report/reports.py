@@ -71,26 +71,33 @@ def update(
 
 
 def rows_of(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a report's JSON that its page has a row for."""
+    """The rows of a report's JSON that its page has a row for, as the page has them: those of an
+    adapter or pair together, by name."""
+    return [row for rows in _groups(document) for row in sorted(rows, key=lambda row: row["name"])]
+
+
+def _groups(document: dict[str, Any]) -> list[list[dict[str, Any]]]:
     if document["command"] == "compare":
         return [
-            {"name": module["name"], **pair}
+            [
+                {"name": module["name"], **pair}
+                for module in document["modules"]
+                for pair in module["pairs"]
+                if pair["pair"] == wanted
+            ]
             for wanted in [pair["pair"] for pair in document["pairs"]]
-            for module in document["modules"]
-            for pair in module["pairs"]
-            if pair["pair"] == wanted
         ]
     if document["what"] == "adapters":
-        return [row for one in document["adapters"] for row in one["updates"]]
+        return [one["updates"] for one in document["adapters"]]
     if document["what"] == "intruders":
-        return document["weights"]  # type: ignore[no-any-return]
+        return [document["weights"]]
     if document["what"] == "pair":
-        return document["tensors" if document["level"] == "headers" else "changed"]  # type: ignore[no-any-return]
+        return [document["tensors" if document["level"] == "headers" else "changed"]]
     if document["what"] == "checkpoint" and document["level"] == "spectra":
-        return document["weights"]  # type: ignore[no-any-return]
+        return [document["weights"]]
     if document["what"] == "checkpoint":
         found = {row["name"]: row for row in document.get("values", [])}
-        return [row | found.get(row["name"], {}) for row in document["tensors"]]
+        return [[row | found.get(row["name"], {}) for row in document["tensors"]]]
     if document["what"] == "adapter" and document["level"] == "values":
-        return document["values"]  # type: ignore[no-any-return]
-    return document["updates"]  # type: ignore[no-any-return]
+        return [document["values"]]
+    return [document["updates"]]

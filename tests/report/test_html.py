@@ -214,8 +214,9 @@ def test_hostile_names_stay_text() -> None:
     assert len(root.all("script")) == 3
     assert not root.all("img")
     assert root.all("h1")[0].text == "</title><script>alert(2)</script>"
-    assert [cells[0] for cells in table_of(root)] == [plain(name) for name in HOSTILE]
-    assert data_of(root)["names"] == [plain(name) for name in HOSTILE]
+    shown = data_of(root)["names"]
+    assert [cells[0] for cells in table_of(root)] == shown
+    assert sorted(shown) == sorted(plain(name) for name in HOSTILE)
     for char in ("\u202e", "\u2028", "\u2029", "\x00", "\x1b", "\ud800"):
         assert char not in text
     text.encode("utf-8")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.errors import UsageError
-from loratool.layouts.families import without_common_start
+from loratool.layouts.families import natural, without_common_start
 from loratool.ops.amplification import AmplificationReport
 from loratool.ops.compare_report import CompareReport
 from loratool.ops.inspect_adapter import AdapterReport
@@ -57,7 +57,18 @@ def page_of(report: Viewable) -> Page:
             f"a {type(report).__name__} has no page",
             hint="reports of inspect and compare have one",
         )
-    return _shortened(view(report))
+    return _shortened(_sorted(view(report)))
+
+
+def _sorted(page: Page) -> Page:
+    """With rows and listed names as people count; the rows of each group together."""
+    return replace(
+        page,
+        rows=tuple(sorted(page.rows, key=lambda row: (row.group, natural(row.name)))),
+        lists=tuple(
+            replace(one, names=tuple(sorted(one.names, key=natural))) for one in page.lists
+        ),
+    )
 
 
 def _shortened(page: Page) -> Page:
