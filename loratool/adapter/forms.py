@@ -63,7 +63,11 @@ class FormFactor:
     def read(self) -> Tensor:
         one, two = (_sides(p)[self.side] for p in (self.update.first, self.update.second))
         if isinstance(self.update, KroneckerUpdate):
-            return torch.kron(one, two).reshape(self.shape)
+            factor = torch.kron(one, two)
+            if self.update.interleaved:
+                rows, columns = self.update.places
+                factor = factor[rows] if self.side == 0 else factor[:, columns]
+            return factor.reshape(self.shape)
         if self.side == 0:
             return (one[:, :, None] * two[:, None, :]).reshape(self.shape)
         return (one[:, None, :] * two[None, :, :]).reshape(self.shape)

@@ -12,11 +12,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from loratool.algebra.exact_matrix import (
     ExactMatrix,
     Kronecker,
     Product,
     Scaled,
+    Spread,
     Stored,
     Tucker,
     diagonal_product,
@@ -189,12 +193,18 @@ class HadamardUpdate:
 
 @dataclass(frozen=True)
 class KroneckerUpdate:
-    """LoKr: ΔW = scale · first ⊗ second."""
+    """LoKr: ΔW = scale · first ⊗ second.
+
+    interleaved: second is a kernel (b, d, k) stored whole, and what belongs at row (p, i) and
+    column (s, q, t) lies at (i, p) and (q, s, t): so PEFT has it, whose product of a matrix and
+    three dimensions adds the missing one in front.
+    """
 
     first: TensorProduct
     second: TensorProduct
     scale: float
     alpha: float
+    interleaved: bool = False
     is_additive: ClassVar[bool] = True
 
     @property
@@ -208,7 +218,21 @@ class KroneckerUpdate:
 
     def load(self) -> Scaled:
         """The update in the orientation of ``shape``."""
-        return Scaled(Kronecker(self.first.load(), self.second.load()), self.scale)
+        matrix: ExactMatrix = Kronecker(self.first.load(), self.second.load())
+        if self.interleaved:
+            rows, columns = self.places
+            matrix = Spread(Spread(matrix, rows), columns, columns=True)
+        return Scaled(matrix, self.scale)
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """For each row and each column of an interleaved ΔW, that of first ⊗ second which it is."""
+        (a, c), (b, d, k) = self.first.shape, self.second.factors[0].shape
+        rows, columns = torch.arange(a * b), torch.arange(c * d * k)
+        return (
+            rows.view(a, b).T.reshape(-1),
+            columns.view(c, d, k).transpose(0, 1).reshape(-1),
+        )
 
     def describe(self, weight: float = 1.0) -> str:
         return f"LoKr of {self.first.shape} and {self.second.shape}, scale {self.scale * weight:g}"

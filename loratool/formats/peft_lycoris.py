@@ -51,7 +51,8 @@ def _kronecker(
     if len(ranks) > 1:
         raise MalformedFile(f"{label}: {module}: LoKr factors of ranks {sorted(map(str, ranks))}")
     scale, alpha = scaling.of(module, next(iter(ranks), None))
-    return KroneckerUpdate(first, second, scale, alpha)
+    interleaved = len(second.factors) == 1 and len(second.factors[0].shape) == 3
+    return KroneckerUpdate(first, second, scale, alpha, interleaved)
 
 
 def _product(

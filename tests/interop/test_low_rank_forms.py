@@ -25,6 +25,7 @@ class Model(nn.Module):
         super().__init__()
         self.wide = nn.Linear(60, 48)
         self.conv = nn.Conv2d(16, 24, 3)
+        self.line = nn.Conv1d(4, 50, 9)
 
 
 CONFIGS: dict[str, Any] = {
@@ -39,7 +40,11 @@ CONFIGS: dict[str, Any] = {
     "LoKr, Tucker": LoKrConfig(
         r=2, alpha=5, target_modules=["conv"], use_effective_conv2d=True, init_weights=False
     ),
+    "LoKr, a whole kernel of one dimension": LoKrConfig(
+        r=5, alpha=5, target_modules=["line"], init_weights=False
+    ),
 }
+KERNELS = {"wide.weight": (), "conv.weight": (16, 3, 3), "line.weight": (4, 9)}
 
 
 def saved(folder: Path, kind: str) -> dict[str, Tensor]:
@@ -65,7 +70,7 @@ def test_a_form_is_pefts_delta(tmp_path: Path, kind: str) -> None:
         delta = expected[name.removesuffix(".weight")]
         assert form.shape == delta.shape
         assert float((form.load().dense() - delta).norm()) < 1e-6 * float(delta.norm())
-        assert form.kernel == ((16, 3, 3) if name.startswith("conv") else ())
+        assert form.kernel == KERNELS[name]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

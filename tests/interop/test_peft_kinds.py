@@ -173,6 +173,7 @@ class Convolutions(nn.Module):
         self.point = nn.Conv2d(6, 8, 1)
         self.grouped = nn.Conv2d(8, 6, 3, groups=2)
         self.line = nn.Conv1d(6, 8, 3)
+        self.dot = nn.Conv1d(6, 9, 1)
 
 
 CONVOLUTIONS: dict[str, tuple[list[str], PeftConfig]] = {
@@ -183,7 +184,11 @@ CONVOLUTIONS: dict[str, tuple[list[str], PeftConfig]] = {
         ["wide", "point", "grouped", "line"],
         LoHaConfig(r=3, alpha=5, init_weights=False, use_effective_conv2d=True),
     ),
-    "lokr": (["wide", "point", "grouped"], LoKrConfig(r=1, alpha=5, init_weights=False)),
+    "lokr": (["wide", "point", "grouped", "line"], LoKrConfig(r=1, alpha=5, init_weights=False)),
+    "lokr whole": (
+        ["wide", "point", "grouped", "line", "dot"],
+        LoKrConfig(r=8, alpha=5, init_weights=False, decompose_factor=3),
+    ),
     "lokr tucker": (
         ["wide", "grouped"],  # PEFT itself fails on those of one dimension
         LoKrConfig(r=1, alpha=5, init_weights=False, use_effective_conv2d=True),
