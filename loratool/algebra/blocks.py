@@ -6,6 +6,8 @@ what is computed with it, since the system hands it out page by page.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,9 +44,39 @@ def large_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
     """An uninitialised matrix; on the CPU in large pages where the system has them.
 
     Half the time of a difference would go into handing out small pages otherwise: numpy asks for
-    large ones, torch does not.
+    large ones, torch does not. A worker's thread keeps the last one for its next job.
     """
     if device.type != "cpu":
         return torch.empty(rows, columns, dtype=dtype, device=device)
-    raw = np.empty(rows * columns * dtype.itemsize, dtype=np.uint8)
+    raw = _KEPT.bytes(rows * columns * dtype.itemsize)
     return torch.from_numpy(raw).view(dtype).view(rows, columns)
+
+
+class _Kept(threading.local):
+    """The last large piece of memory that a worker's thread had, for as long as the thread lives.
+
+    The main thread lives too long for that, and keeps none.
+    """
+
+    def __init__(self) -> None:
+        self._raw = np.empty(0, dtype=np.uint8)
+
+    def bytes(self, count: int) -> np.ndarray:
+        """Those kept, if nothing looks at them and they are enough, else new ones."""
+        unused = sys.getrefcount(self._raw) == _REFERENCES
+        if unused and count <= len(self._raw):
+            return self._raw[:count]
+        if threading.current_thread() is threading.main_thread():
+            return np.empty(count, dtype=np.uint8)
+        if unused:
+            self._raw = np.empty(0, dtype=np.uint8)  # given back before more is asked for
+        raw = np.empty(count, dtype=np.uint8)
+        if unused:
+            self._raw = raw
+        return raw[:]
+
+
+_REFERENCES = 2
+"""What sys.getrefcount says of an attribute that nobody else has."""
+
+_KEPT = _Kept()

@@ -10,8 +10,9 @@ so the squared error of the best rank-k matrix is at least L = ‖D‖² − Σ_
 held against the error of the factors themselves, ‖D‖² less the squares of their singular values.
 
 Where the spectrum falls fast, η = ‖E‖²_F = ‖D‖² − ΣΘ² does, and is certain. Otherwise η comes
-from random probes and power steps (Halko, Martinsson and Tropp, 2011, Lemma 4.1): with t probes it
-fails with probability at most α⁻ᵗ. Bounds after several numbers of steps may fail each.
+from random probes ω and power steps: ‖B‖₂ ≤ α·√(2/π)·max‖B·ω‖ (Halko, Martinsson and Tropp, 2011,
+Lemma 4.1), here of B = (EᵀE)^q, fails with probability at most α⁻ᵗ for t probes. Bounds after
+several numbers of steps may fail each.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from loratool.algebra.krylov import Ritz
-from loratool.algebra.passes import back_of, image_and_back, image_of
+from loratool.algebra.passes import image_and_back
 from loratool.algebra.random import gaussian
 
 PROBES = 16
@@ -132,32 +133,29 @@ def _rounding(size: int, energy: float) -> float:
 
 
 def _residual_norm_bounds(d: Tensor, v: Tensor, key: str) -> Iterator[float]:
-    """Ever tighter bounds on ‖D − D·V·Vᵀ‖₂, each failing with probability α⁻ᵗ."""
+    """Ever tighter bounds on ‖E‖₂, E = D − D·V·Vᵀ, each failing with probability α⁻ᵗ."""
     block = _project_out(gaussian(d.shape[1], PROBES, f"{key}:probe").to(d.device), v)
     growth = 0.0  # log of what the probes were divided by
     for step in range(1, max(POWER_STEPS) + 1):
-        if step - 1 in POWER_STEPS:
-            image = image_of(d, block)
-            yield _norm_from_probes(image, growth, step - 1)
-            back = back_of(d, image)
-        else:
-            _, back = image_and_back(d, block)
+        _, back = image_and_back(d, block)
         block = _project_out(back, v)
+        if step in POWER_STEPS:
+            yield _norm_from_probes(block, growth, step)
         scale = float(block.abs().max())
         if scale == 0:
             yield 0.0
             return
         block = block / scale
         growth += math.log(scale)
-    yield _norm_from_probes(image_of(d, block), growth, max(POWER_STEPS))
 
 
-def _norm_from_probes(image: Tensor, growth: float, steps: int) -> float:
-    largest = float(torch.linalg.vector_norm(image.double(), dim=0).max())
+def _norm_from_probes(block: Tensor, growth: float, steps: int) -> float:
+    """The bound on ‖E‖₂ = ‖(EᵀE)^steps‖₂^(1/2·steps)."""
+    largest = float(torch.linalg.vector_norm(block.double(), dim=0).max())
     if largest == 0:
         return 0.0
     log = math.log(ALPHA * math.sqrt(2 / math.pi) * largest) + growth
-    return math.exp(log / (2 * steps + 1)) * (1 + 1e-4)
+    return math.exp(log / (2 * steps)) * (1 + 1e-4)
 
 
 def _project_out(block: Tensor, v: Tensor) -> Tensor:

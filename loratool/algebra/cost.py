@@ -67,7 +67,7 @@ def extract_flops(shapes: Iterable[Shape], rank: int) -> tuple[int, int]:
             continue
         passes = 1 + 2 * STEERING_STEPS + 2 * BLOCKS
         width = min(kept + OVERSAMPLING, n)
-        single += 2 * m * n * (passes * width + 2 * (POWER_STEPS[0] + 1) * PROBES)
+        single += 2 * m * n * (passes * width + 2 * POWER_STEPS[0] * PROBES)
     return single, double
 
 

@@ -282,7 +282,7 @@ def residual_norm(d: Tensor, update: LowRank) -> float:
     since the blocks looked at may not be those whose rounding counts.
     """
     rows, columns = d.shape
-    step = max(_LEAST_ROWS, block_rows(columns) // 4)
+    step = max(_LEAST_ROWS, block_rows(columns))
     exact, single = (_Missed(d, update, dtype, step) for dtype in (torch.float64, torch.float32))
     total = 0.0
     for index, start in enumerate(range(0, rows, step)):

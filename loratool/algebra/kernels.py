@@ -26,7 +26,8 @@ def decide_bf16() -> Decide | None:
 
 
 def _decide_bf16() -> Decide:
-    loop = machine_code(_instructions(), _NAME, [*[ADDRESS] * 7, FLOAT, SIZE, SIZE])
+    arguments = [*[ADDRESS] * 7, FLOAT, SIZE, SIZE]
+    loop = machine_code(_instructions(), _NAME, arguments, vectorise=True)
 
     def decide(
         w0: Tensor, estimate: Tensor, margin: Tensor, per_value: float

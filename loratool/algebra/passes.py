@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from loratool.algebra.blocks import large_matrix
 
 _ROWS = 256
 """Rows at a time: a block is used twice while it is in cache."""
+
+_COPIED, _COPIED_AT_A_TIME = 2**25, 2**22
+"""Elements up to which a matrix is copied to a fast dtype as a whole, and otherwise at a time."""
 
 
 def image_and_back(d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,23 +63,56 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 class RoughMatrix:
-    """A copy of a matrix in a fast dtype, for directions that need no precision."""
+    """A matrix for products in a fast dtype, for directions that need no precision.
+
+    A copy of it, or, where a copy would be large, one block of rows after the other.
+    """
 
     def __init__(self, d: Tensor, dtype: torch.dtype):
-        self._dtype = dtype
-        self._d = d if d.dtype == dtype else _copied(d, dtype)
+        self._d, self._dtype = d, dtype
+        self._columns_lie_together = not d.is_contiguous() and d.T.is_contiguous()
+        rows = d.shape[0]
+        if d.dtype != dtype and not d.is_cuda and d.numel() > _COPIED:
+            rows = max(1, min(rows, _COPIED_AT_A_TIME // d.shape[1]))
+        self._step = rows
+        self._buffer = None if d.dtype == dtype else self._room(rows)
+        self._copied = -1
 
     def back(self, x: Tensor) -> Tensor:
         """Dᵀ·x (n, c) in float32, for x (m, c)."""
-        return (x.T.to(self._dtype) @ self._d).T.float()
+        xt = x.T.to(self._dtype)
+        parts = (xt[:, start : start + len(d)] @ d for start, d in self._blocks())
+        return _sum(parts).T
 
     def there_and_back(self, x: Tensor) -> Tensor:
         """Dᵀ·D·x (n, c) in float32, for x (n, c)."""
-        return ((x.T.to(self._dtype) @ self._d.T) @ self._d).T.float()
+        xt = x.T.to(self._dtype)
+        return _sum((xt @ d.T) @ d for _, d in self._blocks()).T
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The first row of each block, and its rows in the fast dtype."""
+        for start in range(0, len(self._d), self._step):
+            part = self._d[start : start + self._step]
+            if self._buffer is None:
+                yield start, part
+                continue
+            if self._copied != start:
+                self._copied = start
+                self._buffer[: len(part)].copy_(part)
+            yield start, self._buffer[: len(part)]
+
+    def _room(self, rows: int) -> Tensor:
+        """With d's own layout, so that copying does not transpose."""
+        columns = self._d.shape[1]
+        if self._columns_lie_together:
+            return large_matrix(columns, rows, self._dtype, self._d.device).T
+        return large_matrix(rows, columns, self._dtype, self._d.device)
 
 
-def _copied(d: Tensor, dtype: torch.dtype) -> Tensor:
-    """With d's own layout, so that copying does not transpose."""
-    if not d.is_contiguous() and d.T.is_contiguous():
-        return _copied(d.T, dtype).T
-    return large_matrix(d.shape[0], d.shape[1], dtype, d.device).copy_(d)
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """In float32."""
+    total: Tensor | None = None
+    for part in parts:
+        total = part.float() if total is None else total.add_(part)
+    assert total is not None, "a matrix with rows"
+    return total
