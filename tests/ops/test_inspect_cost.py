@@ -48,10 +48,10 @@ def test_against_real_adapters_and_plans(family: str, tmp_path: Path) -> None:
 
 
 def test_operations() -> None:
-    """Of a large matrix, by hand: 9 products of width 24 and 6 of 16 probes; a small one's Gram
+    """Of a large matrix, by hand: 9 products of width 24 and 4 of 16 probes; a small one's Gram
     matrix; the product of the factors of both."""
     single, double = extract_flops([(1000, 4000)], 16)
-    assert single == 2 * 4_000_000 * (9 * 24 + 6 * 16)
+    assert single == 2 * 4_000_000 * (9 * 24 + 4 * 16)
     assert double == 2 * 4_000_000 * 16
     single, double = extract_flops([(400, 100)], 16)
     assert single == 0
