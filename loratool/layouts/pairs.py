@@ -302,14 +302,15 @@ def _check_shapes(pairs: list[Pair]) -> None:
 
 
 def check_floats(pairs: list[Pair]) -> list[Pair]:
-    """The pairs that hold floating point values on both sides.
+    """The pairs that hold floating point values on both sides, and any at all.
 
     Raises Unplaced where only one side does, since nothing meaningful can be subtracted.
     """
     floats = []
     for pair in pairs:
         if pair.base.dtype.is_float and pair.tuned.dtype.is_float:
-            floats.append(pair)
+            if pair.base.numel:
+                floats.append(pair)
         elif pair.base.dtype.is_float or pair.tuned.dtype.is_float:
             raise Unplaced(
                 f"{pair.name}: is {pair.base.dtype.name} in base and {pair.tuned.dtype.name} in "

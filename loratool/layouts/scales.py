@@ -68,6 +68,25 @@ def scaled_by(name: str, tensors: Mapping[str, TensorInfo], config: ModelConfig)
     )
 
 
+def refuse_scaled(side: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises UnsupportedInput where weights are codes that scales beside them give a meaning: their
+    differences are no change of weights. side: base or tuned."""
+    scaled = [
+        name
+        for name, info in tensors.items()
+        if info.dtype.is_float
+        and info.dtype.bits == 8
+        and any(name + s in tensors for s in _SUFFIXES)
+    ]
+    if scaled:
+        raise UnsupportedInput(
+            f"{side}: {len(scaled)} weights are stored in 8 bits with scales beside them, and such "
+            "checkpoints are not compared",
+            details=scaled[:3],
+            hint=f"convert {side} to 16 bits first",
+        )
+
+
 def _squeezed(grid: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in grid if size != 1)
 

@@ -162,6 +162,8 @@ def extract_tensor(job: ExtractJob, stopwatch: Stopwatch | None = None) -> Extra
         added_rows=job.pair.added_rows,
         status=Status.UNCHANGED,
     )
+    if not job.pair.whole.numel:
+        return ExtractResult(row)
     with stopwatch.stage("read"):
         check_finite_rows(job.pair)
         read = read_delta if job.uses_matrix else measure_delta
@@ -319,7 +321,7 @@ def _stored_or_not(row: TensorRow, treatment: Treatment) -> TensorRow:
 
 def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
     """The singular values that the job's rule resolves; None for what has no factors."""
-    if job.treatment is not Treatment.LOW_RANK:
+    if job.treatment is not Treatment.LOW_RANK or not job.pair.base.numel:
         return None
     delta = read_delta(job.pair, job.device)
     if delta is None:

@@ -17,6 +17,7 @@ from loratool.errors import UsageError
 from loratool.layouts.config import is_hub_id
 from loratool.layouts.pairs import Alignment, align, check_floats
 from loratool.layouts.patterns import select
+from loratool.layouts.scales import refuse_scaled
 from loratool.layouts.splitting import split_pairs
 from loratool.layouts.targets import targeted
 from loratool.ops.deltas import matrix_shape
@@ -165,6 +166,8 @@ def plan_extract(
     base_side, tuned_side = open_model(base), open_model(tuned)
     inputs = [*base_side.paths, *tuned_side.paths, *([into] if into else [])]
     check_output(output, overwrite=overwrite, inputs=inputs)
+    for side, model in (("base", base_side), ("tuned", tuned_side)):
+        refuse_scaled(side, model.checkpoint.tensors)
     alignment = align(
         base_side.checkpoint, tuned_side.checkpoint, base_side.config, tuned_side.config
     )

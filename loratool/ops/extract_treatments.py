@@ -44,7 +44,7 @@ def is_grouped_convolution(pair: Pair, base: Model) -> bool:
 
 
 def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> Treatment:
-    if not pair.base.dtype.is_float:
+    if not pair.base.dtype.is_float or not module_of(pair.name):
         return Treatment.NO_PLACE
     if in_task_head(pair.name, base.config.task_type):
         return Treatment.WHOLE  # PEFT saves a task's head whole, whatever the config lists

@@ -20,6 +20,7 @@ from loratool.engine.devices import resolve_device
 from loratool.layouts.families import layer_of
 from loratool.layouts.pairs import Pair, align, check_floats
 from loratool.layouts.patterns import select
+from loratool.layouts.scales import refuse_scaled
 from loratool.ops.deltas import measure_delta, read_delta
 from loratool.ops.extract_treatments import LOW_RANK_KINDS
 from loratool.ops.findings import lora_summary, rounding_notes
@@ -214,6 +215,8 @@ def inspect_pair(
     rows: list[DeltaRow | None] = []
     passed_over = _passed_over(pairs, alignment.ignored)
     if level is not Level.HEADERS:
+        for side, model in (("base", base_side), ("tuned", tuned_side)):
+            refuse_scaled(side, model.checkpoint.tensors)
         pairs = check_floats(list(pairs))
         rule = parse_rank_rule("full" if exact else str(SPECTRUM_VALUES))
         asked = rule if level is Level.SPECTRA else None

@@ -11,7 +11,14 @@ import torch
 
 import loratool as lt
 from loratool.engine import Engine, NoProgress
-from loratool.errors import NonFiniteValues, NothingMatches, ShapeMismatch, Unplaced, UsageError
+from loratool.errors import (
+    NonFiniteValues,
+    NothingMatches,
+    ShapeMismatch,
+    Unplaced,
+    UnsupportedInput,
+    UsageError,
+)
 from loratool.ops.extract import run_extract
 from loratool.ops.extract_plan import plan_extract
 from loratool.ops.extract_tradeoff import rank_tradeoff
@@ -406,3 +413,43 @@ def test_added_tokens_that_are_left_out_are_said(tmp_path: Path) -> None:
     report = lt.extract(base, tuned, tmp_path / "b", rank=2)
     assert "before loading the adapter, model.resize_token_embeddings(53)" in report.notes
     assert not any("left out" in note for note in report.notes)
+
+
+def test_weights_in_8_bits_with_scales_are_not_compared(tmp_path: Path) -> None:
+    """Their codes' difference is no change of weights."""
+    q = "model.layers.0.self_attn.q_proj.weight"
+    state = llama_like()
+    scaled = state | {
+        q: state[q].to(torch.float8_e4m3fn),
+        f"{q}_scale_inv": torch.full((1, 1), 0.01),
+    }
+    plain = save_folder(state, tmp_path / "plain", LLAMA)
+    base = save_folder(scaled, tmp_path / "base", LLAMA)
+    codes = scaled | {q: (state[q] * 2).to(torch.float8_e4m3fn)}
+    tuned = save_folder(codes, tmp_path / "tuned", LLAMA)
+    for one, two, side in ((base, tuned, "base"), (plain, tuned, "tuned"), (base, plain, "base")):
+        with pytest.raises(UnsupportedInput, match=f"{side}: 1 weights are stored in 8 bits"):
+            lt.extract(one, two, tmp_path / "a", rank=2)
+    with pytest.raises(UnsupportedInput, match="8 bits with scales"):
+        lt.inspect(base, tuned, level="values")
+
+
+def test_tensors_without_values_are_unchanged(tmp_path: Path) -> None:
+    state = llama_like() | {"a.weight": torch.zeros(0, 8), "b.weight": torch.zeros(8, 0)}
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(state), tmp_path / "tuned", LLAMA)
+    for rank in ("2", "full", "budget:500"):
+        report = lt.extract(base, tuned, tmp_path / "a", rank=rank, overwrite=True)
+        status = {row.name: str(row.status) for row in report.rows}
+        assert status["a.weight"] == status["b.weight"] == "unchanged"
+    assert lt.inspect(base, tuned, level="values")
+
+
+def test_a_matrix_of_the_model_itself_has_no_place(tmp_path: Path) -> None:
+    """No module to adapt: neither PEFT nor merge would find it."""
+    state = llama_like() | {"weight": torch.ones(8, 8)}
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(state), tmp_path / "tuned", LLAMA)
+    with pytest.raises(Unplaced, match="1 changed tensors have no place") as caught:
+        lt.extract(base, tuned, tmp_path / "a", rank=2)
+    assert caught.value.details == ("weight [8, 8]",)
