@@ -137,11 +137,10 @@ def _show_matrix(out: Output, report: CompareReport) -> None:
     count = len(report.adapters)
     rows = []
     for i in range(count):
-        values = [1.0 if i == j else cosines[min(i, j), max(i, j)] for j in range(count)]
-        heat = spark([abs(value or 0.0) for value in values], 1.0)
-        rows.append(
-            [letter(i), *(f"{_number(v, 2)} {h}" for v, h in zip(values, heat, strict=True))]
-        )
+        own = 1.0 if report.adapters[i].norm else None
+        values = [own if i == j else cosines[min(i, j), max(i, j)] for j in range(count)]
+        cells = ("" if v is None else f"{_number(v, 2)} {spark([abs(v)], 1.0)}" for v in values)
+        rows.append([letter(i), *cells])
     out.table("cosine of the updates", ["", *map(letter, range(count))], rows)
 
 
@@ -153,7 +152,7 @@ def _show_pairs(out: Output, report: CompareReport) -> None:
             _number(pair.cosine),
             _against(pair.phi_left_whole, pair.phi_left_chance),
             _against(pair.phi_right_whole, pair.phi_right_chance),
-            " / ".join(percent(share) for share in pair.common),
+            " / ".join(percent(share) for share in pair.common) if any(pair.common) else "",
             percent(pair.sign_agreement),
             str(pair.start.start) if pair.start else "",
         ]
@@ -236,8 +235,9 @@ def _show_legend(out: Output, report: CompareReport) -> None:
     from loratool.ops.compare import JOINT_SHARE, TIES_DENSITY
 
     out.line(
-        "survives: share of an update left in the plain sum of all, and after TIES trims each to "
-        f"its largest {100 * TIES_DENSITY:.0f} % of entries and elects signs; all weights 1"
+        "survives: share of an update left in the plain sum of all; and, of modules that two or "
+        f"more have, after TIES trims each to its largest {100 * TIES_DENSITY:.0f} % of entries "
+        "and elects signs; all weights 1"
     )
     out.line(
         "φ(i, j): overlap of the first i and j singular vectors of ΔW, or of the factor A, from 0 "
@@ -288,7 +288,9 @@ def _show_starts(out: Output, report: CompareReport) -> None:
 def _show_advice(out: Output, report: CompareReport, adapters: Sequence[Path]) -> None:
     advice = report.advice
     if advice is not None:
-        words = ["loratool combine", *map(str, adapters), "--method", advice.method, advice.options]
+        known = zip(adapters, report.adapters, strict=True)
+        paths = [str(path) for path, adapter in known if adapter.modules]
+        words = ["loratool combine", *paths, "--method", advice.method, advice.options]
         out.line(f"suggested: {' '.join(word for word in words if word)} -o OUT")
         out.line(f"because {advice.why}")
 

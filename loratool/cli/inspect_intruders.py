@@ -129,8 +129,12 @@ def show_intruders(out: Output, report: IntruderReport, sort: str | None) -> Non
     if (done := report.mitigated) is not None:
         out.line(
             f"{done.output}: {done.kind} with the intruders of "
-            f"{counted(done.tensors, 'weight')} at {done.factor:g} of their size; its factors miss "
-            f"{done.error:.1e} of the change"
+            f"{counted(done.tensors, 'weight')} at {done.factor:g} of their size"
+            + (
+                f"; its factors miss {done.error:.1e} of the change"
+                if done.kind != "checkpoint"
+                else ""
+            )
         )
     out.notes(report.notes)
 

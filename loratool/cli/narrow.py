@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 _BETWEEN_COLUMNS = 3
-_NAME = 32
+NAME = 32
 """Characters to which names are not broken."""
 _BETWEEN = "   "
 
@@ -19,7 +19,7 @@ def fits(width: int, columns: Sequence[str], rows: Sequence[Sequence[str]], text
         header, *cells = (_width(cell) for cell in (column, *(row[index] for row in rows)))
         longest = max(header, *cells, 0)
         needed += _BETWEEN_COLUMNS
-        needed += min(longest, max(_NAME, header)) if index < text else longest
+        needed += min(longest, max(NAME, header)) if index < text else longest
     return needed <= width
 
 

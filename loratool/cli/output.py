@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from loratool.cli.narrow import fits, paragraphs
+from loratool.cli.narrow import NAME, fits, paragraphs
 from loratool.errors import LoratoolError, OutputError
 from loratool.provenance import document
 
@@ -273,7 +273,8 @@ def fitting(
     by_worth: Sequence[str],
 ) -> list[str]:
     """The columns that a table of ``lines`` has room for, in ``order``: those of ``always``, and
-    of ``by_worth``, most first, what fits beside them and is not empty throughout.
+    of ``by_worth``, most first, what fits beside them and is not empty throughout. The first of
+    ``order`` holds names, which may be folded: however long, they leave half of the width.
     """
     there = {column for line in lines for column, cell in line.items() if cell}
 
@@ -281,6 +282,7 @@ def fitting(
         return max([len(column), *(len(line.get(column, "")) for line in lines)]) + _PADDING
 
     room = width - 1 - sum(needed(column) for column in always)
+    room += max(0, needed(order[0]) - max(width // 2, NAME + _PADDING))
     chosen = set(always)
     for column in by_worth:
         if column in there and needed(column) <= room:

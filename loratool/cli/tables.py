@@ -26,7 +26,8 @@ def in_order(lines: Sequence[Row], sort: str | None, sorts: Sorts[Row]) -> list[
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per row, its fields those of the JSON document; lists and maps as JSON.
+    """One line per row, its fields those of the JSON document; lists and maps as JSON, and a
+    quote before text that a spreadsheet would take for a formula.
 
     Raises OutputError.
     """
@@ -42,5 +43,11 @@ def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet takes for the start of a formula; names come from files of strangers."""
+
+
 def _cell(value: object) -> object:
+    if isinstance(value, str) and value.startswith(_FORMULAS):
+        return f"'{value}"
     return json.dumps(value) if isinstance(value, list | dict | tuple) else value

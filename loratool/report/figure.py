@@ -48,7 +48,7 @@ def figure(page: Page) -> Spec:
     if not page.mapped:
         raise UsageError(
             f"{plain(page.title)}: nothing to draw at this level",
-            hint="choose --level values or spectra",
+            hint="choose --level values or spectra; --html shows what has no figures, too",
         )
     column = page.mapped[0]
     shown = range(min(MAPS, max(1, len(page.groups))))

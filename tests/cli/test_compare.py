@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.builders import lora_factors, write_peft
 from tests.cli.invoke import invoke
@@ -101,3 +103,29 @@ def test_failures(
     document = the_document(invoke("compare", *arguments, "--json"))
     assert document["schema"] == "loratool/error/1"
     assert document["error"]["exit_code"] == code
+
+
+def test_an_adapter_with_nothing_to_compare_has_no_figures(tmp_path: Path) -> None:
+    """And no part in the suggestion, whose command would refuse it."""
+    dora = lora_factors(MODULES[0], 24, 8, 2)
+    dora[f"base_model.model.{MODULES[0]}.lora_magnitude_vector.weight"] = torch.ones(24)
+    paths = [
+        *adapters(tmp_path),
+        write_peft(tmp_path / "dora", dora, fan_in_fan_out=True, use_dora=True),
+    ]
+    out = invoke("compare", *paths).out
+    assert re.search(r"^  C$", out, re.MULTILINE), "no cosine with itself either"
+    assert re.search(r"^  B C +0$", out, re.MULTILINE)
+    (suggested,) = re.findall("suggested: (.*)", out)
+    assert suggested.startswith(f"loratool combine {paths[0]} {paths[1]} --method")
+
+
+def test_the_page_of_two_has_their_overlaps(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    ended = invoke("compare", *adapters(tmp_path), "--html", page, "--json")
+    (pair,) = the_document(ended)["pairs"]
+    text = page.read_text()
+    for what in ("left singular vectors", "right singular vectors", "factors A"):
+        assert f"first i and j {what}, mean over modules" in text
+    assert f"{pair['phi_left_grid']['values'][0][0]:.3f}" in text
+    assert "suggested: combine --method svd --rank energy:0.99, because" in text

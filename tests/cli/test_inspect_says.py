@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -137,3 +138,23 @@ def test_a_width_that_is_none_is_passed_over(
     assert "parameters" in plain.out
     monkeypatch.setenv("COLUMNS", columns)
     assert invoke("inspect", pair[0]) == plain
+
+
+def test_csv_holds_no_formula(tmp_path: Path) -> None:
+    names = ["=1+1", "+x", "-x", "@x", "x=1"]
+    path = write_checkpoint(tmp_path / "base", {name: torch.ones(2) for name in names})
+    file = tmp_path / "table.csv"
+    assert invoke("inspect", path, "--csv", file).code == 0
+    shown = {row["name"] for row in csv.DictReader(file.read_text().splitlines())}
+    assert shown == {"'=1+1", "'+x", "'-x", "'@x", "x=1"}
+
+
+def test_a_long_name_leaves_room_for_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    base = write_checkpoint(tmp_path / "base", {f"{'x' * 300}.weight": torch.zeros(8, 8)})
+    tuned = write_checkpoint(tmp_path / "tuned", {f"{'x' * 300}.weight": torch.ones(8, 8)})
+    out = invoke("inspect", base, tuned).out
+    assert "LoRA\n" in out
+    assert out.count("x" * 30) >= 6

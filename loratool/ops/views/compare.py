@@ -65,7 +65,10 @@ def compare_page(report: CompareReport) -> Page:
         ),
         columns=_COLUMNS,
         rows=rows,
-        statements=(f"suggested: combine --method {advice.method}. {advice.why}",)
+        statements=(
+            f"suggested: combine --method {' '.join([advice.method, advice.options]).strip()}, "
+            f"because {advice.why}",
+        )
         if advice
         else (),
         notes=report.notes,
@@ -78,7 +81,7 @@ def compare_page(report: CompareReport) -> Page:
         curves=CurveKind("Principal angles", "degrees", "angle", most=90)
         if any(row.curves for row in rows)
         else None,
-        tables=(_adapters(report), _pairs(report)),
+        tables=(_adapters(report), _pairs(report), *_grids(report)),
         lists=tuple(
             NameList(f"Only in {letter(position)}", adapter.alone)
             for position, adapter in enumerate(report.adapters)
@@ -139,6 +142,31 @@ def _pairs(report: CompareReport) -> SmallTable:
             for pair in report.pairs
         ),
         text=(0, 10),
+    )
+
+
+def _grids(report: CompareReport) -> tuple[SmallTable, ...]:
+    """φ(i, j) of two adapters; of more there would be three tables for each pair."""
+    if len(report.pairs) > 1:
+        return ()
+    (pair,) = report.pairs
+    first, second = map(letter, pair.pair)
+    kinds = (
+        ("left singular vectors", pair.phi_left),
+        ("right singular vectors", pair.phi_right),
+        ("factors A", pair.phi_a),
+    )
+    return tuple(
+        SmallTable(
+            f"φ(i, j) of the first i and j {what}, mean over modules",
+            ("", *(f"{second} {j}" for j in grid.j)),
+            tuple(
+                (f"{first} {i}", *("" if v is None else f"{v:.3f}" for v in values))
+                for i, values in zip(grid.i, grid.values, strict=True)
+            ),
+        )
+        for what, grid in kinds
+        if grid.i
     )
 
 
