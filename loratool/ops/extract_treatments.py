@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from loratool.adapter import ModuleKind, module_of
+from loratool.errors import UsageError
 from loratool.layouts.convolutions import is_grouped
 from loratool.layouts.pairs import Alignment, Pair
 from loratool.ops.extract_adapter import in_task_head
@@ -24,7 +25,11 @@ _STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION)
 def treatments(
     alignment: Alignment, base: Model, rules: Rules, chosen: Collection[str]
 ) -> dict[str, Treatment]:
-    """The treatment of every pair, by name. chosen: those that are not left out."""
+    """The treatment of every pair, by name. chosen: those that are not left out.
+
+    Raises UsageError for experts that are asked to be stored whole.
+    """
+    _refuse_whole_experts([pair for pair in alignment.pairs if pair.name in chosen], rules)
     found = {pair.name: _treatment(pair, alignment, base, rules) for pair in alignment.pairs}
     for owner, members in _owners_of_bare_parameters(alignment.pairs, chosen):
         apart = [
@@ -35,6 +40,18 @@ def treatments(
         if owner and not apart:
             found |= {pair.name: Treatment.WHOLE for pair in members}
     return found
+
+
+def _refuse_whole_experts(pairs: Sequence[Pair], rules: Rules) -> None:
+    """PEFT stores modules whole, and the experts of a layer are one; a single one it would not
+    find."""
+    whole = [p.name for p in pairs if p.kind is ModuleKind.EXPERT and rules.of(p) is None]
+    if whole:
+        raise UsageError(
+            f"--rank-for: {len(whole)} experts cannot be stored whole, only as factors",
+            details=whole[:12],
+            hint="full in place of whole keeps all of their change",
+        )
 
 
 def is_grouped_convolution(pair: Pair, base: Model) -> bool:

@@ -12,6 +12,13 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
+MIXTURE = {
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "tie_word_embeddings": False,
+}
+
+
 def llama_like(dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2) -> State:
     """Names and orientation of a small Llama, 2-D weights of different shapes and norms."""
     generator = torch.Generator().manual_seed(seed)
@@ -66,6 +73,19 @@ GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "tie_word_embeddings": True,
 }
+
+
+def mixture_like(seed: int = 0, experts: int = 4) -> State:
+    """Experts of one layer, stored one by one, and their router."""
+    generator = torch.Generator().manual_seed(seed)
+    block = "model.layers.0.mlp"
+    state = {f"{block}.gate.weight": torch.randn(experts, 16, generator=generator)}
+    shapes = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}
+    for expert in range(experts):
+        for part, shape in shapes.items():
+            name = f"{block}.experts.{expert}.{part}.weight"
+            state[name] = torch.randn(*shape, generator=generator)
+    return state
 
 
 def save_folder(

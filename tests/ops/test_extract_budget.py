@@ -13,27 +13,9 @@ from loratool.errors import NothingMatches
 from loratool.ops.extract_plan import plan_extract
 from loratool.ops.extract_tradeoff import rank_tradeoff
 from tests.builders import random_tensor
-from tests.ops.builders import LLAMA, State, llama_like, moved, save_folder
+from tests.ops.builders import LLAMA, MIXTURE, State, llama_like, mixture_like, moved, save_folder
 
-MIXTURE = {
-    "model_type": "qwen2_moe",
-    "architectures": ["Qwen2MoeForCausalLM"],
-    "tie_word_embeddings": False,
-}
-BLOCK = "model.layers.0.mlp"
 PROJECTIONS = {"targets": "attention,mlp"}
-
-
-def mixture() -> State:
-    """Four experts stored one by one."""
-    state = {f"{BLOCK}.gate.weight": random_tensor(4, 16, seed=1)}
-    for expert in range(4):
-        for seed, (part, shape) in enumerate(
-            {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}.items()
-        ):
-            name = f"{BLOCK}.experts.{expert}.{part}.weight"
-            state[name] = random_tensor(*shape, seed=10 * expert + seed)
-    return state
 
 
 def uneven(state: State) -> State:
@@ -54,7 +36,7 @@ def written(folder: Path) -> int:
 
 
 def test_the_experts_of_a_parameter_share_what_they_are_padded_to(tmp_path: Path) -> None:
-    state = mixture()
+    state = mixture_like()
     base = save_folder(state, tmp_path / "base", MIXTURE)
     tuned = save_folder(uneven(state), tmp_path / "tuned", MIXTURE)
     options: dict[str, Any] = {"targets": "experts"}

@@ -17,9 +17,11 @@ from loratool.ops.extract_resume import keep, recall
 from tests.ops.builders import (
     GPT2,
     LLAMA,
+    MIXTURE,
     gpt2_like,
     llama_like,
     load_folder,
+    mixture_like,
     moved,
     save_folder,
     save_peft,
@@ -207,3 +209,15 @@ def test_finished_tensors_of_every_form_are_recalled(
         assert recall(job) == result
         kinds.add(type(result.update))
     assert kinds & {DoraUpdate, DenseUpdate}
+
+
+def test_single_experts_are_not_stored_whole(tmp_path: Path) -> None:
+    """PEFT finds no module of an expert's name; full rank keeps all of its change."""
+    state = mixture_like()
+    base = save_folder(state, tmp_path / "base", MIXTURE)
+    tuned = save_folder(moved(state), tmp_path / "tuned", MIXTURE)
+    with pytest.raises(UsageError, match="4 experts cannot be stored whole") as caught:
+        lt.extract(base, tuned, tmp_path / "a", rank=2, rank_for={"down_proj": "whole"})
+    assert "down_proj.0" in caught.value.details[0]
+    report = lt.extract(base, tuned, tmp_path / "a", rank=2, rank_for={"down_proj": "full"})
+    assert {row.rank for row in report.rows if "down_proj" in row.name} == {16}
