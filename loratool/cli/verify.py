@@ -179,7 +179,7 @@ def _fits(row: VerifyRow) -> str:
 
 
 def _show_claim(out: Output, report: ClaimReport) -> None:
-    from loratool.ops.verify_claim import AS_STATED, UNSTATED, ClaimStatus
+    from loratool.ops.verify_claim import AS_STATED, NOT_AS_STATED, UNSTATED, ClaimStatus
 
     error = report.relative_error
     missed = f"it misses {percent(error)} of the change" if error is not None else "nothing changed"
@@ -189,7 +189,7 @@ def _show_claim(out: Output, report: ClaimReport) -> None:
         out.line(f"no report states what to expect: {missed}")
     else:
         out.line(f"differs: {missed}, and its report does not say so")
-    for status in (ClaimStatus.WORSE, ClaimStatus.UNEXPLAINED, ClaimStatus.LEFT_OUT):
+    for status in (*NOT_AS_STATED, ClaimStatus.LEFT_OUT):
         if report.count(status):
             out.line(
                 f"  {report.count(status)} tensors {status} ({percent(report.share(status))} of "

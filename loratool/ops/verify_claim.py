@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from loratool.algebra.noise import ulp
+from loratool.algebra.rounding import MERGEABLE
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import MalformedFile, NothingMatches, ShapeMismatch
@@ -40,7 +42,11 @@ class ClaimStatus(StrEnum):
     UNSTATED = "nothing stated"
     LEFT_OUT = "left out, as stated"
     UNEXPLAINED = "changed, and not in the adapter"
+    ALONE = "changed by the adapter alone"
     POINTLESS = "in the adapter, and unchanged"
+
+
+NOT_AS_STATED = (ClaimStatus.WORSE, ClaimStatus.UNEXPLAINED, ClaimStatus.ALONE)
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def verify_claim(
     )
     rows = tuple(row for row in found if row is not None)
     verdict = AS_STATED if stated is not None else UNSTATED
-    if any(row.status in (ClaimStatus.WORSE, ClaimStatus.UNEXPLAINED) for row in rows):
+    if any(row.status in NOT_AS_STATED for row in rows):
         verdict = DIFFERS
     facts = {
         "adapter": adapter.resolve().name,
@@ -251,11 +257,26 @@ def _status(job: _Job, measured: float | None, stated: float | None) -> ClaimSta
         left_out = job.stated and all(entry.get("status") in LEFT_OUT for entry in job.stated)
         return ClaimStatus.LEFT_OUT if left_out else ClaimStatus.UNEXPLAINED
     if measured is None:
-        return ClaimStatus.POINTLESS
+        return ClaimStatus.POINTLESS if _is_swallowed(job) else ClaimStatus.ALONE
     if stated is None:
         return ClaimStatus.UNSTATED
     worse = measured > stated * (1 + _TOLERANCE) + _FLOOR
     return ClaimStatus.WORSE if worse else ClaimStatus.AS_STATED
+
+
+def _is_swallowed(job: _Job) -> bool:
+    """Whether rounding alone can be why a tensor that the adapter changes did not change: ‖ΔW‖ is
+    at most that of half a unit in the last place of every weight."""
+    base = job.base
+    if base.dtype.torch not in MERGEABLE:
+        return False
+    delta = delta_of(base, job.updates, job.device)
+    energy = most = 0.0
+    for start, stop in blocks_of(base.shape):
+        before = base.read_rows(start, stop).reshape(stop - start, -1)
+        energy += float(delta(before, start).square().sum())
+        most += float(ulp(before).double().square().sum()) / 4
+    return energy <= most
 
 
 def _energies(job: _Job) -> tuple[float, float]:

@@ -275,3 +275,22 @@ def test_a_change_that_the_adapter_does_not_hold(claim: tuple[Path, Path, Path])
     lt.extract(base, tuned, adapter, rank="full", overwrite=True)
     (adapter / "loratool_report.json").unlink()
     assert lt.verify_adapter(adapter, base, tuned).verdict == UNSTATED
+
+
+def test_a_claim_about_tensors_that_did_not_change(claim: tuple[Path, Path, Path]) -> None:
+    """An adapter that changes what did not change is not what led from one to the other."""
+    adapter, base, _ = claim
+    report = lt.verify_adapter(adapter, base, base)
+    assert report.differs
+    assert report.count(ClaimStatus.ALONE) == len(report.rows) > 0
+    (adapter / "loratool_report.json").unlink()
+    assert lt.verify_adapter(adapter, base, base).differs
+
+
+def test_a_change_that_rounding_swallowed_is_no_contradiction(tmp_path: Path) -> None:
+    base = save_folder(llama_like(torch.bfloat16), tmp_path / "base", LLAMA)
+    a, b = factors(24, 24)
+    adapter = save_peft(tmp_path / "adapter", {Q0: (a * 1e-4, b)}, lora_alpha=1)
+    lt.merge(base, adapter, tmp_path / "merged")
+    report = lt.verify_adapter(adapter, base, base)
+    assert (report.verdict, report.count(ClaimStatus.POINTLESS)) == (UNSTATED, 1)
