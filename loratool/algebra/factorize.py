@@ -8,6 +8,7 @@ norms and small eigenproblems in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from loratool.algebra.krylov import (
     steered_start,
 )
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.passes import fastest_dtype, image_and_back
+from loratool.algebra.passes import RoughMatrix, fastest_dtype, image_and_back
 from loratool.algebra.ranks import RankRule, parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
 from loratool.stopwatch import Stopwatch
@@ -104,7 +105,8 @@ def factorize(
     stopwatch = stopwatch or Stopwatch()
     energy = sum_of_squares(d) if energy is None else energy
     tall = _Tall.of(d, energy, noise_floor)
-    resolved = _resolve(tall, rule, key, exact, sketch_dtype, stopwatch)
+    sketch = None if exact else _triplets(tall, key, sketch_dtype, stopwatch)
+    resolved = _resolve(tall, rule, sketch, stopwatch)
     spectrum, rank, parts = resolved
     with stopwatch.stage("orthogonalise"):
         u, v = _vectors(tall, resolved)
@@ -136,7 +138,8 @@ def leading_triplets(d: Tensor, rank: int, *, key: str) -> Triplets:
     """
     rule = parse_rank_rule(str(rank))
     tall = _Tall.of(d, sum_of_squares(d), 0.0)
-    resolved = _resolve(tall, rule, key, False, None, Stopwatch())
+    stopwatch = Stopwatch()
+    resolved = _resolve(tall, rule, _triplets(tall, key, None, stopwatch), stopwatch)
     values = tall.original(resolved.spectrum).values[: resolved.rank]
     u, v = _with_fixed_signs(*_vectors(tall, resolved))
     return Triplets(u, values, v)
@@ -194,35 +197,29 @@ class _Resolved(NamedTuple):
 
     spectrum: Spectrum
     rank: int
-    parts: Ritz | _Right
+    parts: Ritz | _Right | Tensor
 
 
 def _resolve(
     tall: _Tall,
     rule: RankRule,
-    key: str,
-    exact: bool,
-    sketch_dtype: torch.dtype | None,
+    sketch: Callable[[int], Ritz | Tensor] | None,
     stopwatch: Stopwatch,
-    *,
-    settle: bool = False,
 ) -> _Resolved:
-    """Resolve values of a tall matrix until the rule is decided. settle: and each value is sure."""
+    """Resolve values of a tall matrix until the rule is decided.
+
+    sketch: from a number of values to at least as many, in float64; None: all, exactly.
+    """
     d, shape = tall.matrix, tall.shape
-    if not exact:
-        dtype = sketch_dtype or fastest_dtype(d.device)
+    if sketch is not None:
         guess = rule.first_guess(shape)
         while shape[1] > EXACT_SIDE and sketch_pays(guess, shape[1]):
-            with stopwatch.stage("sketch"):
-                start = steered_start(d, guess + OVERSAMPLING, key, dtype)
-            apply = partial(image_and_back, d)
-            ritz = block_krylov(apply, start, stopwatch=stopwatch)
-            if settle:
-                ritz = settled(apply, ritz, guess, guess + OVERSAMPLING)
-            spectrum = Spectrum(ritz.values[:guess].cpu(), tall.energy, shape, tall.noise_floor)
+            found = sketch(guess)
+            values = found.values if isinstance(found, Ritz) else found
+            spectrum = Spectrum(values[:guess].cpu(), tall.energy, shape, tall.noise_floor)
             rank = rule(tall.original(spectrum))
             if rank is not None:
-                return _Resolved(spectrum, rank, ritz)
+                return _Resolved(spectrum, rank, found)
             guess *= 2
     with stopwatch.stage("sketch"):
         right = _gram_eigenvectors(d)
@@ -232,12 +229,29 @@ def _resolve(
     return _Resolved(spectrum, rank, right)
 
 
+def _triplets(
+    tall: _Tall, key: str, dtype: torch.dtype | None, stopwatch: Stopwatch
+) -> Callable[[int], Ritz]:
+    """Sketches with vectors."""
+    d = tall.matrix
+
+    def sketch(guess: int) -> Ritz:
+        with stopwatch.stage("sketch"):
+            rough = RoughMatrix(d, dtype or fastest_dtype(d.device))
+            start = steered_start(rough, guess + OVERSAMPLING, key)
+            del rough  # its memory
+        return block_krylov(partial(image_and_back, d), start, stopwatch=stopwatch)
+
+    return sketch
+
+
 def _vectors(tall: _Tall, resolved: _Resolved) -> tuple[Tensor, Tensor]:
     """Left and right vectors of the rank that was decided, as the original matrix has them."""
     rank, parts = resolved.rank, resolved.parts
     if isinstance(parts, Ritz):
         u, v = parts.left(rank), parts.right(rank)
     else:
+        assert isinstance(parts, _Right), "values alone have no vectors"
         u, v = _left_from_right(tall.matrix, parts.v[:, :rank], parts.values[:rank])
     return (v, u) if tall.transposed else (u, v)
 
@@ -257,7 +271,9 @@ def resolve_spectrum(
     Without factors, and so without the certificate that costs a good part of theirs.
     """
     tall = _Tall.of(d, sum_of_squares(d) if energy is None else energy, noise_floor)
-    resolved = _resolve(tall, rule, key, exact, sketch_dtype, Stopwatch(), settle=True)
+    d = tall.matrix
+    sketch = partial(settled, d, key=key, dtype=sketch_dtype or fastest_dtype(d.device))
+    resolved = _resolve(tall, rule, None if exact else sketch, Stopwatch())
     return tall.original(resolved.spectrum)
 
 

@@ -23,7 +23,7 @@ from loratool.algebra.blocks import float64_blocks
 from loratool.algebra.factorize import EXACT_SIDE
 from loratool.algebra.krylov import OVERSAMPLING, Ritz, block_krylov, sketch_pays, steered_start
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.passes import fastest_dtype, image_and_back
+from loratool.algebra.passes import RoughMatrix, fastest_dtype, image_and_back
 
 CONVERGED = 1e-3
 """Sine of the angle to the true singular vector that counts as resolved."""
@@ -112,7 +112,9 @@ def leading(d: Tensor, count: int, key: str) -> Triplets:
     value (Davis and Kahan, 1970); a left one's is that times σ₁/σ.
     """
     tall = d if d.shape[0] >= d.shape[1] else d.T
-    start = steered_start(tall, count + OVERSAMPLING, key, fastest_dtype(d.device))
+    rough = RoughMatrix(tall, fastest_dtype(d.device))
+    start = steered_start(rough, count + OVERSAMPLING, key)
+    del rough
     for _ in range(_RESTARTS):
         ritz = block_krylov(partial(image_and_back, tall), start)
         sines = _sines(ritz, count)

@@ -1,9 +1,9 @@
 """Leading singular triplets of a large matrix by a randomised block method.
 
-A Gaussian sketch of the rows (Halko, Martinsson and Tropp, 2011) is steered towards the leading
-directions by power steps in a fast dtype, whose rounding only turns the start a little. From
-there on, block Krylov iteration (Musco and Musco, 2015, Algorithm 2) with products in float32 and
-the Rayleigh–Ritz step in float64.
+A random sketch of the rows (Halko, Martinsson and Tropp, 2011; signs do for Gaussian numbers here)
+is steered towards the leading directions by power steps in a fast dtype, whose rounding only turns
+the start a little. From there on, block Krylov iteration (Musco and Musco, 2015, Algorithm 2) with
+products in float32 and the Rayleigh–Ritz step in float64.
 
 With an orthonormal basis V of the Krylov space, D·V = Q·Θ·(rotation). The last product, DᵀD·V,
 gives QᵀD besides: D is approximated by Q·(QᵀD), which is half a power step better than
@@ -14,16 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from loratool.algebra.passes import RoughMatrix
-from loratool.algebra.random import gaussian
+from loratool.algebra.passes import RoughMatrix, image_and_back, image_of
+from loratool.algebra.random import signs
 from loratool.stopwatch import Stopwatch
 
 OVERSAMPLING = 8
-STEERING_STEPS = 2
+SETTLING = 24
+"""Oversampling for values that have to be settled: cheaper than a second block."""
+
+STEERING_STEPS, SETTLING_STEPS = 2, 3
 BLOCKS = 2
 
 GRAM_RESOLVES = 1e-8
@@ -82,14 +86,15 @@ def sketch_pays(guess: int, side: int) -> bool:
     return (guess + OVERSAMPLING) * BLOCKS <= side // 3
 
 
-def steered_start(d: Tensor, width: int, key: str, dtype: torch.dtype) -> Tensor:
-    """A block (n, width) that leans towards the leading right singular vectors of d (m, n).
+def steered_start(
+    rough: RoughMatrix, width: int, key: str, *, steps: int = STEERING_STEPS
+) -> Tensor:
+    """A block (n, width) that leans towards the leading right singular vectors of a matrix (m, n).
 
-    ``key`` determines the random numbers; products are in ``dtype``.
+    ``key`` determines the random numbers.
     """
-    rough = RoughMatrix(d, dtype)
-    block = rough.back(gaussian(d.shape[0], width, key).to(d.device))
-    for _ in range(STEERING_STEPS):
+    block = rough.back(signs(rough.rows, width, key))
+    for _ in range(steps):
         block = rough.there_and_back(torch.linalg.qr(block).Q)
     return block
 
@@ -134,23 +139,47 @@ def block_krylov(
         return _rayleigh_ritz(basis.double(), gram, torch.cat(images, 1), torch.cat(backs, 1))
 
 
-def settled(
-    apply: Callable[[Tensor], tuple[Tensor, Tensor]], ritz: Ritz, count: int, width: int
-) -> Ritz:
-    """Go on from ``ritz`` until the first ``count`` values are settled.
+def settled(d: Tensor, count: int, *, key: str, dtype: torch.dtype) -> Tensor:
+    """The first singular values of d (m, n), ``count`` of them settled: float64, descending.
 
-    Each pair's residual ‖DᵀDv − θ²v‖ says how near to θ² a true squared value is. Where values
-    fall, the first space is enough; of noise, whose values lie close together, it takes further
-    ones, each from the ``width`` leading directions of the one before.
+    Where values fall, one wide block is enough, and only its image is taken in float32: products
+    back in ``dtype`` tell well enough whether it is. Of noise, whose values lie close together, it
+    takes further spaces, each from the leading directions of the one before.
     """
+    width, rough = count + SETTLING, RoughMatrix(d, dtype)
+    start = steered_start(rough, width, key, steps=SETTLING_STEPS)
+    basis = _orthogonal_to(start[:, :0], start)
+    image = image_of(d, basis)
+    theta, rotate = _descending(image.double().T @ image.double())
+    # turned first, so that the fast dtype rounds each column by its own size
+    back, v = rough.back(image @ rotate.float()), basis @ rotate.float()
+    if _are_settled(theta, v, back, count):
+        return theta
+    del rough
+    apply = partial(image_and_back, d)
+    ritz = block_krylov(apply, start)
     for _ in range(_RESTARTS):
-        squares = ritz.theta[:count].square()
-        rest = ritz.back[:, :count] - ritz.v[:, :count].double() * squares
-        residuals = torch.linalg.vector_norm(rest, dim=0)
-        if bool((residuals <= 2 * SETTLED * squares + _FLOAT32 * squares[0]).all()):
+        if _are_settled(ritz.theta, ritz.v, ritz.back, count):
             break
         ritz = block_krylov(apply, ritz.v[:, :width], blocks=_MORE_BLOCKS)
-    return ritz
+    return ritz.values
+
+
+def _are_settled(theta: Tensor, v: Tensor, back: Tensor, count: int) -> bool:
+    """Whether the first ``count`` values θ of pairs v are, with back = DᵀD·v.
+
+    The residual r = ‖DᵀD·v − θ²·v‖ says how near to θ² a true squared value is: no farther than r,
+    and by about r²/gap where what lies outside of the space is smaller by a gap (Kato and Temple).
+    The value half-way to the last is taken for what lies outside.
+    """
+    squares = theta.square()
+    outside = squares[min((count + len(squares)) // 2, len(squares) - 1)]
+    squares = squares[:count]
+    rest = back[:, :count].double() - v[:, :count].double() * squares
+    residuals = torch.linalg.vector_norm(rest, dim=0)
+    near = residuals <= 2 * SETTLED * squares + _FLOAT32 * squares[0]
+    apart = residuals.square() <= SETTLED / 2 * squares * (squares - outside)
+    return bool((near | apart).all())
 
 
 def _gram(basis: Tensor) -> Tensor:

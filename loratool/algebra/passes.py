@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loratool.algebra.blocks import large_matrix
 
-_ROWS = 256
+_ROWS = 512
 """Rows at a time: a block is used twice while it is in cache."""
 
 _COPIED, _COPIED_AT_A_TIME = 2**25, 2**22
@@ -25,15 +25,14 @@ def image_and_back(d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     if d.is_cuda or not d.is_contiguous():
         image = image_of(d, x)
         return image, back_of(d, image)
-    xt = x.T.contiguous()
-    image_t = torch.empty(x.shape[1], d.shape[0], dtype=d.dtype)
-    back_t = torch.zeros(x.shape[1], d.shape[1], dtype=d.dtype)
+    x = x.contiguous()
+    image = d.new_empty(d.shape[0], x.shape[1])
+    back_t = d.new_zeros(x.shape[1], d.shape[1])
     for start in range(0, d.shape[0], _ROWS):
         block = d[start : start + _ROWS]
-        part = xt @ block.T
-        image_t[:, start : start + _ROWS] = part
-        back_t.addmm_(part, block)
-    return image_t.T, back_t.T
+        part = torch.mm(block, x, out=image[start : start + _ROWS])
+        back_t.addmm_(part.T, block)
+    return image, back_t.T
 
 
 def image_of(d: Tensor, x: Tensor) -> Tensor:
@@ -78,9 +77,14 @@ class RoughMatrix:
         self._buffer = None if d.dtype == dtype else self._room(rows)
         self._copied = -1
 
+    @property
+    def rows(self) -> int:
+        """m, of a matrix (m, n)."""
+        return len(self._d)
+
     def back(self, x: Tensor) -> Tensor:
         """Dᵀ·x (n, c) in float32, for x (m, c)."""
-        xt = x.T.to(self._dtype)
+        xt = x.T.to(self._d.device, self._dtype)
         parts = (xt[:, start : start + len(d)] @ d for start, d in self._blocks())
         return _sum(parts).T
 

@@ -281,6 +281,7 @@ def _delta_row(job: _DeltaJob) -> DeltaRow | None:
         key=f"0:{pair.name}",
         exact=job.exact,
         noise_floor=delta.noise.threshold,
+        energy=delta.energy,
     )
     answer = lora_rank(spectrum, delta.noise, delta.changed_share)
     return replace(
