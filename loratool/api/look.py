@@ -226,12 +226,15 @@ def verify(
     alpha: float | None = None,
     device: str = "auto",
     seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare a merged checkpoint with what ``base`` and ``adapters`` make, and say what differs.
 
-    ``fast`` goes by a receipt's hashes (``base`` may be None then) or by a sample of rows. Raises
+    ``fast`` goes by a receipt's hashes (``base`` may be None then) or by a sample of rows.
+    ``include`` and ``exclude`` are those of the merge. Raises
     a LoratoolError subclass where they cannot be compared.
     """
     plan = _verify.plan_verify(
@@ -243,6 +246,8 @@ def verify(
         alpha=alpha,
         device=device,
         seed=seed,
+        include=include,
+        exclude=exclude,
     )
     return _verify.run_verify(plan, engine_of(jobs), progress)
 

@@ -222,6 +222,8 @@ def unmerge(
     receipt: PathArg | None = None,
     alpha: float | None = None,
     device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -229,7 +231,8 @@ def unmerge(
     """Write the base that ``adapters`` were merged into, each with its weight.
 
     With the receipt in the merged folder, or ``receipt``, the base comes back bit for bit;
-    without one the nearest to it, and the report counts the weights that are not certain. Raises a
+    without one the nearest to it, and the report counts the weights that are not certain.
+    ``include`` and ``exclude`` are those of the merge, where no receipt tells. Raises a
     LoratoolError subclass; nothing is written then.
     """
     plan = _unmerge.plan_unmerge(
@@ -239,6 +242,8 @@ def unmerge(
         receipt=Path(receipt) if receipt is not None else None,
         alpha=alpha,
         device=device,
+        include=include,
+        exclude=exclude,
         overwrite=overwrite,
     )
     return _unmerge.run_unmerge(plan, engine_of(jobs), progress)
@@ -253,6 +258,9 @@ def swap(
     receipt: PathArg | None = None,
     alpha: float | None = None,
     device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    tied: bool = False,
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -260,7 +268,9 @@ def swap(
     """Write the merged checkpoint with ``add`` merged in place of ``remove``, and a new receipt.
 
     One pass; byte for byte what unmerge and then merge with a receipt give. Needs the receipt of
-    ``merged``. Raises a LoratoolError subclass; nothing is written then.
+    ``merged``. ``include`` and ``exclude`` choose among the updates of ``add``; ``tied`` lets those
+    of one side of a tied embedding and head change both. Raises a LoratoolError subclass; nothing
+    is written then.
     """
     plan = _swap.plan_swap(
         Path(merged),
@@ -270,6 +280,9 @@ def swap(
         receipt=Path(receipt) if receipt is not None else None,
         alpha=alpha,
         device=device,
+        include=include,
+        exclude=exclude,
+        tied=tied,
         overwrite=overwrite,
     )
     return _swap.run_swap(plan, engine_of(jobs), progress)

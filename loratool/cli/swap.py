@@ -32,6 +32,13 @@ from loratool.report.text import size_text
 @options.output_option
 @options.receipt_option
 @options.alpha_option
+@options.include_option
+@options.exclude_option
+@click.option(
+    "--tied",
+    is_flag=True,
+    help="Where embedding and head are one matrix: an added update of one changes both.",
+)
 @options.device_option
 @options.jobs_option
 @options.report_option
@@ -46,6 +53,9 @@ def swap_command(
     output: Path,
     receipt: Path | None,
     alpha: float | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    tied: bool,
     device: str,
     jobs: int | None,
     report: Path | None,
@@ -55,7 +65,8 @@ def swap_command(
     """Take adapters out of MERGED and merge others instead, in one pass.
 
     Exact through the receipt that merge --receipt left: the result is what unmerge and then merge
-    --receipt would give, byte for byte, and has a receipt of its own.
+    --receipt would give, byte for byte, and has a receipt of its own. --include and
+    --exclude choose among what is added.
 
     \b
     Example:
@@ -73,6 +84,9 @@ def swap_command(
         receipt=receipt,
         alpha=alpha,
         device=device,
+        include=include,
+        exclude=exclude,
+        tied=tied,
         overwrite=overwrite,
     )
     if dry_run:

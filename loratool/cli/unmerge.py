@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 @options.output_option
 @options.receipt_option
 @options.alpha_option
+@options.include_option
+@options.exclude_option
 @options.device_option
 @options.jobs_option
 @options.report_option
@@ -38,6 +40,8 @@ def unmerge_command(
     output: Path,
     receipt: Path | None,
     alpha: float | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     device: str,
     jobs: int | None,
     report: Path | None,
@@ -48,7 +52,7 @@ def unmerge_command(
 
     With the receipt that merge --receipt left, the result is the base bit for bit, checked by its
     hashes. Without one it is the nearest to it, and the report says for how many weights that
-    need not be the base's.
+    need not be the base's; give --include and --exclude as for the merge then.
 
     \b
     Example:
@@ -66,6 +70,8 @@ def unmerge_command(
         receipt=receipt,
         alpha=alpha,
         device=device,
+        include=include,
+        exclude=exclude,
         overwrite=overwrite,
     )
     if dry_run:

@@ -45,6 +45,8 @@ _SHOWN = 12
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
 @options.receipt_option
 @options.alpha_option
+@options.include_option
+@options.exclude_option
 @options.device_option
 @options.jobs_option
 @options.report_option
@@ -60,6 +62,8 @@ def verify_command(
     seed: int,
     receipt: Path | None,
     alpha: float | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     device: str,
     jobs: int | None,
     report: Path | None,
@@ -67,7 +71,8 @@ def verify_command(
     """Check a merge, or an adapter's claim. Exit code 1 says that it is not so.
 
     PATH is a merged checkpoint with --base and --adapter: is every value the base plus the
-    adapter's update, and if not, what was done instead? Or it is an adapter with --base and
+    adapter's update, and if not, what was done instead? --include and --exclude are those of the
+    merge. Or it is an adapter with --base and
     --tuned: does it hold the change between them as well as its report states?
 
     \b
@@ -79,10 +84,10 @@ def verify_command(
 
     common = {"alpha": alpha, "device": device, "jobs": jobs, "progress": out.progress()}
     if tuned is not None:
-        if adapters or fast or exact or receipt:
+        if adapters or fast or exact or receipt or include or exclude:
             raise UsageError(
                 "--tuned asks whether PATH, an adapter, is what it claims; --adapter, --fast, "
-                "--exact and --receipt are about merged checkpoints"
+                "--exact, --receipt, --include and --exclude are about merged checkpoints"
             )
         if base is None:
             raise UsageError("--tuned needs --base too")
@@ -95,7 +100,17 @@ def verify_command(
         if claim.differs:
             sys.exit(1)
         return
-    result = verify(path, base, adapters, fast=fast, seed=seed, receipt=receipt, **common)  # type: ignore[arg-type]
+    result = verify(
+        path,
+        base,
+        adapters,
+        fast=fast,
+        seed=seed,
+        receipt=receipt,
+        include=include,
+        exclude=exclude,
+        **common,  # type: ignore[arg-type]
+    )
     out.report_file(report, result.to_json())
     if out.as_json:
         out.document(result.to_json())

@@ -215,10 +215,8 @@ def plan_merging(
         for path in dict.fromkeys(paths)
         if paths.count(path) > 1
     ]
-    names = {name: None for one in opened for name in one.adapter.updates}
-    chosen = select(list(names), include, exclude)
-    left_out = tuple(name for name in names if name not in chosen)
-    opened = [replace(one, adapter=_only(one.adapter, chosen)) for one in opened]
+    chosen, left_out = chosen_of([one.adapter for one in opened], include, exclude)
+    opened = [replace(one, adapter=part) for one, part in zip(opened, chosen, strict=True)]
     _check_scale(scale, opened)
     placement = place(
         [(one.adapter, one.weight * scale) for one in opened],
@@ -287,8 +285,18 @@ def check_base_copies(merging: Merging) -> None:
                 )
 
 
-def _only(adapter: Adapter, chosen: set[str]) -> Adapter:
-    return replace(adapter, updates={n: u for n, u in adapter.updates.items() if n in chosen})
+def chosen_of(
+    adapters: Sequence[Adapter], include: Sequence[str], exclude: Sequence[str]
+) -> tuple[list[Adapter], tuple[str, ...]]:
+    """The adapters with those of their updates that --include and --exclude leave, and the names
+    of the others. Raises NothingMatches for a pattern that covers none."""
+    names = {name: None for one in adapters for name in one.updates}
+    chosen = select(list(names), include, exclude)
+    parts = [
+        replace(one, updates={n: u for n, u in one.updates.items() if n in chosen})
+        for one in adapters
+    ]
+    return parts, tuple(name for name in names if name not in chosen)
 
 
 def _check_scale(scale: float, adapters: Sequence[WeightedAdapter]) -> None:

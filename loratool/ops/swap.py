@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import DisagreementError, InputMissing, UsageError
-from loratool.layouts.placing import PlacedUpdate, describe
+from loratool.layouts.placing import PlacedUpdate, TieChoice, describe
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.merge_inputs import Merging, plan_merging
 from loratool.ops.merge_jobs import merge_block
@@ -102,10 +102,15 @@ def plan_swap(
     receipt: Path | None = None,
     alpha: float | None = None,
     device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    tied: bool = False,
     overwrite: bool = False,
 ) -> SwapPlan:
     """Check everything that unmerge and merge would check. Nothing is written.
 
+    include, exclude: which of the updates of ``add`` are merged. tied: whether an update of one
+    side of a tied embedding and head changes both.
     Raises InputMissing without a receipt, UsageError where the base has another layout than the
     merged checkpoint, and what plan_unmerge and plan_merging raise.
     """
@@ -124,7 +129,16 @@ def plan_swap(
         )
     check_output(output, overwrite=overwrite, inputs=[path for path, _ in add])
     _check_same_layout(out)
-    merging = plan_merging(out.merged, add, alpha=alpha_in, device=device, holds_base=False)
+    merging = plan_merging(
+        out.merged,
+        add,
+        alpha=alpha_in,
+        device=device,
+        include=include,
+        exclude=exclude,
+        ties=TieChoice.BOTH if tied else TieChoice.REFUSE,
+        holds_base=False,
+    )
     if merging.placement.added:
         raise UsageError(
             "the adapter adds biases that the base does not have", hint="use unmerge, then merge"

@@ -19,6 +19,7 @@ from loratool.layouts.placed import TieChoice
 from loratool.layouts.placing import PlacedUpdate, place
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.eight_bits import scales_of
+from loratool.ops.merge_inputs import chosen_of
 from loratool.ops.merge_sides import side_files_of
 from loratool.ops.receipt_match import given_as_recorded
 from loratool.ops.restoring import (
@@ -150,18 +151,21 @@ def plan_unmerge(
     without_receipt: bool = False,
     alpha: float | None = None,
     device: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     overwrite: bool = False,
 ) -> UnmergePlan:
     """Read headers, the receipt and the adapters, and check that they belong together.
 
     adapters: each with the weight that it was merged with. receipt: where it is; by default the
-    one in the merged folder, if it is there. Raises InputError, DisagreementError naming what
+    one in the merged folder, if it is there. include, exclude: which of the adapters' updates were
+    merged, where no receipt tells. Raises InputError, DisagreementError naming what
     differs from the receipt, UsageError, OutputError.
     """
     model = open_model(merged)
     found = find_receipt(model, receipt) if not without_receipt else None
     known = read_receipt(found) if found else None
-    values = open_adapters([path for path, _ in adapters], alpha)
+    values, _ = chosen_of(open_adapters([path for path, _ in adapters], alpha), include, exclude)
     opened = tuple((*one, value) for one, value in zip(adapters, values, strict=True))
     if not opened:
         raise UsageError("no adapter is named")
@@ -171,7 +175,7 @@ def plan_unmerge(
         [(adapter, weight) for _, weight, adapter in opened],
         model.checkpoint.tensors,
         model.config,
-        ties=TieChoice.BOTH if known else TieChoice.REFUSE,  # a receipt tells what was done
+        ties=TieChoice.BOTH,  # or the config would not say that they are tied
     )
     if known is None:
         updates: Mapping[str, tuple[PlacedUpdate, ...]] = placement.updates

@@ -18,7 +18,7 @@ from loratool.layouts.placed import TieChoice
 from loratool.layouts.placing import PlacedUpdate, can_be_untied, describe, place
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.eight_bits import scales_of
-from loratool.ops.merge_inputs import added_by
+from loratool.ops.merge_inputs import added_by, chosen_of
 from loratool.ops.merge_layout import Added
 from loratool.ops.receipt_match import given_as_recorded
 from loratool.ops.restoring import beyond, leading, value_sha256
@@ -66,16 +66,19 @@ def plan_verify(
     alpha: float | None = None,
     device: str = "auto",
     seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> VerifyPlan:
     """Read headers and place the adapters on the base.
 
+    include, exclude: which of the adapters' updates should be in, as in the merge.
     fast: go by a receipt's hashes where there is one, else by a sample of rows. Raises InputError,
     DisagreementError (an adapter that does not fit the base or the receipt), UsageError.
     """
     if not adapters:
         raise UsageError("no adapter is named", hint="name it with --adapter PATH[:WEIGHT]")
     model = open_model(merged)
-    values = open_adapters([path for path, _ in adapters], alpha)
+    values, _ = chosen_of(open_adapters([path for path, _ in adapters], alpha), include, exclude)
     opened = tuple((*one, value) for one, value in zip(adapters, values, strict=True))
     weighted = [(adapter, weight) for _, weight, adapter in opened]
     found = find_receipt(model, receipt) if fast or receipt else None

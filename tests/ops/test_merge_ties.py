@@ -17,7 +17,7 @@ from tests.cli.invoke import invoke
 from tests.faults.killing import bytes_of
 from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, load_folder, save_folder
 from tests.ops.builders import save_peft as save_linear
-from tests.ops.test_merge import Q0, factors
+from tests.ops.test_merge import DOWN1, Q0, factors
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 TIED = LLAMA | {"tie_word_embeddings": True}
@@ -231,3 +231,41 @@ def test_in_place_a_tie_is_kept_or_nothing_is_done(tmp_path: Path, stored: str) 
     ended = invoke("merge", base, adapter, "--in-place", "--tied")
     assert ended.code == 0
     assert bytes_of(base) == bytes_of(tmp_path / "elsewhere") != before
+
+
+@pytest.mark.parametrize("side", [EMBED, HEAD])
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_one_side_of_a_tie_comes_out_again(tmp_path: Path, side: str, stored: str) -> None:
+    """Without a receipt too: merged with --tied, or the config would not say that they are tied."""
+    state = tied_state()
+    state = {name: value.float() for name, value in state.items()}
+    if stored == "twice":
+        state["lm_head.weight"] = state[f"{EMBED}.weight"].clone()
+    base = save_folder(state, tmp_path / "base", TIED)
+    adapter = save_sides(tmp_path / "adapter", {side: factors(50, 24)})
+    lt.merge(base, adapter, tmp_path / "merged", ties="both")
+    report = lt.unmerge(tmp_path / "merged", adapter, tmp_path / "back")
+    assert any("changes with it" in note for note in report.facts["notes"])
+    back = load_folder(tmp_path / "back")
+    assert back.keys() == state.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(back[name], value)
+
+
+def test_swap_of_one_side_of_a_tie(tmp_path: Path) -> None:
+    """--tied and --exclude are for what is added, as for merge."""
+    base = save_folder(tied_state(), tmp_path / "base", TIED)
+    old = save_linear(tmp_path / "old", {Q0: factors(24, 24)})
+    new = save_sides(tmp_path / "new", {HEAD: factors(50, 24)})
+    pairs = {Q0: factors(24, 24, seed=4), DOWN1: factors(24, 40)}
+    more = save_linear(tmp_path / "more", pairs)
+    merged = tmp_path / "merged"
+    lt.merge(base, old, merged, receipt=True)
+    with pytest.raises(DisagreementError, match=r"changes lm_head\.weight alone"):
+        lt.swap(merged, old, new, tmp_path / "no")
+    lt.swap(merged, old, [new, more], tmp_path / "tied", tied=True)
+    lt.merge(base, [new, more], tmp_path / "same", ties="both", receipt=True)
+    assert bytes_of(tmp_path / "tied") == bytes_of(tmp_path / "same")
+    lt.swap(merged, old, more, tmp_path / "part", exclude=["down_proj"])
+    lt.merge(base, more, tmp_path / "likewise", exclude=["down_proj"], receipt=True)
+    assert bytes_of(tmp_path / "part") == bytes_of(tmp_path / "likewise")

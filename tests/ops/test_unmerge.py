@@ -20,10 +20,12 @@ from loratool.errors import (
     DisagreementError,
     InputMissing,
     MalformedFile,
+    NothingMatches,
     OutputError,
     UnsupportedInput,
 )
 from loratool.ops.unmerge import plan_unmerge, run_unmerge
+from loratool.ops.verify_report import DIFFERS, EXACT
 from loratool.receipt import RECEIPT_FILE, read_receipt
 from tests.builders import snapshot
 from tests.ops.builders import (
@@ -466,3 +468,20 @@ def test_a_plan_writes_nothing(made: Path) -> None:
     assert plan.to_json()["exact"] is True
     assert snapshot(made) == before
     assert run_unmerge(plan).exact
+
+
+def test_a_part_of_an_adapter_without_a_receipt(tmp_path: Path) -> None:
+    """What --include and --exclude left out of the merge does not come out again."""
+    base = save_folder(llama_like(torch.float32), tmp_path / "base", LLAMA)
+    adapter = save_peft(tmp_path / "adapter", FACTORS, lora_alpha=16)
+    lt.merge(base, adapter, tmp_path / "merged", exclude=["q_proj"])
+    lt.unmerge(tmp_path / "merged", adapter, tmp_path / "back", exclude=["q_proj"])
+    before, back = load_folder(base), load_folder(tmp_path / "back")
+    assert torch.equal(before[Q], back[Q])
+    assert not torch.equal(before[DOWN], load_folder(tmp_path / "merged")[DOWN])
+    torch.testing.assert_close(back[DOWN], before[DOWN])
+    with pytest.raises(NothingMatches, match="'nosuch' matches nothing"):
+        lt.unmerge(tmp_path / "merged", adapter, tmp_path / "no", include=["nosuch"])
+    partly = {"exclude": ["q_proj"]}
+    assert lt.verify(tmp_path / "merged", base, adapter, **partly).verdict == EXACT  # type: ignore[arg-type]
+    assert lt.verify(tmp_path / "merged", base, adapter).verdict == DIFFERS
