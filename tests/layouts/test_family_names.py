@@ -24,6 +24,7 @@ def test_what_all_begin_with_is_left_out() -> None:
 
 def test_names_are_sorted_as_people_count() -> None:
     names = ["part_1", "part_2", "part_10", "Part_11", "part_a", "x.1.2", "x.1.10", "x.01.3"]
-    assert sorted(names[::-1], key=natural) == [*names[:5], "x.1.2", "x.01.3", "x.1.10"]
+    backwards = names[::-1]
+    assert sorted(backwards, key=natural) == [*names[:5], "x.1.2", "x.01.3", "x.1.10"]
     assert sorted(["9" * 5000, "10", ""], key=natural) == ["", "10", "9" * 5000]
     assert natural("a") != natural("A")
