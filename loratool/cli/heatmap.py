@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from loratool.cli.output import Output
@@ -18,9 +19,11 @@ def show_heatmap(
     out: Output, title: str, rows: Mapping[str, Mapping[int, float]], columns: Sequence[int]
 ) -> None:
     """One line per row, a block for each column (a layer); several layers share a block, which
-    then shows the largest of theirs, where the terminal is too narrow.
+    then shows the largest of theirs, where the terminal is too narrow. The faintest block is of
+    zeros alone, infinities have the strongest.
     """
-    top = max((value for row in rows.values() for value in row.values()), default=0.0)
+    every = (value for row in rows.values() for value in row.values())
+    top = max(filter(math.isfinite, every), default=0.0)
     if top <= 0 or not columns:
         return
     names = {name: _end(name, out.width // 3, "…" if out.has_unicode else "..") for name in rows}
@@ -37,10 +40,11 @@ def show_heatmap(
         cells: list[tuple[str, str | None]] = [(f"{names[name]:>{label}} ", None)]
         for group in groups:
             present = [values[layer] for layer in group if layer in values]
-            share = max(present, default=0.0) / top
+            share = min(1.0, max(present, default=0.0) / top)
             cells.append(_block(share, len(steps), out, wide) if present else _gap(wide))
         out.coloured(cells)
-    scale = [_block((index + 0.5) / len(steps), len(steps), out, 1) for index in range(len(steps))]
+    shares = (0.0, *((index + 0.5) / (len(steps) - 1) for index in range(len(steps) - 1)))
+    scale = [_block(share, len(steps), out, 1) for share in shares]
     out.coloured([(f"{'0':>{label}} ", None), *scale, (f" {percent(top)}", None)])
     out.line()
 
@@ -55,7 +59,7 @@ def _gap(wide: int) -> tuple[str, str | None]:
 
 
 def _block(share: float, steps: int, out: Output, wide: int) -> tuple[str, str | None]:
-    index = min(steps - 1, int(share * steps))
+    index = 1 + min(steps - 2, int(share * (steps - 1))) if share else 0
     if out.has_colour:
         return " " * wide, f"on color({_COLOURS[index]})"
     return (_SHADES if out.has_unicode else _ASCII_SHADES)[index] * wide, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,9 @@ def _heatmap(out: Output, report: PairReport) -> None:
     for pair in report.paired:
         family, layer = family_of(pair.name), layer_of(pair.name)
         if family in grid and layer is not None:
-            grid[family][layer] = _change(changed[family][layer]) or 0.0
+            rows = changed[family][layer]
+            change = _change(rows)
+            grid[family][layer] = 0.0 if not rows else math.inf if change is None else change
     grid = {name.removesuffix(".weight"): values for name, values in grid.items()}
     layers = sorted({layer for values in grid.values() for layer in values})
     if len(layers) < 2:

@@ -130,7 +130,6 @@
       })));
     const table = make("table", { role: "grid", "aria-label": "Map by layer and name" },
       make("thead", {}, head), make("tbody", {}, ...body));
-    table.classList.toggle("roomy", page.layers.length <= 12);
     table.classList.toggle("dense", page.layers.length > 40);
     place.closest(".look").classList.toggle("wide", page.layers.length > 40);
     place.replaceChildren(...(families.length ? [table] : []));
@@ -162,9 +161,9 @@
       if (signed) return high ? Math.round(4 + (4 * value) / high) : 4;
       if (!high || value <= 0) return 0;
       const part = steep ? Math.log(value / low) / Math.log(high / low) : value / high;
-      return Math.min(8, Math.floor(9 * part));
+      return 1 + Math.min(7, Math.floor(8 * part)); /* the palest is for zero and what is unchanged */
     };
-    const roomy = page.layers.length <= 12;
+    const texts = new Map();
     for (const [element, rows, found] of shown) {
       const base = element.classList.contains("chip") ? "chip" : "cell";
       element.className = isNumber(found.value) ? `${base} ${signed ? "d" : "q"}${step(found.value)}` : `${base} none`;
@@ -172,8 +171,9 @@
       const crowd = rows.length > 1 ? `, largest of ${rows.length}` : "";
       element.setAttribute("aria-label", `${page.names[found.row]}: ${column.label} ${text}${crowd}`);
       element.title = `${page.names[found.row]}\n${column.label} ${text}${crowd}`;
-      if (base === "cell") element.textContent = roomy && isNumber(found.value) ? text : "";
+      if (base === "cell") texts.set(element, isNumber(found.value) ? text : "");
     }
+    fill(texts);
     $("metric-about").textContent = column.about
       ? `${column.label}: ${column.about}` : "";
     const ramp = make("span", { className: "ramp", "aria-hidden": "true" },
@@ -183,6 +183,18 @@
       written(high, column.unit), steep ? ", by the logarithm" : "")] : []),
       ...(page.still.length ? [make("span", {}, `palest: ${page.stillWord}`)] : []));
     mark();
+  };
+  /* Figures in the cells, where there are few layers and all of them fit. */
+  let inCells = new Map();
+  const fill = (texts) => {
+    inCells = texts;
+    const place = $("map");
+    const write = (shown) => {
+      place.querySelector("table")?.classList.toggle("roomy", shown);
+      for (const [element, text] of texts) element.textContent = shown ? text : "";
+    };
+    write(page.layers.length <= 12);
+    if (place.scrollWidth > place.clientWidth) write(false);
   };
   const mark = () => {
     let reachable;
@@ -555,6 +567,7 @@
         if (button) select(largest(cells.get(button), state.metric).row);
       });
     }
+    window.addEventListener("resize", () => fill(inCells));
     $("map").addEventListener("keydown", (event) => {
       const button = event.target.closest("button");
       if (button) move(button, event);

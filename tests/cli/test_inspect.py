@@ -98,7 +98,20 @@ def test_many_layers_share_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     out = invoke("inspect", base, tuned, "--level", "values", "-v").out
     assert "(layers 0 to 59, 3 layers to a block)" in out
     (row,) = [line for line in out.splitlines() if "#" in line and "q_proj" in line]
-    assert row == "..attn.q_proj ............." + "#......"
+    assert row == "..attn.q_proj ..-.........." + "#......"
+
+
+def test_the_map_tells_a_small_change_and_one_from_zero_from_none(tmp_path: Path) -> None:
+    state = llama_like(torch.float32, layers=4)
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(4)]
+    state[names[3]] = torch.zeros(24, 24)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    state[names[1]] = state[names[1]] * 1.001
+    state[names[2]] = state[names[2]] * 2
+    state[names[3]] = torch.ones(24, 24)
+    tuned = save_folder(state, tmp_path / "tuned", LLAMA)
+    out = invoke("inspect", base, tuned, "--level", "values").out
+    assert "self_attn.q_proj ....----########\n" in out
 
 
 def test_zero_b_is_said(tmp_path: Path) -> None:

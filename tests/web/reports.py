@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,20 @@ class Report:
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
-        """A pair's tensors or an adapter's updates by name, in their order."""
+        """A pair's tensors or an adapter's updates by name, as people count."""
         if self.document["what"] == "pair":
-            return {row["name"]: row for row in self.document["changed"]}
-        return {
-            row["name"]: row | {"singular_values": row["values"], "delta_norm": row["norm"]}
-            for row in self.document["updates"]
-        }
+            found = self.document["changed"]
+        else:
+            found = [
+                row | {"singular_values": row["values"], "delta_norm": row["norm"]}
+                for row in self.document["updates"]
+            ]
+        return {row["name"]: row for row in sorted(found, key=_counted)}
+
+
+def _counted(row: dict[str, Any]) -> list[str]:
+    """The name with its numbers at one length."""
+    return [part.zfill(9) if part.isdecimal() else part for part in re.split(r"(\d+)", row["name"])]
 
 
 def make(name: str, folder: Path) -> Report:

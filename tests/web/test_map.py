@@ -142,3 +142,22 @@ def test_the_scale_is_written_as_the_cells_are(name: str, made: Made, opened: Op
     most = seen.page.locator("#map [aria-pressed=true]").inner_text()
     assert most.endswith(" %")
     assert most in seen.page.locator("#legend").inner_text()
+
+
+def test_the_whole_map_of_few_layers_is_seen_at_any_width(made: Made, opened: Opened) -> None:
+    """Figures stand in its cells where they fit."""
+    seen = ready(opened(made("example").page))
+    first = seen.page.locator("#map button").first
+    assert first.inner_text().endswith(" %")
+    for width, figures in ((360, False), (1280, True)):
+        seen.page.set_viewport_size({"width": width, "height": 900})
+        settled(seen)
+        beyond = "place => place.scrollWidth - place.clientWidth"
+        assert seen.page.locator("#map").evaluate(beyond) <= 0
+        assert first.inner_text().endswith(" %") == figures
+
+
+def test_only_what_did_not_change_is_palest(made: Made, opened: Opened) -> None:
+    seen = ready(opened(made("many").page))
+    assert seen.page.locator("#map button").count() > 1000
+    assert seen.page.locator("#map button.q0").count() == 0
