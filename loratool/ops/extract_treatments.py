@@ -19,6 +19,12 @@ LOW_RANK_KINDS = (
     ModuleKind.EMBEDDING,
     ModuleKind.EXPERT,
 )
+_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_READ_BY_KERNELS = frozenset({"conv1d", "dt_proj", "out_proj", "x_proj"})
+"""Their modules whose weights transformers reads directly, on some device at least; PEFT (0.21)
+refuses to adapt two of them and says nothing of the others."""
+_PARAMETRISED = ".parametrizations."
+"""In the names of what torch computes a weight from: weight norms. PEFT wraps no such module."""
 _STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION)
 
 
@@ -61,7 +67,7 @@ def is_grouped_convolution(pair: Pair, base: Model) -> bool:
 
 
 def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> Treatment:
-    if not pair.base.dtype.is_float or not module_of(pair.name):
+    if not pair.base.dtype.is_float or not module_of(pair.name) or _PARAMETRISED in pair.name:
         return Treatment.NO_PLACE
     if in_task_head(pair.name, base.config.task_type):
         return Treatment.WHOLE  # PEFT saves a task's head whole, whatever the config lists
@@ -71,8 +77,15 @@ def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> T
         return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
     if pair.kind in (*LOW_RANK_KINDS, ModuleKind.CONV):
         whole = alignment.experts.is_router(pair.name) or is_grouped_convolution(pair, base)
+        whole |= _is_read_past_its_module(pair.name, base)
         return Treatment.WHOLE if whole or rules.of(pair) is None else Treatment.LOW_RANK
     return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
+
+
+def _is_read_past_its_module(name: str, base: Model) -> bool:
+    """Whether the model reads a weight without calling its module, where no update would act."""
+    last = module_of(name).rpartition(".")[2]
+    return base.config.model_type in _MAMBA and last in _READ_BY_KERNELS
 
 
 def _owners_of_bare_parameters(
@@ -83,7 +96,10 @@ def _owners_of_bare_parameters(
     owners = {
         module_of(pair.name)
         for pair in pairs
-        if pair.kind is ModuleKind.OTHER and pair.base.dtype.is_float and pair.name in chosen
+        if pair.kind is ModuleKind.OTHER
+        and pair.base.dtype.is_float
+        and pair.name in chosen
+        and _PARAMETRISED not in pair.name
     }
     for owner in owners:
         yield owner, [pair for pair in pairs if pair.name.startswith(f"{owner}.")]

@@ -139,6 +139,7 @@ _DEBERTA: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, Family] = {
+    "mamba": _causal("MambaForCausalLM", raw=("*.A_log", "*.D"), state_size=4, time_step_rank=4),
     "llama": _causal("LlamaForCausalLM", **_GROUPED, tie_word_embeddings=False),
     "llama tied, with biases": _causal(
         "LlamaForCausalLM", **_GROUPED, tie_word_embeddings=True, attention_bias=True

@@ -13,6 +13,7 @@ from loratool.adapter import DenseUpdate, DoraUpdate
 from loratool.errors import Unplaced, UsageError
 from loratool.ops.extract_jobs import extract_tensor
 from loratool.ops.extract_plan import plan_extract
+from loratool.ops.extract_report import Status
 from loratool.ops.extract_resume import keep, recall
 from tests.ops.builders import (
     GPT2,
@@ -221,3 +222,19 @@ def test_single_experts_are_not_stored_whole(tmp_path: Path) -> None:
     assert "down_proj.0" in caught.value.details[0]
     report = lt.extract(base, tuned, tmp_path / "a", rank=2, rank_for={"down_proj": "full"})
     assert {row.rank for row in report.rows if "down_proj" in row.name} == {16}
+
+
+def test_what_a_weight_is_computed_from_has_no_place(tmp_path: Path) -> None:
+    """wav2vec2's weight norm: PEFT wraps no such module, so a file that has it does not load."""
+    conv = "encoder.pos_conv_embed.conv"
+    state = llama_like() | {
+        f"{conv}.bias": torch.zeros(8),
+        f"{conv}.parametrizations.weight.original0": torch.ones(1, 1, 4),
+        f"{conv}.parametrizations.weight.original1": torch.ones(8, 4, 4),
+    }
+    base = save_folder(state, tmp_path / "base")
+    tuned = save_folder(moved(state), tmp_path / "tuned")
+    with pytest.raises(Unplaced, match="2 changed tensors have no place"):
+        lt.extract(base, tuned, tmp_path / "a", rank=2)
+    report = lt.extract(base, tuned, tmp_path / "a", rank=2, exclude=["parametrizations"])
+    assert report.count(Status.EXCLUDED) == 2
