@@ -193,7 +193,8 @@ class ExtractReport:
             and row.method
             and (row.singular_values or row.status is Status.BELOW_RULE)
         ]
-        return lora_summary(asked, "any rank up to those extracted")
+        others = len(self.rows) - self.count(Status.UNCHANGED) - len(asked)
+        return lora_summary(asked, "any rank up to those extracted", others)
 
     def timed_json(self) -> dict[str, Any]:
         """The document with ``seconds``, for whoever watches this run."""

@@ -27,10 +27,11 @@ class MatrixFindings(Protocol):
     def near_noise(self) -> bool: ...
 
 
-def lora_summary(matrices: Sequence[MatrixFindings], looked_at: str) -> str | None:
+def lora_summary(matrices: Sequence[MatrixFindings], looked_at: str, others: int = 0) -> str | None:
     """Whether the change is a LoRA's, and of which rank; None without a matrix to ask.
 
-    looked_at: the ranks that were looked at, in words, for the answer no.
+    looked_at: the ranks that were looked at, in words, for the answer no. others: tensors that
+    changed and were not asked, of which the answer yes says nothing.
     """
     if not matrices:
         return None
@@ -51,7 +52,9 @@ def lora_summary(matrices: Sequence[MatrixFindings], looked_at: str) -> str | No
     elif not found:
         answer = f"the change is no LoRA's of {looked_at}: more than rounding is left ({unnoticed})"
     elif count == len(asked):
-        answer = f"the change is a LoRA's of rank {ranks}, to within rounding ({unnoticed})"
+        what = f"the change of {len(matrices)} matrices" if others else "the change"
+        answer = f"{what} is a LoRA's of rank {ranks}, to within rounding ({unnoticed})"
+        answer += f"; {others} other tensors changed as well" if others else ""
     else:
         answer = (
             f"{count} of {len(asked)} matrices changed as by a LoRA of rank {ranks}, to within "

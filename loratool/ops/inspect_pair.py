@@ -156,7 +156,8 @@ class PairReport:
         looked_at = f"any rank below {SPECTRUM_VALUES}"
         if any(min(row.spectrum.shape) <= SPECTRUM_VALUES for row in self.matrices if row.spectrum):
             looked_at += " and below the matrix's smaller side"
-        return lora_summary(self.matrices, looked_at)
+        others = len(self.rows) - len(self.matrices)
+        return lora_summary(self.matrices, looked_at, others)
 
     def to_json(self) -> dict[str, Any]:
         body = {

@@ -33,3 +33,12 @@ def test_the_report_gives_the_range() -> None:
     assert said is not None
     assert "may be a LoRA's of rank 2 or more" in said
     assert rounding_notes([Matrix(lora_rank=None, lora_least=None)]) == []
+
+
+def test_the_answer_yes_is_of_the_matrices_that_were_asked() -> None:
+    """A norm or a table stored whole may have changed in any way."""
+    row = Matrix(lora_rank=4, lora_least=4)
+    assert (lora_summary([row], "any rank") or "").startswith("the change is a LoRA's of rank 4")
+    said = lora_summary([row, row], "any rank", 3) or ""
+    assert said.startswith("the change of 2 matrices is a LoRA's of rank 4")
+    assert said.endswith("; 3 other tensors changed as well")
