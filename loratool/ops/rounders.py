@@ -29,7 +29,8 @@ from loratool.algebra.rounding import U32, U64, CertifiedSum, RoundedBlock, Roun
 from loratool.errors import DisagreementError, NonFiniteValues, UnsupportedInput
 from loratool.layouts.placing import PlacedUpdate
 from loratool.layouts.scales import ScaledBy
-from loratool.storage.tensors import LazyTensor
+from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.storage.views import Flattened
 
 _BLOCK_ELEMENTS = 2**20
 _UNITS = U32 / U64
@@ -71,7 +72,19 @@ def rounder_of(
         return _mixed(updates, base, start)
     except (NonFiniteValues, UnsupportedInput, DisagreementError) as error:
         sources = " + ".join(dict.fromkeys(update.source for update in updates))
-        raise type(error)(f"{sources}: {error.message}") from None
+        where = _not_finite(updates) if isinstance(error, NonFiniteValues) else None
+        raise type(error)(f"{sources}: {where or error.message}", hint=error.hint) from None
+
+
+def _not_finite(updates: Sequence[PlacedUpdate]) -> str | None:
+    """Which value of the adapters is no number, by the stored tensor's name."""
+    for tensor in (tensor for one in updates for tensor in one.update.tensors):
+        odd = torch.nonzero(~torch.isfinite(tensor.read()))
+        if len(odd):
+            stored = tensor.source if isinstance(tensor, Flattened) else tensor
+            name = stored.name if isinstance(stored, TensorInfo) else "the adapter"
+            return f"{name} holds NaN or infinity at {odd[0].tolist()}"
+    return None
 
 
 def float32_errors(
@@ -117,19 +130,21 @@ class ReplacedRows:
         first = self.start + first_row
         if self.rows is None:
             new = self.value.read_rows(first, first + len(w0)).reshape(w0.shape).to(w0.device)
-            values = self._rounded(new, dtype)
+            values = self._rounded(new, dtype, first)
         else:
             values = w0.to(dtype, copy=True)
             for index, row in enumerate(self.rows):
                 if first <= row < first + len(w0):
                     new = self.value.read_rows(index, index + 1).reshape(-1).to(w0.device)
-                    values[row - first] = self._rounded(new, dtype)
+                    values[row - first] = self._rounded(new[None], dtype, row)[0]
         overflowed = int(torch.isinf(values).sum())
         return RoundedBlock(values, int((values != w0).sum()), 0, 0, overflowed)
 
-    def _rounded(self, new: Tensor, dtype: torch.dtype) -> Tensor:
+    def _rounded(self, new: Tensor, dtype: torch.dtype, first: int) -> Tensor:
         if not bool(torch.isfinite(new).all()):
-            raise NonFiniteValues("the adapter replaces it by NaN or infinity")
+            row, column = torch.nonzero(~torch.isfinite(new))[0].tolist()
+            where = [first + row, column] if new.shape[1] > 1 else [first + row]
+            raise NonFiniteValues(f"the adapter replaces it by NaN or infinity at {where}")
         return round_once(new, dtype)
 
 

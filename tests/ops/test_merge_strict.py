@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool as lt
@@ -177,3 +177,35 @@ def test_weights_beyond_any_use(tmp_path: Path, weights: tuple[float, float]) ->
     adapter = save_peft(tmp_path / "a", {Q: (random_tensor(2, 24), random_tensor(24, 2))})
     with pytest.raises(UsageError, match=r"adapter 1 has the weight .*, --scale included"):
         lt.merge(base, [(adapter, weights[0])], tmp_path / "out", scale=weights[1])
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B", "lora_magnitude_vector"])
+def test_a_factor_that_is_no_number_is_found(tmp_path: Path, side: str) -> None:
+    """By its own name and index."""
+    base = save_folder(llama_like(torch.bfloat16), tmp_path / "base", LLAMA)
+    factors = {Q: (random_tensor(2, 24), random_tensor(24, 2))}
+    dora = side == "lora_magnitude_vector"
+    adapter = save_peft(tmp_path / "a", factors, use_dora=dora)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    if dora:
+        tensors[f"base_model.model.{Q}.{side}"] = random_tensor(24).abs()
+    key = next(name for name in tensors if side in name)
+    tensors[key].view(-1)[1] = torch.inf
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    index = "[1]" if dora else "[0, 1]"
+    with pytest.raises(NonFiniteValues) as refused:
+        lt.merge(base, adapter, tmp_path / "out")
+    assert refused.value.message == f"{Q}.weight: {key} holds NaN or infinity at {index}"
+
+
+def test_a_token_that_is_no_number_is_found(tmp_path: Path) -> None:
+    base = save_folder(llama_like(torch.bfloat16), tmp_path / "base", LLAMA)
+    name = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+    rows = random_tensor(2, 24)
+    rows[1, 3] = torch.nan
+    adapter = replacing(tmp_path / "a", **{name: rows})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"trainable_token_indices": [7, 30]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(NonFiniteValues, match=r"NaN or infinity at \[30, 3\]"):
+        lt.merge(base, adapter, tmp_path / "out")
