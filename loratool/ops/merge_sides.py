@@ -75,7 +75,11 @@ def find_side_files(
     config, notes = _new_config(model.config.values, dtype, untied, tokens)
     folder, found, skipped = model.checkpoint.folder, [], []
     for path in _beside(model):
-        if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
+        if not path.exists():
+            notes.append(
+                f"left out: {path.relative_to(folder)}, a link to a file that is not there"
+            )
+        elif path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
             skipped.append(str(path.relative_to(folder)))
         elif config is None or path != folder / _CONFIG:
             found.append(path)
@@ -87,7 +91,9 @@ def side_files_of(model: Model) -> list[Path]:
     return [
         path
         for path in _beside(model)
-        if path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json")
+        if path.is_file()
+        and path.suffix not in WEIGHT_SUFFIXES
+        and not path.name.endswith(".index.json")
     ]
 
 
@@ -104,7 +110,7 @@ def _beside(model: Model) -> Iterator[Path]:
             path = Path(root) / name
             if path in ours or name.startswith(".") or name in _LEFT_BEHIND:
                 continue
-            if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+            if path.is_file() or not path.exists() or path.suffix in WEIGHT_SUFFIXES:
                 yield path
 
 

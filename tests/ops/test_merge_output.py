@@ -293,3 +293,14 @@ def test_overflow_is_counted_where_it_is_allowed(tmp_path: Path) -> None:
     assert torch.equal(torch.isinf(merged[f"{Q0}.weight"]), exact.abs() >= 65520)
     assert merged["wide"].tolist() == [1.0, float("inf"), float("-inf")]
     assert report.to_json()["totals"]["overflowed"] == report.total("overflowed") > 2
+
+
+def test_a_link_to_nothing_is_said(tmp_path: Path) -> None:
+    """A cache that was pruned: the tokenizer is a link, and its file is gone."""
+    base = save_folder(llama_like(torch.bfloat16), tmp_path / "base", LLAMA)
+    (base / "tokenizer.json").symlink_to(tmp_path / "gone")
+    adapter = save_peft(tmp_path / "adapter", {Q0: factors(24, 24)})
+    report = lt.merge(base, adapter, tmp_path / "merged", receipt=True)
+    assert report.facts["notes"] == ["left out: tokenizer.json, a link to a file that is not there"]
+    assert not (tmp_path / "merged" / "tokenizer.json").exists()
+    lt.unmerge(tmp_path / "merged", adapter, tmp_path / "back")
