@@ -48,35 +48,35 @@ def large_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
     """
     if device.type != "cpu":
         return torch.empty(rows, columns, dtype=dtype, device=device)
-    raw = _KEPT.bytes(rows * columns * dtype.itemsize)
+    raw = _KEPT.bytes(rows * columns * dtype.itemsize, dtype)
     return torch.from_numpy(raw).view(dtype).view(rows, columns)
 
 
 class _Kept(threading.local):
-    """The last large piece of memory that a worker's thread had, for as long as the thread lives.
+    """The last large piece of memory that a worker's thread had, of each dtype, for as long as the
+    thread lives.
 
     The main thread lives too long for that, and keeps none.
     """
 
     def __init__(self) -> None:
-        self._raw = np.empty(0, dtype=np.uint8)
+        self._raw: dict[torch.dtype, np.ndarray] = {}
 
-    def bytes(self, count: int) -> np.ndarray:
+    def bytes(self, count: int, dtype: torch.dtype) -> np.ndarray:
         """Those kept, if nothing looks at them and they are enough, else new ones."""
-        unused = sys.getrefcount(self._raw) == _REFERENCES
-        if unused and count <= len(self._raw):
-            return self._raw[:count]
         if threading.current_thread() is threading.main_thread():
             return np.empty(count, dtype=np.uint8)
-        if unused:
-            self._raw = np.empty(0, dtype=np.uint8)  # given back before more is asked for
-        raw = np.empty(count, dtype=np.uint8)
-        if unused:
-            self._raw = raw
-        return raw[:]
+        if dtype in self._raw:
+            if sys.getrefcount(self._raw[dtype]) > _REFERENCES:
+                return np.empty(count, dtype=np.uint8)
+            if count <= len(self._raw[dtype]):
+                return self._raw[dtype][:count]
+            del self._raw[dtype]  # given back before more is asked for
+        self._raw[dtype] = np.empty(count, dtype=np.uint8)
+        return self._raw[dtype][:]
 
 
 _REFERENCES = 2
-"""What sys.getrefcount says of an attribute that nobody else has."""
+"""What sys.getrefcount says of a value of a dictionary that nobody else has."""
 
 _KEPT = _Kept()

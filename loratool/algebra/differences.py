@@ -24,20 +24,30 @@ class DifferenceSums:
         self._noise = NoiseSums(columns, after)
         self._loop = compare(before, after)
         self._energies: list[np.ndarray] = [np.zeros((2, 1))]
-        self._single = torch.empty(0)
+        self._single, self._rough = torch.empty(0), torch.empty(0)
         self._changed = 0
 
-    def add(self, before: Tensor, after: Tensor, change: Tensor) -> bool:
-        """Take in the next rows and write their difference to ``change``, float32.
+    def add(
+        self, before: Tensor, after: Tensor, change: Tensor, rough: Tensor | None = None
+    ) -> bool:
+        """Take in the next rows and write their difference to ``change``, float32, and where it
+        is asked for to ``rough``, bfloat16.
 
         Whether all of it is finite.
         """
         if not change.numel():
             return True
         if self._loop is None or change.device.type != "cpu":
-            return self._add_plainly(before, after, change)
+            finite = self._add_plainly(before, after, change)
+            if rough is not None:
+                rough.copy_(change)
+            return finite
+        if rough is None:  # the loop writes it all the same
+            if self._rough.shape != change.shape:
+                self._rough = torch.empty_like(change, dtype=torch.bfloat16)
+            rough = self._rough
         sums, columns = np.empty((3, len(change))), np.zeros(change.shape[1])
-        self._changed += self._loop(before, after, change, columns, sums)
+        self._changed += self._loop(before, after, change, rough, columns, sums)
         self._noise.add(sums[2], columns)
         return self._finite(sums[:2])
 

@@ -90,6 +90,7 @@ def factorize(
     noise_floor: float = 0.0,
     energy: float | None = None,
     sketch_dtype: torch.dtype | None = None,
+    rough: Tensor | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> Factors:
     """The components of ``d`` that ``rule`` keeps.
@@ -98,13 +99,14 @@ def factorize(
     the random start block, so that results do not depend on the order of the work. ``exact``
     forbids the randomised method. ``noise_floor`` is handed to the rule. ``energy`` is ‖d‖²_F where
     the caller knows it. ``sketch_dtype`` is that of the products which only steer the randomised
-    method (default: the device's fastest). ``stopwatch`` is told the stages sketch, orthogonalise
+    method (default: the device's fastest); ``rough`` is ``d`` in that dtype where there is a copy
+    already. ``stopwatch`` is told the stages sketch, orthogonalise
     and certify. The sign of each pair is fixed: the entry of the left vector with the largest
     magnitude is positive.
     """
     stopwatch = stopwatch or Stopwatch()
     energy = sum_of_squares(d) if energy is None else energy
-    tall = _Tall.of(d, energy, noise_floor)
+    tall = _Tall.of(d, energy, noise_floor, rough)
     sketch = None if exact else _triplets(tall, key, sketch_dtype, stopwatch)
     resolved = _resolve(tall, rule, sketch, stopwatch)
     spectrum, rank, parts = resolved
@@ -150,7 +152,7 @@ class _Tall:
     """The matrix as it is worked on: not wider than tall, and of a norm that is easy on float32.
 
     energy: ‖matrix‖²_F. noise_floor: in its units. scale: a power of two, what the matrix was
-    multiplied by.
+    multiplied by. rough: the matrix in a fast dtype, where there is a copy.
     """
 
     matrix: Tensor
@@ -158,17 +160,20 @@ class _Tall:
     noise_floor: float
     scale: float
     transposed: bool
+    rough: Tensor | None = None
 
     @staticmethod
-    def of(d: Tensor, energy: float, noise_floor: float) -> _Tall:
+    def of(d: Tensor, energy: float, noise_floor: float, rough: Tensor | None = None) -> _Tall:
         norm = math.sqrt(energy)
         scale = 1.0
         if norm > COMFORTABLE or 0 < norm < 1 / COMFORTABLE:
             scale = 2.0 ** -math.frexp(norm)[1]
-            d = _scaled(d, scale)
+            d, rough = _scaled(d, scale), None
         transposed = d.shape[0] < d.shape[1]
         matrix = d.T if transposed else d
-        return _Tall(matrix, energy * scale * scale, noise_floor * scale, scale, transposed)
+        if rough is not None and transposed:
+            rough = rough.T
+        return _Tall(matrix, energy * scale * scale, noise_floor * scale, scale, transposed, rough)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -237,7 +242,7 @@ def _triplets(
 
     def sketch(guess: int) -> Ritz:
         with stopwatch.stage("sketch"):
-            rough = RoughMatrix(d, dtype or fastest_dtype(d.device))
+            rough = RoughMatrix(d, dtype or fastest_dtype(d.device), tall.rough)
             start = steered_start(rough, guess + OVERSAMPLING, key)
             del rough  # its memory
         return block_krylov(partial(image_and_back, d), start, stopwatch=stopwatch)
@@ -265,14 +270,16 @@ def resolve_spectrum(
     noise_floor: float = 0.0,
     energy: float | None = None,
     sketch_dtype: torch.dtype | None = None,
+    rough: Tensor | None = None,
 ) -> Spectrum:
     """The singular values that ``rule`` looks at, each to about 1 %, whatever the spectrum.
 
-    Without factors, and so without the certificate that costs a good part of theirs.
+    Without factors, and so without the certificate that costs a good part of theirs. Arguments:
+    see ``factorize``.
     """
-    tall = _Tall.of(d, sum_of_squares(d) if energy is None else energy, noise_floor)
-    d = tall.matrix
-    sketch = partial(settled, d, key=key, dtype=sketch_dtype or fastest_dtype(d.device))
+    tall = _Tall.of(d, sum_of_squares(d) if energy is None else energy, noise_floor, rough)
+    dtype = sketch_dtype or fastest_dtype(d.device)
+    sketch = partial(settled, tall.matrix, key=key, dtype=dtype, copy=tall.rough)
     resolved = _resolve(tall, rule, None if exact else sketch, Stopwatch())
     return tall.original(resolved.spectrum)
 

@@ -139,14 +139,16 @@ def block_krylov(
         return _rayleigh_ritz(basis.double(), gram, torch.cat(images, 1), torch.cat(backs, 1))
 
 
-def settled(d: Tensor, count: int, *, key: str, dtype: torch.dtype) -> Tensor:
+def settled(
+    d: Tensor, count: int, *, key: str, dtype: torch.dtype, copy: Tensor | None = None
+) -> Tensor:
     """The first singular values of d (m, n), ``count`` of them settled: float64, descending.
 
     Where values fall, one wide block is enough, and only its image is taken in float32: products
     back in ``dtype`` tell well enough whether it is. Of noise, whose values lie close together, it
-    takes further spaces, each from the leading directions of the one before.
+    takes further spaces, each from the leading directions of the one before. copy: see RoughMatrix.
     """
-    width, rough = count + SETTLING, RoughMatrix(d, dtype)
+    width, rough = count + SETTLING, RoughMatrix(d, dtype, copy)
     start = steered_start(rough, width, key, steps=SETTLING_STEPS)
     basis = _orthogonal_to(start[:, :0], start)
     image = image_of(d, basis)
@@ -195,7 +197,8 @@ def _rayleigh_ritz(basis: Tensor, gram: Tensor, image: Tensor, back: Tensor) -> 
     back = back.double() @ rotate
     v = basis @ rotate
     # DᵀQ, where Q = image·rotate/theta; of small theta V·theta, which has less rounding in it
-    row = torch.where(theta > _LARGE * theta[0], back * _inverse(theta), v * theta)
+    large = int((theta > _LARGE * theta[0]).sum())
+    row = torch.cat([back[:, :large] * _inverse(theta)[:large], (v * theta)[:, large:]], 1)
     values, mix = _descending(row.T @ row)
     return Ritz(
         values,

@@ -67,7 +67,10 @@ class RoughMatrix:
     A copy of it, or, where a copy would be large, one block of rows after the other.
     """
 
-    def __init__(self, d: Tensor, dtype: torch.dtype):
+    def __init__(self, d: Tensor, dtype: torch.dtype, copy: Tensor | None = None):
+        """copy: d in another dtype, made before, which is used if it is of ``dtype``."""
+        if copy is not None and copy.dtype == dtype:
+            d = copy
         self._d, self._dtype = d, dtype
         self._columns_lie_together = not d.is_contiguous() and d.T.is_contiguous()
         rows = d.shape[0]
@@ -111,6 +114,14 @@ class RoughMatrix:
         if self._columns_lie_together:
             return large_matrix(columns, rows, self._dtype, self._d.device).T
         return large_matrix(rows, columns, self._dtype, self._d.device)
+
+
+def rough_copy(d: Tensor) -> Tensor | None:
+    """Room for the copy that a RoughMatrix of ``d`` (m, n) begins with, if it does."""
+    dtype = fastest_dtype(d.device)
+    if d.is_cuda or dtype != torch.bfloat16 or d.numel() > _COPIED:
+        return None
+    return large_matrix(d.shape[0], d.shape[1], dtype, d.device)
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

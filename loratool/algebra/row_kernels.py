@@ -18,7 +18,7 @@ from loratool.algebra.native import ADDRESS, SIZE, compiled, counting, machine_c
 
 LANES = 64
 
-Compare = Callable[[Tensor, Tensor, Tensor, np.ndarray, np.ndarray], int]
+Compare = Callable[[Tensor, Tensor, Tensor, Tensor, np.ndarray, np.ndarray], int]
 Squares = Callable[[Sequence[Tensor], np.ndarray], None]
 
 _EXPONENT, _HALF_EXPONENT = 0x7F800000, 0x7C00
@@ -28,10 +28,10 @@ _SMALLEST_HALF = 2.0**-14
 def compare(before: torch.dtype, after: torch.dtype) -> Compare | None:
     """The compiled comparison of two sides of these dtypes, or None where there is none.
 
-    Called with before, after (rows, columns) and the change (rows, columns) float32, columns'
-    noise (columns,) and rows' sums (3, rows) float64, which it fills: of squares of the change, of
-    squares of before, and of the powers that ``noise`` takes from after. Returns how many entries
-    differ.
+    Called with before and after (rows, columns), and what it fills: the change in float32 and in
+    bfloat16 (rows, columns), columns' noise (columns,) and rows' sums (3, rows) float64: of squares
+    of the change, of squares of before, and of the powers that ``noise`` takes from after. Returns
+    how many entries differ.
     """
     known = (torch.bfloat16, torch.float16, torch.float32)
     return compiled(_compare(before, after)) if before in known and after in known else None
@@ -51,14 +51,20 @@ def squares(*dtypes: torch.dtype) -> Squares | None:
 def _compare(before: torch.dtype, after: torch.dtype) -> Callable[[], Compare]:
     def make() -> Compare:
         code = _comparison(before, after)
-        loop = machine_code(code, "compare", [*[ADDRESS] * 5, SIZE, SIZE])
+        loop = machine_code(code, "compare", [*[ADDRESS] * 6, SIZE, SIZE])
 
         def run(
-            w0: Tensor, w: Tensor, change: Tensor, columns: np.ndarray, sums: np.ndarray
+            w0: Tensor,
+            w: Tensor,
+            change: Tensor,
+            rough: Tensor,
+            columns: np.ndarray,
+            sums: np.ndarray,
         ) -> int:
-            assert all(x.is_contiguous() for x in (w0, w, change))
-            tensors = (x.data_ptr() for x in (w0, w, change))
-            found: int = loop(*tensors, columns.ctypes.data, sums.ctypes.data, *change.shape)
+            tensors = (w0, w, change, rough)
+            assert all(x.is_contiguous() for x in tensors)
+            places = [x.data_ptr() for x in tensors]
+            found: int = loop(*places, columns.ctypes.data, sums.ctypes.data, *change.shape)
             return found
 
         return run
@@ -147,6 +153,18 @@ class _Writer:
         size = b.select(top, beyond, b.bitcast(scaled, i32))
         return b.bitcast(b.or_(size, b.shl(b.and_(wide, bits(0x8000)), bits(16))), f32)
 
+    def to_bf16(self, value: Any, lanes: int) -> Any:
+        """A finite float32 to nearest, ties to even."""
+        b = self.b
+        bits = b.bitcast(value, self.kind(self.i32, lanes))
+
+        def number(value: int) -> Any:
+            return self.constant(value, self.i32, lanes)
+
+        odd = b.and_(b.lshr(bits, number(16)), number(1))
+        rounded = b.lshr(b.add(b.add(bits, number(0x7FFF)), odd), number(16))
+        return b.trunc(rounded, self.kind(self.stored(torch.bfloat16), lanes))
+
     def double(self, value: Any, lanes: int) -> Any:
         """A float32 or float64 in float64."""
         wide = self.kind(self.f64, lanes)
@@ -200,8 +218,9 @@ class _Writer:
 
 
 def _comparison(before: torch.dtype, after: torch.dtype) -> Any:
-    w = _Writer("compare", [before, after, torch.float32, torch.float64, torch.float64])
-    b, (old, new, change, columns, sums) = w.b, w.arrays
+    filled = [torch.float32, torch.bfloat16, torch.float64, torch.float64]
+    w = _Writer("compare", [before, after, *filled])
+    b, (old, new, change, rough, columns, sums) = w.b, w.arrays
     differing = b.alloca(w.i64)
     b.store(w.i64(0), differing)
     integer = w.ir.IntType(LANES)
@@ -214,6 +233,7 @@ def _comparison(before: torch.dtype, after: torch.dtype) -> Any:
         w1 = w.widened(w.load(new, place, lanes), after, lanes)
         d = b.fsub(w1, w0)
         w.store(d, change, place, lanes)
+        w.store(w.to_bf16(d, lanes), rough, place, lanes)
         bits = w.constant(_EXPONENT, w.i32, lanes)
         power = b.and_(b.bitcast(w1, w.kind(w.i32, lanes)), bits)
         power = b.bitcast(power, w.kind(w.f32, lanes))

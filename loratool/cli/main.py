@@ -100,6 +100,8 @@ def entry() -> None:
     """
     # what torch's import makes stays: looking through it for cycles, over and over, finds none
     gc.set_threshold(100_000, 20, 20)
+    # other makers' devices have no use here, and looking for them takes time
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     code: object = 0
     try:
         main()

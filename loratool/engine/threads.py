@@ -108,6 +108,19 @@ class Engine:
             progress.finish()
 
 
+_HEAPED_BYTES = 2**25 - 2**16
+
+
+def _keep_small_memory() -> None:
+    """Have memory of up to 32 MB come from the heap, where it stays when it is freed.
+
+    glibc asks the system for each piece above 128 KB and hands it back, page by page, until one of
+    that size was freed once; so free one of the largest that it learns from. Elsewhere this does
+    nothing, and nothing is written to it anywhere.
+    """
+    torch.empty(_HEAPED_BYTES, dtype=torch.uint8)
+
+
 def _settle_thread() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)  # tiny weights are values like any other
@@ -116,6 +129,7 @@ def _settle_thread() -> None:
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     before = torch.get_num_threads()
+    _keep_small_memory()
     try:
         with ThreadPoolExecutor(workers, initializer=_settle_thread) as pool:
             yield pool

@@ -15,6 +15,7 @@ from loratool.algebra.differences import DifferenceSums
 from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.noise import NoiseFloor
+from loratool.algebra.passes import rough_copy
 from loratool.errors import NonFiniteValues
 from loratool.layouts.pairs import Pair
 from loratool.storage.row_reader import RowReader
@@ -30,7 +31,8 @@ class Delta:
     """W − W0 as a float32 matrix; vectors as one row, kernels as (out, in·k…).
 
     energy: ‖D‖²_F in float64. base_norm: ‖W0‖_F. noise: what the tuned side's rounding puts into
-    D. changed_share: share of entries that differ.
+    D. changed_share: share of entries that differ. rough: the matrix once more, as
+    ``passes.RoughMatrix`` would copy it.
     """
 
     matrix: Tensor
@@ -38,6 +40,7 @@ class Delta:
     base_norm: float
     noise: NoiseFloor
     changed_share: float
+    rough: Tensor | None = None
 
     @property
     def norm(self) -> float:
@@ -48,25 +51,28 @@ class Delta:
         """What is left of the change beside an update of it, in float32."""
         b, a = update.b.float(), update.a.float()
         matrix = torch.addmm(self.matrix, b, a, alpha=-update.scale)
-        return replace(self, matrix=matrix, energy=sum_of_squares(matrix))
+        return replace(self, matrix=matrix, energy=sum_of_squares(matrix), rough=None)
 
 
 _NOT_NUMBERS = Delta(torch.zeros(1, 1), 0.0, 0.0, NoiseFloor(0.0, 0.0), 1.0)
 """The change of integer tensors: there is one, and it has no size."""
 
 
-def read_delta(pair: Pair, device: torch.device) -> Delta | None:
+def read_delta(pair: Pair, device: torch.device, *, rough: bool = False) -> Delta | None:
     """The change of a pair, or None when all values are equal.
 
     Read and subtracted in blocks of rows, so that neither side is ever in memory whole. The
-    subtraction runs in float32, in float64 where a side is float64. Raises NonFiniteValues naming
-    the tensor and the first index where either side is NaN or infinite.
+    subtraction runs in float32, in float64 where a side is float64. rough: make the copy that
+    sketching begins with, which costs least now. Raises NonFiniteValues naming the tensor and the
+    first index where either side is NaN or infinite.
     """
     if not pair.base.dtype.is_float:
         return None if torch.equal(pair.base.read(), pair.tuned.read()) else _NOT_NUMBERS
     rows, columns = matrix_shape(pair.base.shape)
     matrix = large_matrix(rows, columns, torch.float32, device)
-    return _compared(pair, device, matrix, lambda start, stop: matrix[start:stop])
+    copy = rough_copy(matrix) if rough else None
+    found = _compared(pair, device, lambda start, stop: matrix[start:stop], copy)
+    return None if found is None else replace(found, matrix=matrix)
 
 
 def measure_delta(pair: Pair, device: torch.device) -> Delta | None:
@@ -74,9 +80,8 @@ def measure_delta(pair: Pair, device: torch.device) -> Delta | None:
     if not pair.base.dtype.is_float:
         return read_delta(pair, device)
     _, columns = matrix_shape(pair.base.shape)
-    nothing = torch.empty(0, columns, device=device)
     block = torch.empty(_block_rows(pair.base), columns, device=device)
-    return _compared(pair, device, nothing, lambda start, stop: block[: stop - start])
+    return _compared(pair, device, lambda start, stop: block[: stop - start])
 
 
 def _block_rows(tensor: LazyTensor) -> int:
@@ -85,9 +90,13 @@ def _block_rows(tensor: LazyTensor) -> int:
 
 
 def _compared(
-    pair: Pair, device: torch.device, matrix: Tensor, target: Callable[[int, int], Tensor]
+    pair: Pair,
+    device: torch.device,
+    target: Callable[[int, int], Tensor],
+    rough: Tensor | None = None,
 ) -> Delta | None:
-    """The change with ``matrix`` for its own; ``target`` is where D's rows start:stop are put."""
+    """What is said of the change, with a matrix of no rows; ``target`` is where D's rows start:stop
+    are put."""
     rows, columns = matrix_shape(pair.base.shape)
     step = _block_rows(pair.base)
     read_base, read_tuned = (_reader(side, step, device) for side in (pair.base, pair.tuned))
@@ -97,12 +106,13 @@ def _compared(
         before, after = read_base(start, stop), read_tuned(start, stop)
         sums = sums or DifferenceSums(columns, before.dtype, after.dtype)
         block = target(start, stop)
-        if not sums.add(before, after, block):
+        if not sums.add(before, after, block, None if rough is None else rough[start:stop]):
             raise _non_finite(pair, start, block)
     if sums is None or sums.energy == 0:
         return None
     share = sums.changed / (rows * columns)
-    return Delta(matrix, sums.energy, sums.base_energy**0.5, sums.noise(), share)
+    nothing = torch.empty(0, columns, device=device)
+    return Delta(nothing, sums.energy, sums.base_energy**0.5, sums.noise(), share, rough)
 
 
 def _non_finite(pair: Pair, first_row: int, block: Tensor) -> NonFiniteValues:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import DenseUpdate, DoraUpdate, LowRankUpdate, ModuleKind
+from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.factorize import Factors, factorize, identity_factors, residual_norm
 from loratool.algebra.factorize import resolve_spectrum as spectrum_of
 from loratool.algebra.lora_test import lora_rank
@@ -110,6 +111,12 @@ class ExtractJob:
         return self.treatment in worked_on or self.start is not None
 
     @property
+    def sketched(self) -> bool:
+        """Whether the randomised method gets the change as it was read."""
+        rule = self.rule.kind.name
+        return self.treatment is Treatment.LOW_RANK and not self.exact and rule != "full"
+
+    @property
     def memory_bytes(self) -> int:
         """Working memory of the job: its change in float32, as much again to factorise it, and
         what is left of it where it continues from an update. A DoRA needs both sides too."""
@@ -166,8 +173,11 @@ def extract_tensor(job: ExtractJob, stopwatch: Stopwatch | None = None) -> Extra
         return ExtractResult(row)
     with stopwatch.stage("read"):
         check_finite_rows(job.pair)
-        read = read_delta if job.uses_matrix else measure_delta
-        delta = read(job.pair, job.device)
+        delta = (
+            read_delta(job.pair, job.device, rough=job.sketched)
+            if job.uses_matrix
+            else measure_delta(job.pair, job.device)
+        )
     if delta is None and not job.pair.added_rows:
         return ExtractResult(row)
     if delta is None:
@@ -227,28 +237,23 @@ def _factorised(
     if job.rule.kind.name == "full":
         row = replace(row, method="exact (W − W0 itself)", excess_bound=0.0, failure=0.0)
         return row, identity_factors(rest.matrix)
-    factors = _factors(job, rest.matrix, rest.noise.threshold, rest.energy, stopwatch)
+    factors = _factors(job, rest, stopwatch)
     row = _with_findings(row, factors, rest)
     if job.start is not None:  # the question is about the whole change
         row = replace(row, lora_rank=None, lora_least=None, lora_tail=None)
     return row, factors.low_rank() if factors.rank else None
 
 
-def _factors(
-    job: ExtractJob,
-    matrix: Tensor,
-    noise_floor: float,
-    energy: float | None,
-    stopwatch: Stopwatch,
-) -> Factors:
+def _factors(job: ExtractJob, delta: Delta, stopwatch: Stopwatch) -> Factors:
     return factorize(
-        matrix,
+        delta.matrix,
         job.rule,
         key=job.key,
         exact=job.exact,
-        noise_floor=noise_floor,
-        energy=energy,
+        noise_floor=delta.noise.threshold,
+        energy=delta.energy,
         sketch_dtype=job.sketch,
+        rough=delta.rough,
         stopwatch=stopwatch,
     )
 
@@ -257,7 +262,8 @@ def _dora(job: ExtractJob, row: TensorRow, delta: Delta, stopwatch: Stopwatch) -
     """The change as a DoRA update; its error is that of the merged weight."""
 
     def factorise(matrix: Tensor) -> Factors:
-        return _factors(job, matrix, delta.noise.threshold, None, stopwatch)
+        other = replace(delta, matrix=matrix, energy=sum_of_squares(matrix), rough=None)
+        return _factors(job, other, stopwatch)
 
     full = job.rule.kind.name == "full"
     found = dora_value(
@@ -323,7 +329,7 @@ def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
     """The singular values that the job's rule resolves; None for what has no factors."""
     if job.treatment is not Treatment.LOW_RANK or not job.pair.base.numel:
         return None
-    delta = read_delta(job.pair, job.device)
+    delta = read_delta(job.pair, job.device, rough=job.sketched)
     if delta is None:
         return None
     if job.start is not None:
@@ -336,6 +342,7 @@ def resolve_spectrum(job: ExtractJob) -> Spectrum | None:
         noise_floor=delta.noise.threshold,
         energy=delta.energy,
         sketch_dtype=job.sketch,
+        rough=delta.rough,
     )
 
 

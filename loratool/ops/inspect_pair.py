@@ -260,7 +260,11 @@ def _paired(pair: Pair) -> Paired:
 def _delta_row(job: _DeltaJob) -> DeltaRow | None:
     pair, rule = job.pair, job.rule
     has_spectrum = rule is not None and pair.kind in (*LOW_RANK_KINDS, ModuleKind.CONV)
-    delta = (read_delta if has_spectrum else measure_delta)(pair, job.device)
+    delta = (
+        read_delta(pair, job.device, rough=not job.exact)
+        if has_spectrum
+        else measure_delta(pair, job.device)
+    )
     if delta is None:
         return None
     row = DeltaRow(
@@ -283,6 +287,7 @@ def _delta_row(job: _DeltaJob) -> DeltaRow | None:
         exact=job.exact,
         noise_floor=delta.noise.threshold,
         energy=delta.energy,
+        rough=delta.rough,
     )
     answer = lora_rank(spectrum, delta.noise, delta.changed_share)
     return replace(
