@@ -14,6 +14,7 @@ from loratool.adapter import Adapter
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import UsageError
+from loratool.layouts.names import match_names
 from loratool.layouts.placed import TieChoice
 from loratool.layouts.placing import PlacedUpdate, can_be_untied, describe, place
 from loratool.layouts.scales import ScaledBy
@@ -39,9 +40,10 @@ SAMPLED_ROWS = 64
 class VerifyPlan:
     """What is to be compared. receipt: hashes to go by instead of the base's values. sampled: only
     some rows of each tensor are compared. added: tensors that the merge adds. grown: rows of tables
-    that got tokens. scaled: of tensors in 8 bits."""
+    that got tokens. scaled: of tensors in 8 bits. tensors: the merged ones by the base's names."""
 
     merged: Model
+    tensors: Mapping[str, TensorInfo]
     base: Model | None
     adapters: tuple[tuple[Path, float, Adapter], ...]
     receipt_path: Path | None
@@ -103,20 +105,29 @@ def plan_verify(
     if known is not None:
         assert found is not None
         updates = given_as_recorded(known, found, opened, placement.updates)
+    added = added_by(placement, origin.checkpoint.tensors)
+    tensors: Mapping[str, TensorInfo] = model.checkpoint.tensors
+    notes = placement.notes
+    if known is None:  # a receipt is of loratool's own merge, which keeps names
+        matched = match_names(tensors, {*origin.checkpoint.tensors, *added})
+        tensors = {matched.found.get(name, name): info for name, info in tensors.items()}
+        if matched.note:
+            notes = (f"{matched.note} of the merged checkpoint in the base", *notes)
     return VerifyPlan(
         model,
+        tensors,
         base_model,
         opened,
         found,
         known,
         updates,
-        added_by(placement, origin.checkpoint.tensors),
+        added,
         placement.grown,
         scales_of(updates, origin, lossy=True),
         fast and known is None,
         seed,
         resolve_device(device),
-        placement.notes,
+        notes,
     )
 
 
@@ -154,7 +165,7 @@ def _facts(plan: VerifyPlan) -> dict[str, object]:
 
 def _verify_values(plan: VerifyPlan, engine: Engine, progress: Progress) -> list[VerifyRow]:
     assert plan.base is not None
-    merged = plan.merged.checkpoint.tensors
+    merged = plan.tensors
     base: dict[str, Stored] = dict(plan.base.checkpoint.tensors)
     base |= {name: added.source for name, added in plan.added.items()}
     base |= {name: Lengthened(base[name], rows) for name, rows in plan.grown.items()}

@@ -227,6 +227,24 @@ def test_nothing_to_compare_with(tmp_path: Path) -> None:
         lt.verify(base, base, other)
 
 
+def test_a_merge_saved_by_a_head_model(tmp_path: Path) -> None:
+    """The base bare, the merged one with the head model's prefix: one guess, and it is said."""
+    state = {n: v for n, v in llama_like(torch.bfloat16).items() if n != "lm_head.weight"}
+    bare = {name.removeprefix("model."): value for name, value in state.items()}
+    base = save_folder(bare, tmp_path / "base", LLAMA)
+    adapter = save_peft(tmp_path / "adapter", {Q0: factors(24, 24)})
+    lt.merge(base, adapter, tmp_path / "merged")
+    theirs = load_file(tmp_path / "merged" / "model.safetensors")
+    merged = {f"model.{name}": one for name, one in theirs.items()}
+    report = lt.verify(save_folder(merged, tmp_path / "theirs", LLAMA), base, adapter)
+    assert report.verdict == EXACT
+    assert any("'model.'" in note and "merged checkpoint" in note for note in report.facts["notes"])
+    merged["model.norm.weight"] += 1
+    off = save_folder(merged, tmp_path / "off", LLAMA)
+    (row,) = (row for row in lt.verify(off, base, adapter).rows if row.status != "equal")
+    assert (row.name, row.status) == ("norm.weight", "changed without an update")
+
+
 # Claims ---------------------------------------------------------------------------------------
 
 
