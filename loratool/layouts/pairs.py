@@ -75,7 +75,7 @@ class Alignment:
     """All parameters of two checkpoints, paired.
 
     ties: names of one parameter, in full-model names. experts: what of it is a mixture of
-    experts. ignored: buffers on one side only.
+    experts. ignored: buffers on one side only. untied: names that are one parameter on one side.
     notes: guesses made, to be reported.
     """
 
@@ -84,6 +84,7 @@ class Alignment:
     experts: Experts
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
+    untied: tuple[str, ...] = ()
 
 
 def align(
@@ -180,7 +181,9 @@ def _align(
     # where one side is untied, each matrix is described on its own
     ties = tuple(tie for tie in ties if not untied & set(tie.names))
     experts = Experts(frozenset(), frozenset())
-    return Alignment(tuple(pairs), ties, experts, tuple(sorted(ignored)), tuple(notes))
+    return Alignment(
+        tuple(pairs), ties, experts, tuple(sorted(ignored)), tuple(notes), tuple(sorted(untied))
+    )
 
 
 def _is_buffer(name: str, info: Stored) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, Replacement
 from loratool.algebra.budget import Allocation
 from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
@@ -177,8 +177,15 @@ def _notes(
         f"{' and '.join(tie.names)} are tied: stored whole under every name, the form in which "
         "PEFT's forward, PEFT's merge and loratool's merge agree"
         for tie in plan.alignment.ties
-        if tie.main in adapter.updates
+        if isinstance(adapter.updates.get(tie.main), Replacement)
     ]
+    apart = [name for name in plan.alignment.untied if name in adapter.factors]
+    if apart:
+        notes.append(
+            f"{' and '.join(plan.alignment.untied)} are one matrix in the base and two in tuned: "
+            "PEFT computes with both updates, but its merge_and_unload adds them to the one; "
+            "loratool merge --untie stores two"
+        )
     if allocation is not None:
         how = "exactly" if not allocation.loss else f"to within {allocation.loss:.2e} of Σ‖D‖²"
         spent = f"was spent {how} where it lowers the error most"

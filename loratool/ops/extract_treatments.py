@@ -56,7 +56,7 @@ def _refuse_whole_experts(pairs: Sequence[Pair], rules: Rules) -> None:
         raise UsageError(
             f"--rank-for: {len(whole)} experts cannot be stored whole, only as factors",
             details=whole[:12],
-            hint="full in place of whole keeps all of their change",
+            hint="full in place of whole keeps all of their change, to the rounding of --dtype",
         )
 
 

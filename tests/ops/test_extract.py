@@ -21,6 +21,7 @@ from loratool.errors import (
 )
 from loratool.ops.extract import run_extract
 from loratool.ops.extract_plan import plan_extract
+from loratool.ops.extract_report import Status
 from loratool.ops.extract_tradeoff import rank_tradeoff
 from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, load_folder, moved, save_folder
 
@@ -453,3 +454,27 @@ def test_a_matrix_of_the_model_itself_has_no_place(tmp_path: Path) -> None:
     with pytest.raises(Unplaced, match="1 changed tensors have no place") as caught:
         lt.extract(base, tuned, tmp_path / "a", rank=2)
     assert caught.value.details == ("weight [8, 8]",)
+
+
+def test_a_head_that_tuned_unties_is_said_to_need_it_on_merging(tmp_path: Path) -> None:
+    state = llama_like()
+    head = state.pop("lm_head.weight")
+    base = save_folder(state, tmp_path / "base", LLAMA | {"tie_word_embeddings": True})
+    own = moved(state) | {"lm_head.weight": head}
+    tuned = save_folder(own, tmp_path / "tuned", LLAMA)
+    report = lt.extract(base, tuned, tmp_path / "a", rank=2)
+    assert sum("merge_and_unload adds them to the one" in note for note in report.notes) == 1
+    whole = lt.extract(base, tuned, tmp_path / "b", rank=2, exclude=["embed_tokens", "lm_head"])
+    assert not any("merge_and_unload" in note for note in whole.notes)
+
+
+def test_tied_tables_of_which_new_rows_are_stored_are_not_said_to_be_whole(tmp_path: Path) -> None:
+    state = llama_like()
+    del state["lm_head.weight"]
+    tied = LLAMA | {"tie_word_embeddings": True}
+    table = "model.embed_tokens.weight"
+    base = save_folder(state, tmp_path / "base", tied)
+    grown = moved(state) | {table: torch.cat([state[table], torch.ones(3, 24)])}
+    report = lt.extract(base, save_folder(grown, tmp_path / "tuned", tied), tmp_path / "a", rank=2)
+    assert report.count(Status.NEW_ROWS) == 1
+    assert not any("are tied: stored whole" in note for note in report.notes)
