@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from loratool import errors
 
 EXIT_CODES: tuple[tuple[type[errors.LoratoolError], int, str], ...] = (
@@ -12,6 +14,9 @@ EXIT_CODES: tuple[tuple[type[errors.LoratoolError], int, str], ...] = (
     (errors.HubError, 6, "the Hub or the network"),
 )
 """In the order of DESIGN: class, exit code, meaning. 70 is a bug, 130 an interrupt."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of an output, never of an input."""
 
 BUG = 70
 INTERRUPTED = 130

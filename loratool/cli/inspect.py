@@ -94,7 +94,12 @@ _SORTS: dict[str, Iterable[str]] = {
     help="Every singular value, of a pair's changes or a checkpoint's weights.",
 )
 @click.option(
-    "--csv", "csv_file", type=options.PATH, metavar="FILE", help="Also write a line per tensor."
+    "--csv",
+    "csv_file",
+    type=options.PATH,
+    metavar="FILE",
+    callback=options.no_other_table,
+    help="Also write a line per tensor.",
 )
 @picture_options
 @click.option(

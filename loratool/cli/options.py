@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
-from loratool.cli.errors import BUG, INTERRUPTED, exit_code
+from loratool.cli.errors import BUG, INTERRUPTED, NO_ROOM, exit_code
 from loratool.cli.output import Output
-from loratool.errors import InputError, LoratoolError
+from loratool.errors import InputError, LoratoolError, OutputError
 
 Command = Callable[..., None]
 
@@ -88,13 +88,15 @@ def framed(function: Command) -> Command:
             sys.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            _fail(out, InputError(f"{where}{error.strerror or error}"), 3)
+            kind = OutputError if error.errno in NO_ROOM else InputError
+            problem = kind(f"{where}{error.strerror or error}")
+            _fail(out, problem, exit_code(problem))
         except Exception as error:
-            problem = LoratoolError(
+            bug = LoratoolError(
                 f"unexpected {type(error).__name__}: {error}",
                 hint="this is a bug in loratool; run again with --debug and report it",
             )
-            _fail(out, problem, BUG)
+            _fail(out, bug, BUG)
 
     decorated: Command = run
     for option in (
@@ -124,7 +126,10 @@ def _fail(out: Output, error: LoratoolError, code: int) -> None:
     if out.debug:
         for line in traceback.format_exc().splitlines():
             out.complain(line)
-    out.failure(error, code)
+    try:
+        out.failure(error, code)
+    except OSError:  # stdout takes no document, of an error either
+        out.complain(f"error: {error.message}")
     if not out.as_json:
         _say_notes(out, sys.exception())
     sys.exit(code)
@@ -178,6 +183,21 @@ format_option = click.option(
     help="Of the result. peft: a folder for PeftModel; loralib: the LoRA authors' own layout, with "
     "one rank and alpha, and updates of linear layers only.",
 )
+
+
+_TABLE = re.compile(rb"(adapter,)?name[,\r\n]|\s*$")
+
+
+def no_other_table(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """As of a report: a table replaces a table, and nothing else."""
+    if value is None or not value.is_file():
+        return value
+    with open(value, "rb") as file:
+        if not _TABLE.match(file.read(200)):
+            raise click.BadParameter(
+                f"{value} exists and is no table of loratool's; choose another"
+            )
+    return value
 
 
 def _no_other_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

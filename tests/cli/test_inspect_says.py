@@ -158,3 +158,18 @@ def test_a_long_name_leaves_room_for_figures(
     out = invoke("inspect", base, tuned).out
     assert "LoRA\n" in out
     assert out.count("x" * 30) >= 6
+
+
+@pytest.mark.parametrize("command", ["inspect", "list"])
+def test_a_table_replaces_nothing_but_a_table(command: str, tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", weight=torch.ones(8, 8))
+    weights = base / "model.safetensors"
+    before = weights.read_bytes()
+    ended = invoke(command, base, "--csv", weights)
+    assert ended.code == 2
+    assert "exists and is no table of loratool's" in ended.err
+    assert weights.read_bytes() == before
+    table = tmp_path / "table.csv"
+    assert [invoke(command, base, "--csv", table).code for _ in range(2)] == [0, 0]
+    assert invoke("inspect", base, base, "--csv", table).code == 0, "without a row"
+    assert invoke("inspect", base, base, "--csv", table).code == 0
