@@ -60,7 +60,7 @@ class HealthSums:
         self._energy = 0.0
         self._largest, self._at = 0.0, (0, 0)
         self._row_energies: list[Tensor] = []
-        self._broken_rows = 0
+        self._zero_rows = 0
         self._low, self._high = float("inf"), -float("inf")
 
     def add(self, block: Tensor) -> None:
@@ -75,7 +75,6 @@ class HealthSums:
             self._nan += nan
             self._infinite += int((~finite).sum()) - nan
             values = torch.where(finite, values, torch.zeros_like(values))
-            self._broken_rows += int(((values == 0).all(dim=1) & ~finite.all(dim=1)).sum())
         magnitudes = values.abs()
         peak, where = magnitudes.reshape(-1).max(dim=0)
         if float(peak) > self._largest:
@@ -87,6 +86,9 @@ class HealthSums:
         self._high = max(self._high, float(values.max()))
         energies = magnitudes.double().square_().sum(dim=1)
         self._energy += float(energies.sum())
+        still = energies == 0  # or too small to be squared
+        if bool(still.any()):
+            self._zero_rows += int((block[still].double() == 0).all(dim=1).sum())
         self._row_energies.append(energies)
         self._elements += block.numel()
         self._rows += block.shape[0]
@@ -105,7 +107,7 @@ class HealthSums:
             self._rows,
             self._nan,
             self._infinite,
-            int((energies == 0).sum()) - self._broken_rows if is_matrix else 0,
+            self._zero_rows if is_matrix else 0,
             self._saturated,
             self._largest,
             self._at,

@@ -20,8 +20,11 @@ def show_sizes(
     sizes = []
     for share in SHARES:
         size, beyond = size_for(share)
-        ranks = [rank for rank in ranks_for(share) if rank is not None]
+        asked = ranks_for(share)
+        ranks = [rank for rank in asked if rank is not None]
         most = f"rank {span(ranks)}" if ranks else "ranks beyond those resolved"
+        if ranks and len(ranks) < len(asked):
+            most += f", {len(asked) - len(ranks):,} of {len(asked):,} beyond those resolved"
         sizes.append(
             f"{100 * share:.0f} %: {'at least ' if beyond else ''}{size_text(size)} ({most})"
         )

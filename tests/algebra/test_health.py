@@ -66,3 +66,9 @@ def test_every_float_dtype_has_its_own_largest_value() -> None:
     for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64):
         top = torch.tensor([[torch.finfo(dtype).max, 1.0]], dtype=torch.float64).to(dtype)
         assert health_of(top).saturated == 1, dtype
+
+
+def test_a_row_too_small_to_be_squared_is_not_zero() -> None:
+    values = torch.full((4, 4), 1e-200, dtype=torch.float64)
+    values[2] = 0
+    assert health_of(values).zero_rows == 1
