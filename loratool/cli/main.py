@@ -90,7 +90,18 @@ def main(argv: list[str] | None = None) -> None:
         else:
             error.show()
         sys.exit(error.exit_code)
+    except OSError as error:  # of what is printed before a command begins: its help
+        sys.exit(_unprinted(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unprinted(error: OSError) -> int:
+    """The exit code where stdout took no more; who closed a pipe knows."""
+    if isinstance(error, BrokenPipeError):
+        return 1
+    with suppress(OSError):
+        print(f"error: standard output: {error.strerror}", file=sys.stderr, flush=True)
+    return 5
 
 
 def entry() -> None:
@@ -107,8 +118,13 @@ def entry() -> None:
         main()
     except SystemExit as ended:
         code = ended.code
+    try:
+        with suppress(ValueError):  # closed
+            sys.stdout.flush()
+    except OSError as error:
+        code = code or _unprinted(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again
     with suppress(OSError, ValueError):
-        sys.stdout.flush()
         sys.stderr.flush()
     if "torch" in sys.modules and sys.gettrace() is None and isinstance(code, int | None):
         os._exit(code or 0)
