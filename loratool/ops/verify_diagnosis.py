@@ -78,6 +78,9 @@ class _Sums:
 def diagnosed(job: VerifyJob, row: VerifyRow) -> VerifyRow:
     """The row of a tensor that differs, with what is behind it."""
     sums = _sum_up(job)
+    if not math.isfinite(sums.dd):
+        where = "holds NaN or infinity"
+        return replace(row, status=Status.OFF, beyond=sums.beyond, cause=Cause.OTHER, detail=where)
     order = _recognised(sums)
     fit, fits = _fit(sums), _fits(sums)
     residual2 = max(0.0, sums.dd - 2 * fit * sums.du + fit * fit * sums.uu)

@@ -146,6 +146,11 @@ def _diagnosis(rows: Sequence[VerifyRow], facts: Mapping[str, Any]) -> list[str]
         if names:
             more = f", … {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"{len(names)} tensors {what}: {', '.join(names[:3])}{more}")
+    others = [
+        row for row in rows if not row.update and row.status in (Status.EQUAL, Status.CHANGED)
+    ]
+    if len([row for row in others if row.status is Status.CHANGED]) > max(1, len(others) / 2):
+        lines.append("most tensors that no update names differ: was it merged into another base?")
     return lines
 
 

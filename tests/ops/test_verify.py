@@ -245,6 +245,29 @@ def test_a_merge_saved_by_a_head_model(tmp_path: Path) -> None:
     assert (row.name, row.status) == ("norm.weight", "changed without an update")
 
 
+def test_a_merge_into_another_base(tmp_path: Path) -> None:
+    """Nearly everything differs: the question is put, with two tensors that differ it is not."""
+    state = llama_like(torch.bfloat16)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    other = save_folder(moved(state), tmp_path / "other", LLAMA)
+    adapter = save_peft(tmp_path / "adapter", {Q0: factors(24, 24)})
+    lt.merge(other, adapter, tmp_path / "merged")
+    question = "most tensors that no update names differ: was it merged into another base?"
+    assert question in lt.verify(tmp_path / "merged", base, adapter).diagnosis
+    few = state | {name: state[name] + 1 for name in ("model.norm.weight", "lm_head.weight")}
+    report = lt.verify(save_folder(few, tmp_path / "few", LLAMA), base, adapter)
+    assert question not in report.diagnosis
+
+
+def test_a_merged_tensor_of_nan(tmp_path: Path) -> None:
+    state = llama_like(torch.bfloat16)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    adapter = save_peft(tmp_path / "adapter", {Q0: factors(24, 24)})
+    state[f"{Q0}.weight"] = torch.full_like(state[f"{Q0}.weight"], torch.nan)
+    (row,) = lt.verify(save_folder(state, tmp_path / "nan", LLAMA), base, adapter).updated
+    assert (row.status, row.detail, row.fit) == (Status.OFF, "holds NaN or infinity", None)
+
+
 # Claims ---------------------------------------------------------------------------------------
 
 
