@@ -113,10 +113,7 @@ def _spread(sums: _Sums, energy: float) -> float:
 def _sum_up(job: VerifyJob) -> _Sums:
     sums, rounder = _Sums.of(job.updates), job.rounder()
     delta_of, turned, orders = _delta(job), _turned(job), _orders(job)
-    alone = [
-        _delta(job, [u for u in job.updates if u.adapter == part])
-        for part in sums.parts[: len(sums.gram)]
-    ]
+    alone = [_delta(job, one) for one in _by_adapter(job.updates)[: len(sums.gram)]]
     sums.orders = dict.fromkeys(orders, 0)
     dtype = job.merged.dtype.torch
     assert dtype is not None
@@ -279,13 +276,36 @@ def _orders(job: VerifyJob) -> dict[Order, Delta]:
         return {}
     delta = _delta(job)
     orders = {Order.FLOAT32: _summed(delta, dtype), Order.DELTA: _cast_first(delta, dtype)}
+    steps = _by_adapter(job.updates)
+    if len(steps) > 1:
+        orders[Order.STEPS] = _in_turn([_summed(_delta(job, one), dtype) for one in steps])
     if _low_rank(job.updates):
         try:
-            cast = _delta(job, [_with_factors_in(one, dtype) for one in job.updates])
+            updates = [_with_factors_in(one, dtype) for one in job.updates]
+            cast = _delta(job, updates)
         except LoratoolError:  # factors beyond the dtype's range: nobody merged like that
             return orders
         orders |= {Order.FACTORS: _summed(cast, dtype), Order.ALL: _cast_first(cast, dtype)}
+        if len(steps) > 1:
+            alone = [_delta(job, one) for one in _by_adapter(updates)]
+            orders[Order.STEPS_ALL] = _in_turn([_cast_first(one, dtype) for one in alone])
     return orders
+
+
+def _by_adapter(updates: Sequence[PlacedUpdate]) -> list[list[PlacedUpdate]]:
+    adapters = dict.fromkeys(update.adapter for update in updates)
+    return [[one for one in updates if one.adapter == adapter] for adapter in adapters]
+
+
+def _in_turn(merges: Sequence[Delta]) -> Delta:
+    """One merge into the result of the other."""
+
+    def merged(w0: Tensor, start: int) -> Tensor:
+        for merge in merges:
+            w0 = merge(w0, start)
+        return w0
+
+    return merged
 
 
 def _summed(delta: Delta, dtype: torch.dtype) -> Delta:

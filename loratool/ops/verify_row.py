@@ -51,6 +51,8 @@ class Order(StrEnum):
     DELTA = "delta cast first, then added"
     FACTORS = "factors cast first, then summed in float32"
     ALL = "factors cast first, then the delta, then added"
+    STEPS = "one adapter summed in float32 and cast after the other"
+    STEPS_ALL = "one adapter after the other, its factors cast first, then its delta, then added"
 
 
 @dataclass(frozen=True)

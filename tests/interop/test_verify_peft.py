@@ -124,3 +124,25 @@ def test_one_adapter_cannot_be_missing_beside_others(made: Path) -> None:
     lt.merge(made / "base", [(made / "adapter", 1.015)], made / "off", dtype="float32")
     report = lt.verify(made / "off", made / "base", made / "adapter")
     assert {row.cause for row in report.updated} == {Cause.SCALE}
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_two_adapters_one_after_the_other(made: Path, autocast: bool) -> None:
+    """PEFT rounds between them."""
+    torch.manual_seed(6)
+    second = made / "second"
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(made / "base"),
+        LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(second)
+    base = LlamaForCausalLM.from_pretrained(made / "base", dtype=torch.bfloat16)
+    settings = {"autocast_adapter_dtype": autocast}
+    first = PeftModel.from_pretrained(base, str(made / "adapter"), "first", **settings)
+    first.load_adapter(str(second), "second", **settings)
+    first.merge_and_unload(adapter_names=["first", "second"]).save_pretrained(made / "merged")
+    report = lt.verify(made / "merged", made / "base", [made / "adapter", second])
+    assert report.verdict == ROUNDED
+    expected = Order.STEPS if autocast else Order.STEPS_ALL
+    rows = [row for row in report.rows if "q_proj" in row.name]
+    assert {row.order for row in rows} == {expected}
