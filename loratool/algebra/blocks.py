@@ -63,13 +63,14 @@ class _Kept(threading.local):
         self._raw: dict[torch.dtype, np.ndarray] = {}
 
     def bytes(self, count: int, dtype: torch.dtype) -> np.ndarray:
-        """Those kept, if nothing looks at them and they are enough, else new ones."""
+        """Those kept, if nothing looks at them and they are enough and not far too many, else new
+        ones."""
         if threading.current_thread() is threading.main_thread():
             return np.empty(count, dtype=np.uint8)
         if dtype in self._raw:
             if sys.getrefcount(self._raw[dtype]) > _REFERENCES:
                 return np.empty(count, dtype=np.uint8)
-            if count <= len(self._raw[dtype]):
+            if count <= len(self._raw[dtype]) <= 2 * count:
                 return self._raw[dtype][:count]
             del self._raw[dtype]  # given back before more is asked for
         self._raw[dtype] = np.empty(count, dtype=np.uint8)

@@ -30,9 +30,13 @@ def test_memory_is_used_again_only_when_nothing_looks_at_it() -> None:
         second.fill_(2.0)
         assert bool((view == 1).all())
         del view
-        third = large_matrix(10, 40, torch.bfloat16, CPU)
+        third = large_matrix(100, 40, torch.float32, CPU)
         assert third.data_ptr() == place
+        assert bool((second == 2).all())
         del second, third
+        fourth = large_matrix(70, 30, torch.float32, CPU)
+        assert fourth.data_ptr() == place
+        del fourth
         large_matrix(300, 40, torch.float32, CPU).fill_(3.0)  # more than is kept
 
     in_a_thread(work)
