@@ -98,7 +98,7 @@ def swap_command(
             f"{len(plan.merging.placement.updates)} ({size_text(plan.unmerge.output_bytes)}) "
             f"on {plan.merging.device}"
         )
-        out.notes(plan.merging.notes)
+        out.notes(plan.notes)
         return
     result = run_swap(plan, Engine(jobs) if jobs else Engine(), out.progress())
     out.report_file(report, result.to_json())

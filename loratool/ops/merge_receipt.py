@@ -18,7 +18,7 @@ from loratool.layouts.placing import PlacedUpdate
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.merge_inputs import Merging
 from loratool.ops.merge_layout import lay_out
-from loratool.ops.merge_sides import side_files_of
+from loratool.ops.merge_sides import hashes_of, side_files_of
 from loratool.ops.restoring import (
     Recorder,
     beyond,
@@ -231,14 +231,19 @@ def leave_receipt(
         what="hashing what was added",
     )
     files, index = _files_of(base), _index_of(base)
+    changed = changed_files(base, merged, side_files, index)
+    same = [path for path in side_files if str(path.relative_to(base.folder)) not in changed]
+    if base.is_single_file:
+        same = [path for path in same if (merged.folder / path.name).is_file()]
     receipt = Receipt(
         tuple(adapters),
         tuple(files),
         {job.base.name: record for job, record in zip(jobs, records, strict=True)},
-        changed_files(base, merged, side_files, index),
+        changed,
         index[0] if index else "",
         pickled=_is_pickled(base),
         added=dict(zip(added, hashes, strict=True)),
+        kept=hashes_of(same, base.folder),
     )
     write_receipt(path, receipt)
     return receipt

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,16 @@ def side_files_of(model: Model) -> list[Path]:
         and path.suffix not in WEIGHT_SUFFIXES
         and not path.name.endswith(".index.json")
     ]
+
+
+def hashes_of(files: Sequence[Path], folder: Path) -> dict[str, str]:
+    """SHA-256 of small files, by their name in a folder."""
+    found = {}
+    for path in files:
+        with open(path, "rb") as file:
+            name = str(path.relative_to(folder))
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _beside(model: Model) -> Iterator[Path]:

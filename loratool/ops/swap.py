@@ -19,6 +19,7 @@ from loratool.ops.merge_inputs import Merging, plan_merging
 from loratool.ops.merge_jobs import merge_block
 from loratool.ops.merge_receipt import plan_receipt, receipt_facts, receipt_place
 from loratool.ops.merge_report import MergeReport, MergeRow
+from loratool.ops.merge_sides import hashes_of
 from loratool.ops.restoring import Recorder, RestoredTensor, guess_for_record, value_sha256
 from loratool.ops.rounders import rounder_of
 from loratool.ops.sources import needs_alpha
@@ -55,6 +56,11 @@ class SwapPlan:
     merging: Merging
     receipt: Path
 
+    @property
+    def notes(self) -> list[str]:
+        """What is said of either half, once."""
+        return list(dict.fromkeys((*self.unmerge.notes, *self.merging.notes)))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "output_bytes": self.unmerge.output_bytes,
@@ -62,7 +68,7 @@ class SwapPlan:
             "restored": sorted(self.unmerge.updates),
             "changed": sorted(self.merging.placement.updates),
             "device": str(self.merging.device),
-            "notes": list(self.merging.notes),
+            "notes": self.notes,
         }
 
 
@@ -187,6 +193,7 @@ def run_swap(
             {},
             out.receipt.index,
             pickled=False,
+            kept={} if only_file else hashes_of(out.side_files, out.merged.checkpoint.folder),
         )
         with receipt_place(plan.receipt, staging, overwrite=out.overwrite) as place:
             write_receipt(place, receipt)
@@ -209,7 +216,7 @@ def _facts(plan: SwapPlan) -> dict[str, Any]:
         "restored": len(plan.unmerge.updates),
         "tensors_total": len(plan.unmerge.merged.checkpoint),
         "device": str(plan.merging.device),
-        "notes": list(plan.merging.notes),
+        "notes": plan.notes,
     }
 
 

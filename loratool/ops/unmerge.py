@@ -36,6 +36,7 @@ from loratool.ops.unmerge_checks import (
     check_layout,
     files_as_merged,
     find_receipt,
+    notes_on_files,
 )
 from loratool.ops.unmerge_report import UnmergeReport, UnmergeRow
 from loratool.receipt import (
@@ -188,6 +189,7 @@ def plan_unmerge(
         files = known.files
     scaled = scales_of(updates, model, lossy=True)
     check_dtypes(updates, scaled, model, known)
+    side_files = side_files_of(model)
     plan = UnmergePlan(
         model,
         opened,
@@ -197,10 +199,10 @@ def plan_unmerge(
         updates,
         scaled,
         files,
-        tuple(side_files_of(model)),
+        tuple(side_files),
         resolve_device(device),
         overwrite,
-        placement.notes,
+        (*placement.notes, *notes_on_files(known, side_files, model)),
     )
     if plan.writes_single_file and len(files) > 1:
         raise UsageError(f"{output}: is one file, the base had {len(files)}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from loratool.algebra.rounding import MERGEABLE
 from loratool.errors import DisagreementError, UnsupportedInput
 from loratool.layouts.placing import PlacedUpdate
 from loratool.layouts.scales import ScaledBy
+from loratool.ops.merge_sides import hashes_of
 from loratool.ops.receipt_match import receipt_beside
 from loratool.ops.restoring import all_additive, leading
 from loratool.ops.sources import Model
@@ -88,3 +89,21 @@ def check_layout(receipt: Receipt, path: Path, model: Model) -> None:
                 f"{model.checkpoint.path} has {has}",
                 hint="this receipt belongs to another merged checkpoint",
             )
+
+
+def notes_on_files(
+    receipt: Receipt | None, side_files: Sequence[Path], model: Model
+) -> Iterator[str]:
+    """Small files that are not what the merge left: they come along as they are now."""
+    if receipt is None or receipt.kept is None or model.checkpoint.is_single_file:
+        return
+    found = hashes_of(side_files, model.checkpoint.folder)
+    for name, sha256 in receipt.kept.items():
+        if name not in found:
+            yield f"{name}: the base had it, the merged folder has it no more"
+        elif found[name] != sha256:
+            yield f"{name}: was changed since the merge, and is not the base's"
+    known = {*receipt.kept, *receipt.side_files}
+    for name in found:
+        if name not in known:
+            yield f"{name}: came into the merged folder since the merge"

@@ -78,6 +78,7 @@ class _Reader:
 
     def receipt(self) -> Receipt:
         adapters = tuple(self._adapter(entry) for entry in self._list(self._record, "adapters"))
+        assert isinstance(self._record, dict)
         files = tuple(
             self._file(index, entry)
             for index, entry in enumerate(self._list(self._record, "files"))
@@ -103,15 +104,16 @@ class _Reader:
             index,
             self._get(self._record, "pickled", bool),
             self._get(self._record, "loratool", str),
-            self._added(),
+            self._hashes("added"),
+            self._hashes("kept") if "kept" in self._record else None,
         )
         self._check_layout(receipt)
         return receipt
 
-    def _added(self) -> dict[str, str]:
+    def _hashes(self, key: str) -> dict[str, str]:
         """Receipts of before this was recorded have none."""
         assert isinstance(self._record, dict)
-        entries = self._get({"added": {}} | self._record, "added", dict)
+        entries = self._get({key: {}} | self._record, key, dict)
         return {name: self._sha256(entries, name, name) for name in entries}
 
     def _check_layout(self, receipt: Receipt) -> None:

@@ -74,7 +74,8 @@ class Receipt:
     side_files: name → bytes of those small files that the merged folder has otherwise or not at
     all. index: the name of the base's index file, or empty. pickled: the base was torch pickles,
     which are rebuilt as safetensors. added: SHA-256 of merged tensors that the base has not, and of
-    the rows that merged tables have beyond the base's.
+    the rows that merged tables have beyond the base's. kept: SHA-256 of those small files that the
+    merged folder has as the base has them; None where that is not recorded.
     """
 
     adapters: tuple[AdapterRecord, ...]
@@ -85,6 +86,7 @@ class Receipt:
     pickled: bool
     made_by: str = ""
     added: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] | None = None
 
     @property
     def correction_bytes(self) -> int:

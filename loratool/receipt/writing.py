@@ -24,7 +24,7 @@ VOUCHED_FOR = ("corrections.", "norms.")
 def write_receipt(path: Path, receipt: Receipt) -> None:
     """Write the file; corrections are copied from where they are parked."""
     tensors: dict[str, LazyTensor] = {}
-    record = {
+    record: dict[str, object] = {
         "loratool": loratool_version(),
         "adapters": [vars(adapter) for adapter in receipt.adapters],
         "index": receipt.index,
@@ -42,6 +42,8 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
         },
         "added": dict(receipt.added),
     }
+    if receipt.kept is not None:
+        record["kept"] = dict(receipt.kept)
     tensors["record"] = as_bytes_tensor(json.dumps(record, ensure_ascii=False).encode())
     for index, file in enumerate(receipt.files):
         tensors[f"header.{index}"] = as_bytes_tensor(file.header)

@@ -174,6 +174,25 @@ def test_the_config_beside_a_single_file(tmp_path: Path) -> None:
     assert bytes_of(tmp_path / "back") == bytes_of(base)
 
 
+def test_small_files_that_are_not_as_the_merge_left_them(made: Path) -> None:
+    """They come along as they are, and it is said; weights are the base's all the same."""
+    merged, adapter = made / "merged", made / "adapter"
+    assert lt.unmerge(merged, adapter, made / "back").facts["notes"] == []
+    config = (merged / "config.json").read_text()
+    (merged / "config.json").write_text(config + " ")
+    (merged / "notes.txt").write_text("later")
+    expected = [
+        "config.json: was changed since the merge, and is not the base's",
+        "notes.txt: came into the merged folder since the merge",
+    ]
+    assert lt.unmerge(merged, adapter, made / "two").facts["notes"] == expected
+    swapped = lt.swap(merged, adapter, [(adapter, 0.5)], made / "swapped")
+    assert swapped.facts["notes"] == expected
+    (merged / "config.json").unlink()
+    report = lt.unmerge(merged, adapter, made / "three")
+    assert report.facts["notes"][0].startswith("config.json: the base had it")
+
+
 def test_where_a_receipt_may_go(tmp_path: Path) -> None:
     base = save_folder(llama_like(), tmp_path / "base", LLAMA)
     adapter = save_peft(tmp_path / "adapter", FACTORS)
