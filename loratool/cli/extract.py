@@ -238,6 +238,7 @@ def _rank_for(pairs: tuple[str, ...]) -> dict[str, str]:
 
 
 def _show_ranks(out: Output, plan: ExtractPlan, engine: Engine, max_rank: int | None) -> None:
+    from loratool.ops.extract_jobs import Treatment
     from loratool.ops.extract_tradeoff import rank_tradeoff
 
     tradeoff = rank_tradeoff(plan, max_rank=max_rank, engine=engine, progress=out.progress())
@@ -262,6 +263,8 @@ def _show_ranks(out: Output, plan: ExtractPlan, engine: Engine, max_rank: int | 
     )
     if plan.into is not None:
         out.line("of what the adapter of --into leaves of the change")
+    if len({job.rule for job in plan.jobs if job.treatment is Treatment.LOW_RANK}) > 1:
+        out.line("one rank for all of them: --rank-for and --conv-rank are not in the table")
     if any(job.dora for job in plan.jobs):
         out.line("of a LoRA: what --dora makes of these ranks is not in the table")
     out.line("error: ‖D − D_r‖ / ‖D‖ over these matrices, before the factors are rounded")

@@ -80,3 +80,13 @@ def test_what_would_be_dropped_is_not_said_to_be_stored(tmp_path: Path) -> None:
     ended = invoke("extract", base, tuned, "-o", tmp_path / "a", "--drop-rest", "--dry-run")
     assert "dropped" in ended.out
     assert "whole" not in ended.out
+
+
+def test_what_the_table_of_ranks_leaves_out_is_said(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, "llama")
+    table = ("extract", base, tuned, "-o", tmp_path / "a", "--dry-run=ranks")
+    assert "not in the table" not in invoke(*table).out
+    assert "--rank-for and --conv-rank are not in the table" in (
+        invoke(*table, "--rank-for", "down_proj=2").out
+    )
+    assert "what --dora makes of these ranks is not in the table" in invoke(*table, "--dora").out
