@@ -67,7 +67,8 @@ def show_checkpoint(out: Output, report: CheckpointReport, sort: str | None = No
             ],
             text=3,
         )
-    out.line(f"{report.parameters:,} parameters, {size_text(report.nbytes)}")
+    what = "values as stored" if report.quantised else "parameters"
+    out.line(f"{report.parameters:,} {what}, {size_text(report.nbytes)}")
     if report.tied:
         out.line(f"tied: {report.tied}")
     if report.quantised:

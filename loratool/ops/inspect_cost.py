@@ -17,7 +17,7 @@ import torch
 from loratool.adapter import ModuleKind
 from loratool.algebra.cost import extract_flops, lora_parameters, merge_flops
 from loratool.engine import Engine
-from loratool.errors import UsageError
+from loratool.errors import UnsupportedInput, UsageError
 from loratool.layouts.targets import targeted
 from loratool.ops.deltas import matrix_shape
 from loratool.ops.merge_inputs import IN_FLOAT32, working_memory
@@ -28,6 +28,8 @@ EXTRACT_TRAFFIC = 60
 """Bytes moved per weight beside the products: both sides read, subtracted, squared in float64, and
 the noise floor."""
 _SIDE = 3072
+_FEWEST_BITS = 16
+"""Of an adapter's value, also where the weight has fewer."""
 _FLOAT64_COSTS = 2
 """A product in float64, against one in float32."""
 
@@ -105,12 +107,19 @@ def costs(
     """Of adapters of these ranks on every linear layer but output heads.
 
     speed: of the machine, where it is known. Raises NothingMatches for a checkpoint without linear
-    layers.
+    layers, and UnsupportedInput for one whose weights are packed, so that shapes tell nothing.
     """
     workers = (engine or Engine()).workers
     speed = speed or measured_speed()
     names = targeted(TARGETS, kinds)
     chosen = [info for name, info in tensors.items() if name in names]
+    for info in chosen:
+        if not info.dtype.is_float and info.dtype.name != "I8":
+            raise UnsupportedInput(
+                f"{info.name}: is {info.dtype.name} of shape {list(info.shape)}, which need not be "
+                "the shape of the weight that is packed in it",
+                hint="name the checkpoint that it was quantised from",
+            )
     total = sum(info.nbytes for info in tensors.values())
     rows = tuple(_row(rank, chosen, total, workers, speed) for rank in ranks)
     return Costs(TARGETS, len(chosen), workers, speed, rows)
@@ -121,7 +130,8 @@ def _row(
 ) -> CostRow:
     shapes = [matrix_shape(info.shape) for info in chosen]
     factors = [lora_parameters([shape], rank) for shape in shapes]
-    adapter = sum(count * info.dtype.bits // 8 for count, info in zip(factors, chosen, strict=True))
+    bits = [max(_FEWEST_BITS, info.dtype.bits) for info in chosen]
+    adapter = sum(count * each // 8 for count, each in zip(factors, bits, strict=True))
     weights = sum(info.numel for info in chosen)
     flops = merge_flops(shapes, rank)
     merge_traffic = 2 * total + IN_FLOAT32 * weights

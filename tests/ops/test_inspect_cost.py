@@ -9,7 +9,7 @@ import torch
 
 import loratool as lt
 from loratool.algebra.cost import extract_flops
-from loratool.errors import UsageError
+from loratool.errors import UnsupportedInput, UsageError
 from loratool.ops import inspect_cost
 from loratool.ops.extract_plan import plan_extract
 from loratool.ops.inspect import CheckpointReport
@@ -94,3 +94,15 @@ def test_costs_are_of_one_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="of one checkpoint"):
         lt.inspect(base, base, cost=(8,))
     assert parse_ranks("8, 16") == (8, 16)
+
+
+def test_packed_weights_tell_no_cost(tmp_path: Path) -> None:
+    """And an adapter of 8-bit weights has 16 bits a value."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    packed = save_folder({name: torch.zeros(512, 1, dtype=torch.uint8)}, tmp_path / "nf4", LLAMA)
+    with pytest.raises(UnsupportedInput, match="U8 of shape"):
+        rows_of(packed, 4)
+    for dtype, bits in ((torch.float8_e4m3fn, 16), (torch.int8, 16), (torch.float32, 32)):
+        path = save_folder({name: torch.zeros(32, 32).to(dtype)}, tmp_path / str(dtype), LLAMA)
+        (row,) = rows_of(path, 4)
+        assert row.adapter_bytes == 4 * 64 * bits // 8

@@ -51,7 +51,7 @@ def checkpoint_page(report: CheckpointReport) -> Page:
         title=report.name,
         facts=(
             ("architecture", report.architecture or "not recorded"),
-            ("parameters", f"{report.parameters:,}"),
+            ("values as stored" if report.quantised else "parameters", f"{report.parameters:,}"),
             ("size", size_text(report.nbytes)),
             ("tensors", f"{len(report.tensors):,}"),
             ("files", f"{report.files:,}"),
