@@ -2,9 +2,11 @@
 
 Ours is what ``loratool inspect BASE TUNED`` computes, in a process that has started already:
 reading both sides, norms, noise floors, 32 singular values of every matrix. The rival does what
-weightwatcher does: all singular values of each change, `torch.linalg.svdvals` in float32, one after
-the other, on all threads. It is timed on the first matrix of each shape and scaled by how many
-there are (``--all``: on every one), and is not charged for reading. The error is that of every
+weightwatcher 0.7.7 does on a CPU: all singular values of each change by LAPACK's gesdd in float64
+(``W.astype(float)``; scipy's and numpy's are the same), one after the other, on all threads. A
+sterner one does the same in float32, `torch.linalg.svdvals`. Both are timed on the first matrix of
+each shape and scaled by how many there are (``--all``: on every one), and are not charged for
+reading. The error is that of every
 singular value that inspect prints of those matrices, against square roots of the eigenvalues of the
 float64 Gram matrix. Prints JSON.
 """
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from measure import median, note, read_once
 
@@ -46,21 +49,31 @@ def measure(pair: Path, rounds: int, *, every: bool) -> dict[str, Any]:
     by_shape: dict[tuple[int, ...], list[DeltaRow]] = defaultdict(list)
     for row in rows:
         by_shape[row.shape].append(row)
-    full = (0.0, 0.0)
+    full, single = (0.0, 0.0), (0.0, 0.0)
     shapes, worst_top, worst = [], 0.0, 0.0
     for shape, same in by_shape.items():
-        times = []
+        wide, narrow = [], []
         for row in same if every else same[:1]:
             d = _change(base, tuned, row.name)
-            times.append(_timed(lambda d=d: torch.linalg.svdvals(d)))  # type: ignore[misc]
+            narrow.append(_timed(lambda d=d: torch.linalg.svdvals(d)))  # type: ignore[misc]
+            exact = d.numpy().astype(float)
+            wide.append(
+                _timed(lambda d=exact: np.linalg.svd(d, compute_uv=False))  # type: ignore[misc]
+            )
             top, others = _errors(row, d)
             worst_top, worst = max(worst_top, top), max(worst, others)
-        mean = [sum(side) / len(times) for side in zip(*times, strict=True)]
-        full = full[0] + mean[0] * len(same), full[1] + mean[1] * len(same)
+        full, each = _added(full, wide, len(same))
+        single, each_single = _added(single, narrow, len(same))
         shapes.append(
-            {"shape": shape, "matrices": len(same), "timed": len(times), "svd_seconds": mean[0]}
+            {
+                "shape": shape,
+                "matrices": len(same),
+                "timed": len(wide),
+                "svd_seconds": each,
+                "svd_seconds_float32": each_single,
+            }
         )
-        note(f"full decomposition of {'×'.join(map(str, shape))}: {mean[0]:.1f} s")
+        note(f"full decomposition of {'×'.join(map(str, shape))}: {each:.1f}, {each_single:.1f} s")
     seconds, busy = median(wall for wall, _ in ours), median(cpu for _, cpu in ours)
     read = median(wall for wall, _ in reading)
     return {
@@ -72,6 +85,8 @@ def measure(pair: Path, rounds: int, *, every: bool) -> dict[str, Any]:
         "cpu_seconds": busy,
         "svd_seconds": full[0],
         "svd_cpu_seconds": full[1],
+        "svd_seconds_float32": single[0],
+        "ratio_float32": single[0] / seconds,
         "read_seconds": read,
         "ratio": full[0] / seconds,
         "cpu_ratio": full[1] / busy,
@@ -82,6 +97,14 @@ def measure(pair: Path, rounds: int, *, every: bool) -> dict[str, Any]:
         "worst_error_of_largest": worst_top,
         "worst_error": worst,
     }
+
+
+def _added(
+    so_far: tuple[float, float], times: list[tuple[float, float]], count: int
+) -> tuple[tuple[float, float], float]:
+    """Wall and processor seconds with those of ``count`` matrices more; wall seconds of one."""
+    wall, busy = (sum(side) / len(times) for side in zip(*times, strict=True))
+    return (so_far[0] + wall * count, so_far[1] + busy * count), wall
 
 
 def _timed(work: Callable[[], object]) -> tuple[float, float]:

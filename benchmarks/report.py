@@ -215,8 +215,15 @@ def _pissa_targets(measured: dict[str, Any]) -> list[Row]:
 def _spectra_targets(measured: dict[str, Any]) -> list[Row]:
     return [
         _target(
-            "full SVDs of a pair's changes ÷ inspect",
+            "full SVDs of a pair's changes, as weightwatcher's ÷ inspect",
             measured["ratio"],
+            report_spectra.SVD_OVER_INSPECT,
+            "×",
+            least=True,
+        ),
+        _target(
+            "the same in float32 ÷ inspect",
+            measured["ratio_float32"],
             report_spectra.SVD_OVER_INSPECT,
             "×",
             least=True,

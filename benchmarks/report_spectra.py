@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 SVD_OVER_INSPECT, LARGEST_ERROR = 30.0, 1e-2
-COLUMNS = ("shape", "matrices", "decomposed in full", "full SVD, each")
+COLUMNS = ("shape", "matrices", "decomposed in full", "SVD in float64, each", "in float32")
 
 
 def text(measured: dict[str, Any]) -> str:
@@ -19,9 +19,10 @@ def text(measured: dict[str, Any]) -> str:
         f"{measured['seconds']:.1f} s without start-up ({measured['cpu_seconds']:.1f} s of "
         f"processor time; median of {measured['rounds']}), {measured['over_reading']:.1f} × what "
         f"reading the files takes ({measured['read_seconds']:.2f} s). All singular values of each "
-        f"change by `torch.linalg.svdvals` in float32 on {measured['threads']} threads, as "
-        f"weightwatcher has them{scaled}: {measured['svd_seconds']:.0f} s, "
-        f"{measured['ratio']:.0f} × as long, {measured['cpu_ratio']:.0f} × by processor time, "
+        f"change in float64 on {measured['threads']} threads, as weightwatcher 0.7.7 has them on a "
+        f"CPU{scaled}: {measured['svd_seconds']:.0f} s, {measured['ratio']:.0f} × as long, "
+        f"{measured['cpu_ratio']:.0f} × by processor time; in float32, by `torch.linalg.svdvals`: "
+        f"{measured['svd_seconds_float32']:.0f} s, {measured['ratio_float32']:.0f} × as long; both "
         "without reading. Against float64 eigenvalues of the decomposed ones' Gram matrices, the "
         f"largest singular value is off by at most {100 * measured['worst_error_of_largest']:.2g} "
         f"%, any printed one by at most {100 * measured['worst_error']:.2g} %."
@@ -36,6 +37,7 @@ def rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
             str(shape["matrices"]),
             str(shape["timed"]),
             f"{shape['svd_seconds']:.2f} s",
+            f"{shape['svd_seconds_float32']:.2f} s",
         )
         for shape in measured["shapes"]
     ]
