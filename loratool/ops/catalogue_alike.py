@@ -27,9 +27,9 @@ class Group:
 def groups(entries: Sequence[Entry]) -> list[Group]:
     """Duplicates, candidates for such, and near-duplicates; an entry can be in one of each.
 
-    Adapters must agree in scale and alpha too, since the same factors at another scale are another
-    update. Without content hashes, entries of equal headers are candidates, whether or not they are
-    the same.
+    Adapters must agree in every module's scale and alpha too, since the same factors at another
+    scale are another update. Without content hashes, entries of equal headers are candidates,
+    whether or not they are the same.
     """
     whole = [i for i, entry in enumerate(entries) if entry.fingerprint is not None]
 
@@ -40,7 +40,7 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
         return [tuple(group) for group in found.values() if len(group) > 1]
 
     result = []
-    candidates = alike(whole, lambda e: (e.kind, e.fingerprint, e.alphas, e.scales))
+    candidates = alike(whole, lambda e: (e.kind, e.fingerprint, e.scaling))
     first_of: dict[int, int] = {}
     """Entry → the first that is certainly the same."""
     for group in candidates:
@@ -53,7 +53,7 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
             result.append(Group("candidate", group))
     for group in alike(whole, lambda e: (e.kind, e.base, e.architecture, e.targets, e.layout)):
         described = [entries[index] for index in group]
-        headers = {(e.fingerprint, e.alphas, e.scales) for e in described}
+        headers = {(e.fingerprint, e.scaling) for e in described}
         contents = {e.content for e in described if e.content is not None}
         if len(headers) > 1 or len(contents) > 1:
             result.append(Group("near", group))

@@ -74,7 +74,8 @@ class Entry:
     format: how it is stored, with ``read`` False where loratool cannot and ``evidence`` what gave
     it away. base: the Hub id or path that an adapter or a config names. ranks, alphas: distinct
     values, ascending. targets: last names of the modules updated. whole: parameters replaced or
-    tokens trained. health: "ok" or one word for ``error``. layout: hash of names and shapes.
+    tokens trained. health: "ok" or one word for ``error``. layout: hash of names and shapes;
+    scaling: of each module's alpha and scale.
     same_file: device and inode of each file. content: SHA-256 of the weight files, if asked for.
     """
 
@@ -100,6 +101,7 @@ class Entry:
     error: str | None = None
     fingerprint: str | None = None
     layout: str | None = None
+    scaling: str | None = None
     content: str | None = None
     same_file: tuple[tuple[int, int], ...] = ()
 
@@ -261,8 +263,12 @@ def _with_tensors(entry: Entry, files: Iterable[WeightFile]) -> Entry:
         parameters=sum(info.numel for info in infos),
         dtypes=tuple(sorted({info.dtype.name for info in infos})),
         fingerprint=fingerprint_of(files),
-        layout=hashlib.sha256(repr(shapes).encode("utf-8", "surrogatepass")).hexdigest(),
+        layout=_hash(shapes),
     )
+
+
+def _hash(values: object) -> str:
+    return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _with_model_config(entry: Entry, folder: Path) -> Entry:
@@ -292,6 +298,7 @@ def _with_config(entry: Entry, path: Path) -> Entry:
 
 def _with_updates(entry: Entry, adapter: Adapter) -> Entry:
     ranks, alphas, scales, targets = set(), set(), set(), set()
+    scaling = []
     whole = 0
     for name, update in adapter.updates.items():
         if (low := _low_rank_part(update)) is None:
@@ -302,6 +309,7 @@ def _with_updates(entry: Entry, adapter: Adapter) -> Entry:
             ranks.add(rank)
         alphas.add(low.alpha)
         scales.add(low.scale)
+        scaling.append((name, low.alpha, low.scale))
         targets.add(_target(name))
     return replace(
         entry,
@@ -310,6 +318,7 @@ def _with_updates(entry: Entry, adapter: Adapter) -> Entry:
         alphas=tuple(sorted(alphas)),
         scales=tuple(sorted(scales)),
         targets=tuple(sorted(targets)),
+        scaling=_hash(sorted(scaling)),
         whole=whole,
     )
 

@@ -166,6 +166,16 @@ def test_duplicates(tmp_path: Path) -> None:
     assert hashed == set(maybe), "only candidates are read"
 
 
+def test_equal_factors_with_alphas_exchanged_are_another_update(tmp_path: Path) -> None:
+    small_adapter(tmp_path / "one", lora_alpha=8, alpha_pattern={"q_proj": 16})
+    small_adapter(tmp_path / "other", lora_alpha=8, alpha_pattern={"k_proj": 16})
+    one, other = lt.list_models(tmp_path).entries
+    assert (one.alphas, one.scales) == (other.alphas, other.scales)
+    for checksum in (False, True):
+        found = alike(lt.list_models(tmp_path, checksum=checksum))
+        assert found == {("near", frozenset({"one", "other"}))}
+
+
 def test_one_file_under_two_names_is_a_duplicate_without_reading(tmp_path: Path) -> None:
     first = small_adapter(tmp_path / "first")
     (tmp_path / "linked").mkdir()
