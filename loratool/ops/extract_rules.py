@@ -81,11 +81,8 @@ def read_rules(
                 f"--rank-for {pattern}={rule}: with a budget it is whole, or a number that these "
                 "may have at most"
             )
-    if general.kind.name == "full" and limits != RankLimits():
-        raise UsageError(
-            "--rank full stores the whole change; --min-rank, --max-rank and --multiple-of do not "
-            "go with it"
-        )
+    _check_full({"--rank": general}, limits)
+    _check_full({f"--rank-for {pattern}": rule for pattern, rule in special.items()}, limits)
     if conv_rank is None:
         return Rules(general, None, special)
     if conv_rank == _SAME:
@@ -100,4 +97,15 @@ def read_rules(
             f"--conv-rank {conv_rank}: with a budget it is same, or a number that convolutions may "
             "have at most"
         )
+    _check_full({"--conv-rank": convolutions}, limits)
     return Rules(general, convolutions, special)
+
+
+def _check_full(rules: Mapping[str, RankRule | None], limits: RankLimits) -> None:
+    """Raises UsageError where a rank is both full and limited."""
+    for option, rule in rules.items():
+        if rule and rule.kind.name == "full" and limits != RankLimits():
+            raise UsageError(
+                f"{option}{'=' if '-for ' in option else ' '}full stores the whole change; "
+                "--min-rank, --max-rank and --multiple-of do not go with it"
+            )

@@ -279,6 +279,13 @@ def test_limits_hold_whatever_the_rule_is(tmp_path: Path) -> None:
     for limit in ("min_rank", "max_rank", "multiple_of"):
         with pytest.raises(UsageError, match="--rank full stores the whole change"):
             lt.extract(base, tuned, tmp_path / "b", rank="full", **{limit: 2, **options})
+    full: list[tuple[str, dict[str, Any]]] = [
+        ("--rank-for up_proj=full", {"rank_for": {"up_proj": "full"}}),
+        ("--conv-rank full", {"conv_rank": "full"}),
+    ]
+    for named, option in full:
+        with pytest.raises(UsageError, match=f"{named} stores the whole change"):
+            lt.extract(base, tuned, tmp_path / "b", rank=2, max_rank=3, **option, **options)
 
 
 def test_budget_is_kept_and_beats_a_uniform_rank(tmp_path: Path) -> None:
