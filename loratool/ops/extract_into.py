@@ -31,11 +31,12 @@ from loratool.storage.tensors import TensorInfo
 
 
 def continue_from(
-    adapter: Adapter, jobs: Sequence[ExtractJob], base: Model
+    adapter: Adapter, jobs: Sequence[ExtractJob], base: Model, *, drop_rest: bool = False
 ) -> tuple[list[ExtractJob], tuple[str, ...]]:
     """The jobs, each with the update that it starts from, and what there is to say.
 
-    What the adapter changes otherwise than by factors is left to the tuned checkpoint. Raises what
+    What the adapter changes otherwise than by factors is left to the tuned checkpoint, or dropped
+    with the rest. Raises what
     ``place`` raises for an adapter of another base, UnsupportedInput for updates that are not
     low-rank, and UsageError where one would be lost because its tensor is left out.
     """
@@ -72,9 +73,8 @@ def continue_from(
     if not starts:
         raise UsageError("--into: the adapter has no low-rank update to continue from")
     if whole:
-        notes.append(
-            f"{whole} parameters that --into does not update by factors are taken from tuned"
-        )
+        where = "left out" if drop_rest else "taken from tuned"
+        notes.append(f"{whole} parameters that --into does not update by factors are {where}")
     scales = Counter(start.update.scale for start in starts.values())
     usual = scales.most_common(1)[0][0]
     lost, continued = [], []

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loratool.adapter import ModuleKind
+from loratool.adapter import Adapter, ModuleKind
 from loratool.algebra.budget import parse_size
 from loratool.algebra.ranks import RankLimits, RankRule
 from loratool.engine.devices import resolve_device
@@ -154,6 +154,7 @@ def plan_extract(
     is_budget = str(rank).startswith(BUDGET)
     limits = RankLimits(min_rank, max_rank, multiple_of)
     rules = read_rules(str(rank), rank_for or {}, conv_rank, limits)
+    _check_forms(bias, dora, into)
     target = resolve_device(device)
     if sketch_dtype not in SKETCH_DTYPES:
         raise UsageError(
@@ -185,7 +186,8 @@ def plan_extract(
     if targets is not None:
         chosen &= targeted(targets, {pair.name: pair.kind for pair in pairs})
     select(names, list(rules.special), ())  # a pattern that matches nothing is an error
-    stored = _adapter_dtype(dtype, tuned_side)
+    adapter = None if into is None else open_adapter(into, alpha)
+    stored = _adapter_dtype(dtype, tuned_side, adapter)
     treated = treatments(alignment, base_side, rules, chosen)
     jobs = [
         ExtractJob(
@@ -205,18 +207,17 @@ def plan_extract(
     budget = _budget(str(rank), stored, base_side) if is_budget else None
     rules.check_used(jobs)
     notes = [*alignment.notes, *_grouped_note(jobs, rules, base_side)]
-    _check_forms(bias, dora, into)
     if bias == LORA_BIAS:
         jobs, said = as_differences(jobs, alignment)
         notes += said
     if dora:
         _check_dora(jobs, alignment)
         jobs = [replace(job, dora=True) for job in jobs]
-    if into is not None:
+    if adapter is not None:
         if rules.general.kind.name == "full":
             raise UsageError("--rank full stores the whole change; --into has nothing to add to it")
-        jobs, said = continue_from(open_adapter(into, alpha), jobs, base_side)
-        notes += said
+        jobs, said = continue_from(adapter, jobs, base_side, drop_rest=drop_rest)
+        notes += [*said, *_rounding_note(adapter, stored)]
     elif alpha is not None:
         raise UsageError("--alpha is for the adapter of --into")
     if budget is None:
@@ -243,14 +244,28 @@ def plan_extract(
     return plan
 
 
-def _adapter_dtype(text: str | None, tuned: Model) -> DType:
+def _adapter_dtype(text: str | None, tuned: Model, continued: Adapter | None) -> DType:
+    """Of the factors: what was asked for, else the tuned checkpoint's, or a wider one in which an
+    adapter's that are continued from stay as they are."""
     if text is not None:
         return dtype_named(text)
     sizes: dict[str, int] = {}
     for info in tuned.checkpoint.tensors.values():
         if info.dtype.name in ("F32", "F16", "BF16"):
             sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.nbytes
-    return BY_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else BY_NAME["F32"]
+    usual = BY_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else BY_NAME["F32"]
+    return BY_NAME["F32"] if continued and _dtypes(continued) - {usual.name} else usual
+
+
+def _dtypes(adapter: Adapter) -> set[str]:
+    return {t.dtype.name for update in adapter.factors.values() for t in (update.a, update.b)}
+
+
+def _rounding_note(adapter: Adapter, stored: DType) -> tuple[str, ...]:
+    other = sorted(_dtypes(adapter) - {stored.name})
+    if not other or stored.name == "F32":
+        return ()
+    return (f"the factors of --into, in {' and '.join(other)}, are rounded to {stored.name}",)
 
 
 def _grouped_note(jobs: Sequence[ExtractJob], rules: Rules, base: Model) -> tuple[str, ...]:

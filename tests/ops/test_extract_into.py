@@ -232,3 +232,33 @@ def test_updates_of_experts_are_refused_with_the_reason(tmp_path: Path) -> None:
     lt.extract(base, tuned, tmp_path / "first", rank=2)
     with pytest.raises(UsageError, match="updates are of experts"):
         plan_extract(base, tuned, tmp_path / "a", rank=2, into=tmp_path / "first")
+
+
+@pytest.mark.parametrize(
+    ("adapters", "tuned_as", "asked", "stored"),
+    [
+        (torch.float32, torch.bfloat16, None, torch.float32),
+        (torch.float16, torch.bfloat16, None, torch.float32),
+        (torch.bfloat16, torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, torch.float32, None, torch.float32),
+        (torch.float32, torch.float32, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_old_factors_stay_in_a_dtype_that_holds_them(
+    tmp_path: Path,
+    adapters: torch.dtype,
+    tuned_as: torch.dtype,
+    asked: str | None,
+    stored: torch.dtype,
+) -> None:
+    old = {m: (a.to(adapters), b.to(adapters)) for m, (a, b) in factors(UP, DOWN).items()}
+    adapter = save_peft(tmp_path / "old", old)
+    base = save_folder(matrices(), tmp_path / "base", LLAMA)
+    tuned_state = {name: value.to(tuned_as) for name, value in moved(matrices()).items()}
+    tuned = save_folder(tuned_state, tmp_path / "tuned", LLAMA)
+    report = lt.extract(base, tuned, tmp_path / "new", rank=3, into=adapter, dtype=asked)
+    update = lt.open_adapter(tmp_path / "new").low_rank[f"{UP}.weight"]
+    assert update.a.read().dtype == stored
+    rounded = any("the factors of --into" in note for note in report.notes)
+    assert rounded == (asked is not None)
+    assert torch.equal(update.a.read()[:2].float(), old[UP][0].float()) != rounded
