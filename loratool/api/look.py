@@ -98,6 +98,12 @@ def inspect(
                 progress=progress,
             )
         path, tuned = base, path
+    elif tuned is not None and is_adapter(Path(path)) != is_adapter(Path(tuned)):
+        first, second = (path, tuned) if is_adapter(Path(path)) else (tuned, path)
+        raise UsageError(
+            f"{first} is an adapter, {second} is none",
+            hint=f"inspect {first} --base {second} tells what it does there",
+        )
     if amplification and (tuned is None or exact or level not in (None, "spectra")):
         raise UsageError("amplification is of a pair at level spectra, or of an adapter's base")
     if tuned is not None and amplification:
@@ -105,10 +111,13 @@ def inspect(
             Path(path), Path(tuned), only=only, device=device, engine=engine, progress=progress
         )
     if tuned is not None:
+        depth = parse_level(level, Level.SPECTRA)
+        if exact and depth is not Level.SPECTRA:
+            raise UsageError("--exact: goes with --level spectra of a pair")
         return _inspect.inspect_pair(
             Path(path),
             Path(tuned),
-            parse_level(level, Level.SPECTRA),
+            depth,
             only=only,
             exact=exact,
             device=device,

@@ -173,3 +173,19 @@ def test_a_table_replaces_nothing_but_a_table(command: str, tmp_path: Path) -> N
     assert [invoke(command, base, "--csv", table).code for _ in range(2)] == [0, 0]
     assert invoke("inspect", base, base, "--csv", table).code == 0, "without a row"
     assert invoke("inspect", base, base, "--csv", table).code == 0
+
+
+def test_an_adapter_beside_a_checkpoint_is_told_from_a_pair(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", weight=torch.ones(8, 8))
+    adapter = save_peft(tmp_path / "adapter", {Q: (torch.ones(2, 8), torch.ones(8, 2))})
+    for two in ((base, adapter), (adapter, base)):
+        ended = invoke("inspect", *two)
+        assert ended.code == 2
+        assert f"inspect {adapter} --base {base} tells what it does there" in ended.err
+
+
+def test_exact_of_a_pair_goes_with_spectra(pair: tuple[Path, Path]) -> None:
+    for level in ("headers", "values"):
+        ended = invoke("inspect", *pair, "--level", level, "--exact")
+        assert ended.code == 2
+        assert "--exact: goes with --level spectra" in ended.err
