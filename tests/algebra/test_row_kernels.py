@@ -90,10 +90,11 @@ def test_sums_do_not_depend_on_blocks_or_empty_ones() -> None:
 
 def said(before: torch.Tensor, after: torch.Tensor, step: int) -> tuple[object, ...]:
     sums = DifferenceSums(before.shape[1], before.dtype, after.dtype)
-    change = torch.empty(before.shape)
+    change, rough = torch.empty(before.shape), torch.empty(before.shape, dtype=torch.bfloat16)
     for start in range(0, len(before), step):
         rows = slice(start, start + step)
-        assert sums.add(before[rows], after[rows], change[rows])
+        assert sums.add(before[rows], after[rows], change[rows], rough[rows])
+    assert same_bits(rough, change.bfloat16())
     bits = change.view(torch.int32).tolist()
     return sums.energy, sums.base_energy, sums.changed, sums.noise(), bits
 
@@ -135,7 +136,8 @@ def test_every_float16_is_widened_exactly() -> None:
     change = torch.empty(every.shape)
     loop = compare(torch.float32, torch.float16)
     assert loop is not None
-    loop(torch.zeros(every.shape), every, change, np.zeros(every.shape[1]), np.empty((3, 2)))
+    sums, rough = np.empty((3, 2)), torch.empty(every.shape, dtype=torch.bfloat16)
+    loop(torch.zeros(every.shape), every, change, rough, np.zeros(every.shape[1]), sums)
     numbers = ~every.isnan()
     assert same_bits(change[numbers] + 0.0, every.float()[numbers] + 0.0)
     assert bool(change[~numbers].isnan().all())
