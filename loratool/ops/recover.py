@@ -10,9 +10,11 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import DisagreementError, InputMissing, MalformedFile
 from loratool.ops.merge_in_place import COMMAND, change_blocks, plan_again
 from loratool.provenance import document
+from loratool.storage.checkpoint import open_weight_file
 from loratool.storage.in_place import Journal, State
 
 SCHEMA_VERSION = 2
+_NOT_OURS = "its journal is not one that this loratool wrote"
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,18 @@ def recover_back(path: Path, progress: Progress | None = None) -> RecoverReport:
     journal = Journal.take(_folder(path))
     if journal is None:
         return RecoverReport(path.name, found=False)
-    report = _report(path, journal.state, "back")
-    progress.start("undoing", sum(block.nbytes for block in journal.state.done))
     try:
-        journal.undo(progress.advance)
+        report = _report(path, journal.state, "back")
+        for name in journal.facts["files"]:
+            open_weight_file(journal.folder / name)  # whole, or something else has changed it
+        progress.start("undoing", sum(block.nbytes for block in journal.state.done))
+        try:
+            journal.undo(progress.advance)
+        finally:
+            progress.finish()
     except BaseException:
         journal.release()
         raise
-    finally:
-        progress.finish()
     return report
 
 
@@ -87,7 +92,10 @@ def recover_forward(
     try:
         report = _report(path, journal.state, "forward")
         journal.settle()
-        plan = plan_again(journal.folder, journal.facts["asked"])
+        try:
+            plan = plan_again(journal.folder, journal.facts["asked"])
+        except (KeyError, TypeError, ValueError):
+            raise MalformedFile(f"{path}: {_NOT_OURS}") from None
         if plan.identity() != journal.facts["identity"]:
             raise DisagreementError(
                 f"{path}: adapters, base or loratool are not what they were when this was begun",
@@ -112,7 +120,8 @@ def _folder(path: Path) -> Path:
 def _report(path: Path, state: State, action: str | None) -> RecoverReport:
     facts = state.facts
     try:
-        if facts["command"] != COMMAND:
+        counts = (facts["blocks"], facts["bytes"])
+        if facts["command"] != COMMAND or not all(isinstance(n, int) and n >= 0 for n in counts):
             raise KeyError
         return RecoverReport(
             path.name,
@@ -126,4 +135,4 @@ def _report(path: Path, state: State, action: str | None) -> RecoverReport:
             facts["bytes"],
         )
     except (KeyError, TypeError, ValueError):
-        raise MalformedFile(f"{path}: its journal is not one that this loratool wrote") from None
+        raise MalformedFile(f"{path}: {_NOT_OURS}") from None

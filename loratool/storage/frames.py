@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import zlib
@@ -10,6 +11,8 @@ from typing import Any
 
 _MAGIC = b"LTJ1"
 _FRAME = struct.Struct("<4sIQI")
+_MOST = 2**30
+"""Bytes of a part; no block is as large."""
 
 
 def framed(entry: Mapping[str, Any], payload: bytes) -> list[bytes]:
@@ -27,9 +30,20 @@ def next_frame(read: Callable[[int], bytes]) -> tuple[dict[str, Any], bytes] | N
     magic, length, payload_length, checksum = _FRAME.unpack(head)
     if magic != _MAGIC:
         return None
-    text = read(length)
-    payload = read(payload_length)
+    text = read(min(length, _MOST))
+    payload = read(min(payload_length, _MOST))
     whole = len(text) == length and len(payload) == payload_length
     if not whole or zlib.crc32(payload, zlib.crc32(text)) != checksum:
         return None
-    return json.loads(text), payload
+    entry = json.loads(text)
+    return (entry, payload) if isinstance(entry, dict) else None
+
+
+def has_frame(data: bytes) -> bool:
+    """Whether a whole entry begins anywhere in ``data``."""
+    at = data.find(_MAGIC)
+    while at >= 0:
+        if next_frame(io.BytesIO(data[at:]).read) is not None:
+            return True
+        at = data.find(_MAGIC, at + 1)
+    return False

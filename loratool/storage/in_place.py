@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from loratool.errors import MalformedFile, OutputError
 from loratool.storage.differences import pack_difference, unpack_difference
 from loratool.storage.disk import disk_errors, sync_folder
-from loratool.storage.frames import framed, next_frame
+from loratool.storage.frames import framed, has_frame, next_frame
 from loratool.storage.journal_holder import (
     FACTS,
     HELD,
@@ -33,6 +33,7 @@ from loratool.storage.journal_holder import (
     OVER,
     SETUP,
     claim,
+    read_facts,
     remove_remains,
     try_lock,
 )
@@ -77,9 +78,10 @@ class Journal:
         self._lock = lock
         self._logging = threading.Lock()
         self._states: dict[str, tuple[bool, Block, int]] = {}
-        HELD.add(folder)
-        self.facts: Mapping[str, Any] = json.loads((self.path / FACTS).read_text())
+        self.facts: Mapping[str, Any] = read_facts(folder)
+        self._files = frozenset(self.facts["files"])
         self._read_log()
+        HELD.add(folder)
 
     @staticmethod
     def begin(
@@ -115,7 +117,8 @@ class Journal:
     def take(folder: Path) -> Journal | None:
         """The journal that a dead process left in ``folder``, or None.
 
-        Raises OutputError while its process lives.
+        Raises OutputError while its process lives, MalformedFile where it is not a journal or is
+        damaged.
         """
         folder = folder.resolve()
         path = folder / JOURNAL
@@ -127,7 +130,11 @@ class Journal:
                 f"{folder}: is being changed in place by a running loratool",
                 hint="wait until it has finished",
             )
-        return Journal(folder, lock)
+        try:
+            return Journal(folder, lock)
+        except BaseException:
+            os.close(lock)
+            raise
 
     def release(self) -> None:
         """Let go of the journal without ending it."""
@@ -247,7 +254,30 @@ class Journal:
             with open(path, "rb") as file:
                 frame = next_frame(file.read)
             if frame is not None:
-                yield Block(**frame[0]), frame[1]
+                block = self._block(frame[0])
+                if len(frame[1]) != block.nbytes:
+                    raise self._damaged(path)
+                yield block, frame[1]
+
+    def _block(self, entry: object) -> Block:
+        """A block as it was written down. A journal may have come with the folder from elsewhere:
+        what it speaks of must be files of the folder. Raises MalformedFile."""
+        if not isinstance(entry, dict) or entry.keys() != {"file", "offset", "nbytes", "width"}:
+            raise self._damaged(self.path)
+        block = Block(**entry)
+        numbers = (block.offset, block.nbytes, block.width)
+        if not all(isinstance(one, int) and one >= 0 for one in numbers) or block.width < 1:
+            raise self._damaged(self.path)
+        if block.file not in self._files or (self.folder / block.file).is_symlink():
+            raise self._damaged(self.path)
+        return block
+
+    @staticmethod
+    def _damaged(path: Path) -> MalformedFile:
+        return MalformedFile(
+            f"{path}: is damaged, or was not written by loratool",
+            hint="what was overwritten cannot be told; fetch the checkpoint's files again",
+        )
 
     # Log -------------------------------------------------------------------------------------
 
@@ -278,10 +308,16 @@ class Journal:
         with open(path, "r+b") as file:
             start = 0
             while (frame := next_frame(file.read)) is not None:
-                block = Block(**frame[0]["block"])
-                self._states[block.key] = (frame[0]["done"], block, start)
+                block = self._block(frame[0].get("block"))
+                self._states[block.key] = (frame[0].get("done") is True, block, start)
                 start = file.tell()
-            file.truncate(start)  # an entry cut short: its guard is still there
+            file.seek(start)
+            rest = file.read()
+            # entries are flushed one by one, so only the last can be cut short, and its guard is
+            # still there
+            if rest and (has_frame(rest[1:]) or not any(self._guards())):
+                raise self._damaged(path)
+            file.truncate(start)
 
     def _original(self, block: Block, at: int) -> bytes:
         with open(self.path / _LOG, "rb") as file:
@@ -295,7 +331,7 @@ class Journal:
             )
         original = unpack_difference(frame[1], new, block.width)
         if zlib.crc32(original) != frame[0]["old"]:
-            raise MalformedFile(f"{self.path / _LOG}: is damaged")
+            raise self._damaged(self.path / _LOG)
         return original
 
 

@@ -9,8 +9,9 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from loratool.errors import OutputError, Unfinished
+from loratool.errors import MalformedFile, OutputError, Unfinished
 
 JOURNAL = ".loratool-in-place"
 SETUP = ".loratool-in-place-setup-"
@@ -27,8 +28,8 @@ def refuse_unfinished(path: Path) -> None:
     if not journal.is_dir() or path.parent.resolve() in HELD:
         return
     try:
-        files = json.loads((journal / FACTS).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = read_facts(path.parent)["files"]
+    except MalformedFile:
         files = [path.name]
     if path.name not in files:
         return
@@ -43,6 +44,22 @@ def refuse_unfinished(path: Path) -> None:
         f"{path}: was being changed in place when the work was interrupted",
         hint=f"loratool recover {path.parent} says what was done, and finishes or undoes it",
     )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What a folder's journal says of itself; its ``files`` are of that folder. A journal may have
+    come with the folder from elsewhere. Raises MalformedFile."""
+    try:
+        facts = json.loads((folder / JOURNAL / FACTS).read_text())
+    except (OSError, ValueError, RecursionError):
+        facts = None
+    names = facts.get("files") if isinstance(facts, dict) else None
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and name == Path(name).name and not name.startswith(".")
+        for name in names
+    ):
+        raise MalformedFile(f"{folder}: its journal is not one that this loratool wrote")
+    return dict(facts)
 
 
 def claim(setup: Path, folder: Path) -> None:
@@ -77,7 +94,7 @@ def remove_remains(folder: Path) -> None:
 def try_lock(journal: Path) -> int | None:
     """The journal's lock, or None where a living process has it."""
     try:
-        lock = os.open(journal / LOCK, os.O_RDWR)
+        lock = os.open(journal / LOCK, os.O_RDWR | os.O_CREAT)  # a copy may lack the empty file
     except OSError:
         return None
     try:

@@ -6,6 +6,7 @@ The quick tests take every few steps, the slow ones all of them.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -254,3 +255,24 @@ def _visible(folder: Path) -> dict[str, bytes]:
         for name, data in bytes_of(folder).items()
         if not name.startswith((f"{JOURNAL}-setup-", f"{JOURNAL}-over-"))
     }
+
+
+def test_what_cannot_be_as_it_was_is_not_said_to_be(inputs: tuple[Path, Path]) -> None:
+    """A file cut short by something else, and a journal that was not written for a merge."""
+    base, adapter = inputs
+    code, _ = run(("merge", base, adapter, "--in-place", "--jobs", 1), die_at=30)
+    assert code is None
+    facts = base / JOURNAL / "journal.json"
+    text = facts.read_text()
+    for slip in ({"bytes": "x"}, {"blocks": -1}, {"asked": {}}, {"asked": {"adapters": []}}):
+        facts.write_text(json.dumps(json.loads(text) | slip))
+        ended = invoke("recover", base, "--forward")
+        assert (ended.code, "not one that this loratool wrote" in ended.err) == (3, True)
+    facts.write_text(text)
+    name = json.loads(text)["files"][0]
+    whole = (base / name).read_bytes()
+    (base / name).write_bytes(whole[:-1])
+    ended = invoke("recover", base, "--back")
+    assert (ended.code, "is truncated" in ended.err) == (3, True)
+    (base / name).write_bytes(whole)
+    assert invoke("recover", base, "--back").code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import MalformedFile, OutputError, Unfinished
-from loratool.storage.checkpoint import open_checkpoint
+from loratool.storage.checkpoint import open_checkpoint, open_weight_file
 from loratool.storage.differences import pack_difference, unpack_difference
+from loratool.storage.frames import framed
 from loratool.storage.in_place import Block, Journal, undone_on_failure
 from loratool.storage.journal_holder import JOURNAL
 from loratool.storage.writing import write_at
@@ -221,3 +223,75 @@ def test_only_the_journals_own_process_may_read(tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", llama_weights())
     Journal.begin(other, ["another.safetensors"], {}, 10).release()
     open_checkpoint(other)
+
+
+# Journals from elsewhere ----------------------------------------------------------------------
+
+
+def left_behind(folder: Path, *blocks: Block) -> Path:
+    """A journal with these blocks changed, left by a process that died."""
+    journal = begin(folder)
+    for block in blocks:
+        journal.change(block, lambda *_, b=block: overwrite(folder, b))
+    journal.release()
+    return folder / JOURNAL
+
+
+@pytest.mark.parametrize("name", ["../victim", "/etc/hostname", "victim", "link", ".hidden"])
+def test_a_journal_reaches_no_file_but_its_own(folder: Path, name: str) -> None:
+    """It came with a downloaded folder, and recovering must not write where it says."""
+    home = folder / "inside"
+    home.mkdir()
+    (home / "file").write_bytes(OLD)
+    (folder / "victim").write_bytes(OLD)
+    (home / "link").symlink_to(folder / "victim")
+    path = left_behind(home)
+    if name == "link":
+        facts = json.loads((path / "journal.json").read_text()) | {"files": ["file", "link"]}
+        (path / "journal.json").write_text(json.dumps(facts))
+    block = vars(Block(name, 0, 100, 1))
+    (path / "guard-0-x").write_bytes(b"".join(framed(block, NEW)))
+    journal = Journal.take(home)
+    assert journal is not None
+    with pytest.raises(MalformedFile, match="not written by loratool"):
+        journal.undo(lambda _: None)
+    journal.release()
+    assert (folder / "victim").read_bytes() == OLD
+    (path / "guard-0-x").unlink()
+    entry = {"block": block, "done": True, "new": 0, "old": 0}
+    (path / "log").write_bytes(b"".join(framed(entry, b"")))
+    with pytest.raises(MalformedFile, match="not written by loratool"):
+        Journal.take(home)
+
+
+@pytest.mark.parametrize(
+    "facts", ["", "{", "[]", "5", "{}", '{"files": 5}', '{"files": ["../x"]}', '{"files": ["/x"]}']
+)
+def test_what_a_journal_says_of_itself_may_be_anything(folder: Path, facts: str) -> None:
+    path = left_behind(folder)
+    (path / "journal.json").write_text(facts)
+    with pytest.raises(MalformedFile, match="not one that this loratool wrote"):
+        Journal.take(folder)
+    with pytest.raises(Unfinished):
+        open_weight_file(folder / "file")
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_damaged_log_is_not_taken_for_one_cut_short(folder: Path, place: str) -> None:
+    """Entries after the damage would be lost, and their blocks stay changed without a word."""
+    path = left_behind(folder, FIRST, SECOND)
+    log = bytearray((path / "log").read_bytes())
+    log[30 if place == "first" else -5] ^= 1
+    (path / "log").write_bytes(log)
+    with pytest.raises(MalformedFile, match="is damaged"):
+        Journal.take(folder)
+    assert (path / "log").read_bytes() == log
+
+
+def test_a_journal_copied_without_its_empty_lock(folder: Path) -> None:
+    path = left_behind(folder, FIRST)
+    (path / "lock").unlink()
+    journal = Journal.take(folder)
+    assert journal is not None
+    journal.undo(lambda _: None)
+    assert (folder / "file").read_bytes() == OLD
