@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loratool.adapter import ModuleKind
@@ -160,16 +160,12 @@ def _align(
         Pair(full[theirs], kinds_by_base[ours], base[ours], tuned[theirs])
         for theirs, ours in matched.found.items()
     ]
-    ours_to_full = {ours: full[theirs] for theirs, ours in matched.found.items()}
-    untied = set()
     for extra, partner in extras.items():
         if _still_tied(extra, partner, base, tuned, matched.found):
             notes.append(f"{extra} is stored on one side only and equals the tied {partner}")
             continue
-        pair = _extra_pair(extra, partner, base, tuned, matched.found, kinds_by_base)
         notes.append(f"{extra} is stored on one side only and compared with the tied {partner}")
-        pairs.append(pair)
-        untied |= {pair.name, ours_to_full[partner]}
+        pairs.append(_extra_pair(extra, partner, base, tuned, matched.found, kinds_by_base))
     pairs = [_with_added_rows(pair) for pair in pairs]
     _check_shapes(pairs)
     grown = next((pair for pair in pairs if pair.grown), None)
@@ -178,12 +174,9 @@ def _align(
     ties = find_ties(
         [pair.name for pair in pairs], {pair.name: pair.kind for pair in pairs}, config
     )
-    # where one side is untied, each matrix is described on its own
-    ties = tuple(tie for tie in ties if not untied & set(tie.names))
+    ties, untied = _equal_ties(ties, {pair.name: pair for pair in pairs})
     experts = Experts(frozenset(), frozenset())
-    return Alignment(
-        tuple(pairs), ties, experts, tuple(sorted(ignored)), tuple(notes), tuple(sorted(untied))
-    )
+    return Alignment(tuple(pairs), ties, experts, tuple(sorted(ignored)), tuple(notes), untied)
 
 
 def _is_buffer(name: str, info: Stored) -> bool:
@@ -254,6 +247,27 @@ def _still_tied(
     """Whether the side that stores both names stores the same values: transformers then ties."""
     side, other = (base, partner) if extra in base else (tuned, _theirs(partner, found))
     return same_values(side[extra], side[other])
+
+
+def _equal_ties(
+    ties: Sequence[Tie], pairs: Mapping[str, Pair]
+) -> tuple[tuple[Tie, ...], tuple[str, ...]]:
+    """The ties without stored names whose values differ from the first's on a side, which are
+    matrices of their own; and the names that are one in base and several in tuned."""
+    kept, untied = [], set()
+    for tie in ties:
+        off = set()
+        for name in tie.stored - {tie.main}:
+            one, other = pairs[tie.main], pairs[name]
+            if not same_values(one.base, other.base):
+                off.add(name)
+            elif not same_values(one.whole, other.whole):
+                off.add(name)
+                untied |= {tie.main, name}
+        names = tuple(name for name in tie.names if name not in off)
+        if len(names) > 1:
+            kept.append(Tie(names, tie.stored - off))
+    return tuple(kept), tuple(sorted(untied))
 
 
 def _theirs(ours: str, found: Mapping[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,7 @@ def plan_extract(
     chosen = select(names, include, exclude)
     if targets is not None:
         chosen &= targeted(targets, {pair.name: pair.kind for pair in pairs})
+    _check_ties(alignment, chosen)
     select(names, list(rules.special), ())  # a pattern that matches nothing is an error
     adapter = None if into is None else open_adapter(into, alpha)
     stored = _adapter_dtype(dtype, tuned_side, adapter)
@@ -242,6 +243,17 @@ def plan_extract(
     )
     check_free_space(output, 2 * plan.likely_bytes)
     return plan
+
+
+def _check_ties(alignment: Alignment, chosen: Collection[str]) -> None:
+    """What is one matrix is stored or left out as one. Raises UsageError."""
+    for tie in alignment.ties:
+        stored = [pair.name for pair in alignment.pairs if pair.name in tie.names]
+        if 0 < len(left := [name for name in stored if name not in chosen]) < len(stored):
+            raise UsageError(
+                f"{' and '.join(stored)} are tied, and only {left[0]} is left out",
+                hint="name both of them, in --include, --exclude or --targets, or none",
+            )
 
 
 def _adapter_dtype(text: str | None, tuned: Model, continued: Adapter | None) -> DType:

@@ -485,3 +485,53 @@ def test_tied_tables_of_which_new_rows_are_stored_are_not_said_to_be_whole(tmp_p
     report = lt.extract(base, save_folder(grown, tmp_path / "tuned", tied), tmp_path / "a", rank=2)
     assert report.count(Status.NEW_ROWS) == 1
     assert not any("are tied: stored whole" in note for note in report.notes)
+
+
+def test_one_name_of_what_is_tied_is_not_left_out_alone(tmp_path: Path) -> None:
+    """The other name would bring it back, whatever the report says."""
+    tied = LLAMA | {"tie_word_embeddings": True}
+    state = llama_like()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    changed = moved(state)
+    changed["lm_head.weight"] = changed["model.embed_tokens.weight"].clone()
+    base = save_folder(state, tmp_path / "base", tied)
+    tuned = save_folder(changed, tmp_path / "tuned", tied)
+    for options in ({"exclude": ["lm_head"]}, {"include": ["embed_tokens", "layers"]}):
+        with pytest.raises(UsageError, match="tied, and only lm_head"):
+            lt.extract(base, tuned, tmp_path / "a", rank=2, **options)  # type: ignore[arg-type]
+    report = lt.extract(base, tuned, tmp_path / "a", rank=2, exclude=["lm_head", "embed_tokens"])
+    assert report.count(Status.EXCLUDED) == 2
+
+
+def test_two_stored_names_are_tied_only_where_their_values_are_equal(tmp_path: Path) -> None:
+    """Whatever the config says: transformers ties no two that differ."""
+    tied = LLAMA | {"tie_word_embeddings": True}
+    apart = llama_like()
+    equal = apart | {"lm_head.weight": apart["model.embed_tokens.weight"].clone()}
+    tuned = save_folder(moved(apart), tmp_path / "tuned", tied)
+    for name, state in (("equal", equal), ("apart", apart)):
+        base = save_folder(state, tmp_path / name, tied)
+        report = lt.extract(base, tuned, tmp_path / f"{name}-a", rank=2)
+        kinds = {row.name: row.status for row in report.rows}
+        assert kinds["lm_head.weight"] is kinds["model.embed_tokens.weight"] is Status.LOW_RANK
+        untied = [note for note in report.notes if "loratool merge --untie" in note]
+        assert len(untied) == (name == "equal")
+
+
+def test_a_head_of_its_own_leaves_the_other_names_tied(tmp_path: Path) -> None:
+    """T5: encoder and decoder share their table whether the head does or not."""
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    state = {"shared.weight": torch.randn(20, 8)}
+    for side in ("encoder", "decoder"):
+        state[f"{side}.block.0.layer.0.SelfAttention.q.weight"] = torch.randn(8, 8)
+    base = save_folder(state, tmp_path / "base", config)
+    own = moved(state) | {"lm_head.weight": torch.randn(20, 8)}
+    tuned = save_folder(own, tmp_path / "tuned", config)
+    lt.extract(base, tuned, tmp_path / "a", rank="full")
+    adapter = lt.open_adapter(tmp_path / "a")
+    shared = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    assert set(adapter.replacements) == shared
+    assert "lm_head.weight" in adapter.low_rank
+    lt.merge(base, tmp_path / "a", tmp_path / "merged", ties="apart")
+    for name, value in load_folder(tmp_path / "merged").items():
+        torch.testing.assert_close(value, own[name])
