@@ -80,9 +80,11 @@ class Output:
 
     @property
     def has_colour(self) -> bool:
-        """Whether the result may be coloured: a terminal that can, and no NO_COLOR."""
+        """Whether the result may be coloured: a terminal that can, in shades of a colour, which 16
+        colours are too few for, and no NO_COLOR."""
         console = _console(sys.stdout)
-        return console.is_terminal and console.color_system is not None and not console.no_color
+        shaded = console.color_system in ("256", "truecolor")
+        return console.is_terminal and shaded and not console.no_color
 
     @property
     def has_unicode(self) -> bool:

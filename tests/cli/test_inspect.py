@@ -66,21 +66,30 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "no_colour", "plain"),
+    [
+        ("xterm-256color", "", False),
+        ("xterm-256color", "1", True),
+        ("xterm-16color", "", True),
+        ("dumb", "", True),
+    ],
+)
 def test_the_map_is_coloured_on_terminals_that_have_colours(
-    plain: bool, pair: list[Path], monkeypatch: pytest.MonkeyPatch
+    kind: str, no_colour: str, plain: bool, pair: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if plain:
-        monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", kind)
+    for name in ("FORCE_COLOR", "NO_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    if no_colour:
+        monkeypatch.setenv("NO_COLOR", no_colour)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     with pytest.raises(SystemExit):
         main(["inspect", *map(str, pair), "--level", "values"])
     coloured = re.findall(r"\x1b\[48;5;\d+m", terminal.getvalue())
     assert bool(coloured) != plain
+    assert "\x1b[10" not in terminal.getvalue()
     assert ("█" in terminal.getvalue()) == plain or not plain
 
 
