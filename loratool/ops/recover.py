@@ -12,6 +12,7 @@ from loratool.ops.merge_in_place import COMMAND, change_blocks, plan_again
 from loratool.provenance import document
 from loratool.storage.checkpoint import open_weight_file
 from loratool.storage.in_place import Journal, State
+from loratool.storage.journal_holder import remove_remains
 
 SCHEMA_VERSION = 2
 _NOT_OURS = "its journal is not one that this loratool wrote"
@@ -63,6 +64,7 @@ def recover_back(path: Path, progress: Progress | None = None) -> RecoverReport:
     progress = progress or NoProgress()
     journal = Journal.take(_folder(path))
     if journal is None:
+        remove_remains(_folder(path))
         return RecoverReport(path.name, found=False)
     try:
         report = _report(path, journal.state, "back")
@@ -88,6 +90,7 @@ def recover_forward(
     """
     journal = Journal.take(_folder(path))
     if journal is None:
+        remove_remains(_folder(path))
         return RecoverReport(path.name, found=False)
     try:
         report = _report(path, journal.state, "forward")

@@ -20,7 +20,7 @@ import torch
 import loratool as lt
 from loratool.ops import merge_in_place, merge_work
 from loratool.storage import outputs
-from loratool.storage.journal_holder import JOURNAL
+from loratool.storage.journal_holder import JOURNAL, OVER
 from tests.cli.invoke import invoke
 from tests.faults.killing import COUNT_ONLY, bytes_of, run
 from tests.ops.builders import LLAMA, llama_like, save_folder, save_peft
@@ -276,3 +276,16 @@ def test_what_cannot_be_as_it_was_is_not_said_to_be(inputs: tuple[Path, Path]) -
     assert (ended.code, "is truncated" in ended.err) == (3, True)
     (base / name).write_bytes(whole)
     assert invoke("recover", base, "--back").code == 0
+
+
+@pytest.mark.parametrize("way", ["--back", "--forward"])
+def test_what_a_kill_left_of_an_ended_journal_goes(inputs: tuple[Path, Path], way: str) -> None:
+    """It may hold the old values; looking alone removes nothing."""
+    base, _ = inputs
+    left = base / f"{OVER}1234"
+    left.mkdir()
+    (left / "log").write_bytes(b"old")
+    assert invoke("recover", base).code == 0
+    assert left.is_dir()
+    assert invoke("recover", base, way).code == 0
+    assert not left.exists()
