@@ -33,7 +33,7 @@ _POSITIONS = {
     "token_type_embeddings",
     "relative_attention_bias",
 }
-_TABLE = re.compile(r"embed_(?!out$).+|.*embed(der|dings?)?")
+_TABLE = re.compile(r"embed_(?!out$).+|.*embed(der|dings?)?|(.*_)?(embs?|codebook)")
 """Last names of tables whose use is not known; stored whole they are right as any module."""
 _EXPERT = re.compile(r"(?:.*\.)?experts\.(?:[^.]+\.)?[^.]+")
 """A parameter of a module of experts, or one matrix of it as layouts.experts names it."""
