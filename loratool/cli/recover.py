@@ -10,6 +10,7 @@ import click
 
 from loratool.cli import options
 from loratool.cli.output import Output
+from loratool.errors import UsageError
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -18,15 +19,13 @@ if TYPE_CHECKING:
 
 @click.command("recover")
 @click.argument("path", type=options.PATH)
-@click.option(
-    "--forward", "direction", flag_value="forward", help="Finish the merge that was begun."
-)
-@click.option("--back", "direction", flag_value="back", help="Put every byte back as it was.")
+@click.option("--forward", is_flag=True, help="Finish the merge that was begun.")
+@click.option("--back", is_flag=True, help="Put every byte back as it was.")
 @options.jobs_option
 @options.dry_run_option
 @options.framed
 def recover_command(
-    out: Output, path: Path, direction: str | None, jobs: int | None, dry_run: bool
+    out: Output, path: Path, forward: bool, back: bool, jobs: int | None, dry_run: bool
 ) -> None:
     """Finish or undo a merge --in-place that was interrupted.
 
@@ -41,6 +40,9 @@ def recover_command(
     from loratool.engine import Engine
     from loratool.ops.recover import look, recover_back, recover_forward
 
+    if forward and back:
+        raise UsageError("--forward and --back are two ways out; choose one")
+    direction = "forward" if forward else "back" if back else None
     if direction is None or dry_run:
         report = look(path)
     elif direction == "back":

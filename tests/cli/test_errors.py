@@ -79,6 +79,7 @@ def test_quiet_says_nothing_but_errors(tmp_path: Path) -> None:
         (["merge", "a", "b"], "no output is named"),
         (["merge", "a", "b", "-o", "c", "--frobnicate"], "--frobnicate"),
         (["merge", "a", "b", "-o", "c", "--scale", "much"], "'much' is not a valid float"),
+        (["recover", "a", "--back", "--forward"], "choose one"),
         (["merge", "a", "b", "-o", "c", "--scale", "nan"], "not a finite number"),
         (["merge", "a", "b", "-o", "c", "--scale", "inf"], "not a finite number"),
         (["merge", "a", "b", "-o", "c", "--alpha", "nan"], "not a finite number"),
