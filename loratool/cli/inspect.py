@@ -32,13 +32,22 @@ if TYPE_CHECKING:
 
     Report = InspectReport | AdaptersReport | IntruderReport
 
+_ADAPTER = ("updates", "replaced", "others")
 _ROWS = {
-    "checkpoint": "tensors",
-    "adapter": "updates",
-    "pair": "changed",
-    "intruders": "weights",
+    ("checkpoint", "headers"): ("tensors",),
+    ("checkpoint", "values"): ("tensors",),
+    ("checkpoint", "spectra"): ("weights",),
+    ("adapter", "headers"): _ADAPTER,
+    ("adapter", "values"): ("values",),
+    ("adapter", "spectra"): _ADAPTER,
+    ("pair", "headers"): ("tensors",),
+    ("pair", "values"): ("changed",),
+    ("pair", "spectra"): ("changed",),
+    ("amplification", None): ("updates",),
+    ("forecast", "values"): ("updates",),
+    ("intruders", "spectra"): ("weights",),
 }
-"""What is inspected → the field of its document with a row per tensor."""
+"""What is inspected, level in its document → the fields of that with a row per tensor."""
 
 _VIEWS: dict[str, Callable[[Output, Any, str | None], None]] = {
     "checkpoint": inspect_checkpoint.show_checkpoint,
@@ -280,11 +289,14 @@ def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
         return [
             {"adapter": one["name"]} | row for one in document["adapters"] for row in _rows(one)
         ]
-    field = _ROWS.get(document["what"], "updates")
-    if document["what"] == "pair" and document["level"] == "headers":
-        field = "tensors"
-    if document["what"] == "checkpoint" and "weights" in document:
-        field = "weights"
-    rows = sorted(document[field], key=lambda row: natural(row["name"]))
+    fields = _ROWS[document["what"], document.get("level")]
+    rows = [row for field in fields for row in document[field]]
+    if "changed" in fields:
+        still = dict.fromkeys(rows[0] if rows else ["name"]) | {
+            "delta_norm": 0.0,
+            "changed_share": 0.0,
+        }
+        rows += [{**still, "name": name} for name in document["unchanged"]]
+    rows.sort(key=lambda row: natural(row["name"]))
     values = {row["name"]: row for row in document.get("values", [])}
     return [row | values.get(row["name"], {}) for row in rows]

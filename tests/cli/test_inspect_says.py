@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.builders import LLAMA_CONFIG, write_checkpoint
+from tests.builders import LLAMA_CONFIG, lora_factors, write_checkpoint, write_peft
 from tests.cli.invoke import invoke
 from tests.ops.builders import save_peft
 
@@ -171,7 +171,7 @@ def test_a_table_replaces_nothing_but_a_table(command: str, tmp_path: Path) -> N
     assert weights.read_bytes() == before
     table = tmp_path / "table.csv"
     assert [invoke(command, base, "--csv", table).code for _ in range(2)] == [0, 0]
-    assert invoke("inspect", base, base, "--csv", table).code == 0, "without a row"
+    assert invoke("inspect", base, base, "--csv", table).code == 0
     assert invoke("inspect", base, base, "--csv", table).code == 0
 
 
@@ -189,3 +189,37 @@ def test_exact_of_a_pair_goes_with_spectra(pair: tuple[Path, Path]) -> None:
         ended = invoke("inspect", *pair, "--level", level, "--exact")
         assert ended.code == 2
         assert "--exact: goes with --level spectra" in ended.err
+
+
+def table(*command: object, at: Path) -> dict[str, dict[str, str]]:
+    assert invoke(*command, "--csv", at).code == 0
+    return {row["name"]: row for row in csv.DictReader(at.read_text().splitlines())}
+
+
+def test_the_table_of_an_adapter_holds_what_was_read(tmp_path: Path) -> None:
+    factors = lora_factors(Q, 8, 8, 2) | lora_factors("model.layers.0.self_attn.k_proj", 8, 8, 2)
+    factors["base_model.model.lm_head.weight"] = torch.ones(4, 8)
+    factors[f"base_model.model.{Q}.lora_magnitude_vector.weight"] = torch.ones(8)
+    factors["base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector.weight"] = (
+        torch.ones(8)
+    )
+    adapter = write_peft(
+        tmp_path / "a", factors, use_dora=True, modules_to_save=["lm_head"], rank_pattern={}
+    )
+    at = tmp_path / "table.csv"
+    rows = table("inspect", adapter, at=at)
+    assert rows[f"{Q}.weight"]["update"].startswith("DoRA of rank 2")
+    assert rows["lm_head.weight"]["dtype"] == "F32"
+    rows = table("inspect", adapter, "--level", "values", at=at)
+    assert float(rows["lm_head.weight"]["largest"]) == 1
+    assert {f"{Q}.weight{part}" for part in (" A", " B", " magnitude")} < set(rows)
+
+
+def test_the_table_of_a_pair_holds_what_did_not_change(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", weight=torch.ones(8, 8), extra=torch.ones(3))
+    tuned = checkpoint(tmp_path / "tuned", weight=torch.zeros(8, 8), extra=torch.ones(3))
+    rows = table("inspect", base, tuned, at=tmp_path / "table.csv")
+    assert {name: float(row["delta_norm"]) for name, row in rows.items()} == {
+        f"{Q}.extra": 0.0,
+        f"{Q}.weight": 8.0,
+    }
