@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from loratool.algebra.rounding import MERGEABLE
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import MalformedFile, NothingMatches, ShapeMismatch
-from loratool.layouts.names import match_names
+from loratool.layouts.names import match_names, wrapper_of
 from loratool.layouts.placing import PlacedUpdate, describe, place
 from loratool.ops.extract_report import LEFT_OUT, Status
 from loratool.ops.sources import open_adapter, open_model
@@ -53,7 +53,8 @@ NOT_AS_STATED = (ClaimStatus.WORSE, ClaimStatus.UNEXPLAINED, ClaimStatus.ALONE)
 class ClaimRow:
     """One tensor that changed or that the adapter changes.
 
-    delta_norm: ‖D‖_F, D = tuned − base. measured, stated: ‖D − ΔW‖_F / ‖D‖_F.
+    delta_norm: ‖D‖_F, D = tuned − base. measured, stated: ‖D − ΔW‖_F / ‖D‖_F, of all tensors
+    together that one entry of the report is of.
     """
 
     name: str
@@ -154,7 +155,7 @@ def verify_claim(
     found = engine.map(
         _measure, jobs, cost=lambda job: job.cost, progress=progress, what="verifying"
     )
-    rows = tuple(row for row in found if row is not None)
+    rows = tuple(row for row in _judged_together(jobs, found) if row is not None)
     verdict = AS_STATED if stated is not None else UNSTATED
     if any(row.status in NOT_AS_STATED for row in rows):
         verdict = DIFFERS
@@ -190,6 +191,7 @@ def _pairs(
     base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]
 ) -> tuple[list[tuple[TensorInfo, TensorInfo]], list[str]]:
     """Tensors of both sides by name, give or take a prefix, and notes on what has no partner."""
+    base, tuned = _unwrapped(base), _unwrapped(tuned)
     matched = match_names(tuned, base)
     notes = [f"{matched.note} of the tuned checkpoint in the base"] if matched.note else []
     if not matched.found:
@@ -207,6 +209,33 @@ def _pairs(
                 hint="a resized vocabulary? such pairs cannot be compared",
             )
     return pairs, notes
+
+
+def _unwrapped(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    wrapper = wrapper_of(tensors)
+    return {name.removeprefix(wrapper): info for name, info in tensors.items()}
+
+
+def _judged_together(
+    jobs: Sequence[_Job], rows: Sequence[ClaimRow | None]
+) -> list[ClaimRow | None]:
+    """The rows, where one entry of the report is of several tensors (gate and up of an expert) by
+    what they miss together: each alone may miss more than is stated, or less."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, job in enumerate(jobs):
+        if job.updates and job.stated:
+            groups.setdefault(tuple(entry["name"] for entry in job.stated), []).append(index)
+    judged = list(rows)
+    for group in groups.values():
+        members = {index: row for index in group if (row := rows[index]) is not None}
+        energy = sum(row.delta_norm**2 for row in members.values())
+        if len(group) < 2 or not energy:
+            continue
+        measured = math.sqrt(sum(row.missed_norm**2 for row in members.values()) / energy)
+        for index, row in members.items():
+            status = _status(jobs[index], measured, row.stated)
+            judged[index] = replace(row, measured=measured, status=status)
+    return judged
 
 
 def _said_of(

@@ -16,7 +16,17 @@ from loratool.ops.verify import SAMPLED_ROWS, sample_rows
 from loratool.ops.verify_claim import AS_STATED, UNSTATED, ClaimStatus
 from loratool.ops.verify_report import DIFFERS, EXACT, ROUNDED, VerifyReport, excluded_share
 from loratool.ops.verify_row import Cause, Order, Status
-from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, moved, save_folder, save_peft
+from tests.ops.builders import (
+    GPT2,
+    LLAMA,
+    MIXTURE,
+    gpt2_like,
+    llama_like,
+    mixture_like,
+    moved,
+    save_folder,
+    save_peft,
+)
 from tests.ops.test_merge import DOWN1, Q0, factors
 
 SCALE = 2.0
@@ -335,3 +345,28 @@ def test_a_change_that_rounding_swallowed_is_no_contradiction(tmp_path: Path) ->
     lt.merge(base, adapter, tmp_path / "merged")
     report = lt.verify_adapter(adapter, base, base)
     assert (report.verdict, report.count(ClaimStatus.POINTLESS)) == (UNSTATED, 1)
+
+
+def test_what_is_stated_of_several_tensors_is_held_to_all_of_them(tmp_path: Path) -> None:
+    """Gate and up of an expert are one matrix in the report: one may miss more than both."""
+    state = mixture_like()
+    tuned_state = moved(state)
+    base = save_folder(state, tmp_path / "base", MIXTURE)
+    tuned = save_folder(tuned_state, tmp_path / "tuned", MIXTURE)
+    lt.extract(base, tuned, tmp_path / "adapter", rank=3)
+    assert lt.verify_adapter(tmp_path / "adapter", base, tuned).verdict == AS_STATED
+    gate = "model.layers.0.mlp.experts.1.gate_proj.weight"
+    other = tuned_state | {gate: tuned_state[gate] + 0.01}
+    another = save_folder(other, tmp_path / "another", MIXTURE)
+    report = lt.verify_adapter(tmp_path / "adapter", base, another)
+    assert report.verdict == DIFFERS
+    assert gate in {row.name for row in report.rows if row.status is ClaimStatus.WORSE}
+
+
+def test_wrappers_names_are_no_obstacle_to_verifying_a_claim(tmp_path: Path) -> None:
+    state = llama_like()
+    base = save_folder({f"module.{n}": t for n, t in state.items()}, tmp_path / "base", LLAMA)
+    wrapped = {f"_orig_mod.{n}": t for n, t in moved(state).items()}
+    tuned = save_folder(wrapped, tmp_path / "tuned", LLAMA)
+    lt.extract(base, tuned, tmp_path / "adapter", rank=3)
+    assert lt.verify_adapter(tmp_path / "adapter", base, tuned).verdict == AS_STATED
