@@ -26,7 +26,7 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import NonFiniteValues, NothingMatches
 from loratool.layouts.patterns import select
-from loratool.layouts.placing import PlacedUpdate, place
+from loratool.layouts.placing import PlacedUpdate, TieChoice, place
 from loratool.ops.sources import measurable, open_adapter, open_model
 from loratool.provenance import document
 from loratool.storage.dtypes import FLOATS
@@ -137,7 +137,7 @@ def amplification(
     target = resolve_device(device)
     value, model = open_adapter(adapter, alpha), open_model(base)
     tensors = model.checkpoint.tensors
-    placement = place([(value, 1.0)], tensors, model.config)
+    placement = place([(value, 1.0)], tensors, model.config, ties=TieChoice.BOTH)
     chosen = select(list(placement.updates), only, ())
     looked_at = labelled({n: placed for n, placed in placement.updates.items() if n in chosen})
     jobs = [

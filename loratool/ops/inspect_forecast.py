@@ -18,7 +18,7 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import NonFiniteValues, NothingMatches, RangeOverflow
 from loratool.layouts.patterns import select
-from loratool.layouts.placing import PlacedUpdate, place
+from loratool.layouts.placing import PlacedUpdate, TieChoice, place
 from loratool.ops.deltas import matrix_shape
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.merge_jobs import BLOCK_ELEMENTS, rounding_energies
@@ -147,7 +147,7 @@ def forecast(
     target = resolve_device(device)
     value, model = open_adapter(adapter, alpha), open_model(base)
     tensors = model.checkpoint.tensors
-    placement = place([(value, 1.0)], tensors, model.config)
+    placement = place([(value, 1.0)], tensors, model.config, ties=TieChoice.BOTH)
     chosen = select(list(placement.updates), only, ())
     together = {name: placement.updates[name] for name in placement.updates if name in chosen}
     additive = {

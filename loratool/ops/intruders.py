@@ -22,7 +22,7 @@ from loratool.engine.devices import resolve_device
 from loratool.errors import NonFiniteValues, NothingMatches, UsageError
 from loratool.layouts.pairs import Pair, align
 from loratool.layouts.patterns import select
-from loratool.layouts.placing import PlacedUpdate, place
+from loratool.layouts.placing import PlacedUpdate, TieChoice, place
 from loratool.ops.amplification import labelled, on_weight
 from loratool.ops.deltas import read_matrix
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
@@ -298,7 +298,7 @@ def _of_adapter(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     value, model = open_adapter(adapter, alpha), open_model(base)
     tensors = model.checkpoint.tensors
-    placement = place([(value, 1.0)], tensors, model.config)
+    placement = place([(value, 1.0)], tensors, model.config, ties=TieChoice.BOTH)
     weights: dict[str, Any] = {}
     others = 0
     for label, name, placed in labelled(placement.updates):

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.builders import LLAMA_CONFIG, lora_factors, write_checkpoint, write_peft
+from tests.builders import (
+    GPT2_CONFIG,
+    LLAMA_CONFIG,
+    gpt2_weights,
+    lora_factors,
+    write_checkpoint,
+    write_peft,
+)
 from tests.cli.invoke import invoke
 from tests.ops.builders import save_peft
 
@@ -223,3 +230,19 @@ def test_the_table_of_a_pair_holds_what_did_not_change(tmp_path: Path) -> None:
         f"{Q}.extra": 0.0,
         f"{Q}.weight": 8.0,
     }
+
+
+def test_an_adapter_of_one_side_of_a_tie_can_be_looked_at(tmp_path: Path) -> None:
+    """Merging it takes a choice; looking does not, and says what the change means."""
+    base = write_checkpoint(tmp_path / "base", gpt2_weights(width=8), GPT2_CONFIG)
+    factors = {
+        "base_model.model.transformer.wte.lora_embedding_A": torch.ones(2, 16),
+        "base_model.model.transformer.wte.lora_embedding_B": torch.ones(8, 2),
+    } | lora_factors("transformer.h.0.mlp.c_fc", 32, 8, 2)
+    adapter = write_peft(tmp_path / "adapter", factors, r=2, fan_in_fan_out=True)
+    assert invoke("merge", base, adapter, "-o", tmp_path / "merged").code == 4
+    for more in ((), ("--level", "values"), ("--intruders",)):
+        ended = invoke("inspect", adapter, "--base", base, *more)
+        assert ended.code == 0, ended.err
+        assert "changes transformer.wte.weight alone; lm_head.weight changes with it" in ended.err
+        assert more == ("--intruders",) or "transformer.wte" in ended.out
