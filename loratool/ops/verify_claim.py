@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -16,16 +16,20 @@ from loratool.algebra.rounding import MERGEABLE
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
 from loratool.errors import MalformedFile, NothingMatches, ShapeMismatch
+from loratool.layouts.fused import refit
+from loratool.layouts.kinds import classify
 from loratool.layouts.names import match_names, wrapper_of
 from loratool.layouts.placing import PlacedUpdate, describe, place
+from loratool.layouts.ties import find_ties
 from loratool.ops.extract_report import LEFT_OUT, Status
-from loratool.ops.sources import open_adapter, open_model
+from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.ops.verify_diagnosis import delta_of
 from loratool.ops.verify_report import DIFFERS
 from loratool.provenance import REPORT_FILE, document
 from loratool.receipt import blocks_of
 from loratool.storage.checkpoint import read_json_file
 from loratool.storage.tensors import TensorInfo, equal_values
+from loratool.storage.views import Stored
 
 SCHEMA_VERSION = 1
 AS_STATED, UNSTATED = "as stated", "states nothing"
@@ -116,7 +120,7 @@ class _Job:
     of the parts that it was taken apart into."""
 
     base: TensorInfo
-    tuned: TensorInfo
+    tuned: Stored
     updates: tuple[PlacedUpdate, ...]
     stated: tuple[Mapping[str, Any], ...]
     device: torch.device
@@ -145,6 +149,7 @@ def verify_claim(
     ours, theirs = first.checkpoint.tensors, second.checkpoint.tensors
     placement = place([(value, 1.0)], ours, first.config)
     pairs, notes = _pairs(ours, theirs)
+    _check_compared(placement.updates, {info.name for info, _ in pairs}, first)
     stated = _stated(adapter)
     said = _said_of(stated or {}, placement.updates, ours)
     target = resolve_device(device)
@@ -189,18 +194,24 @@ def _stated(adapter: Path) -> dict[str, Mapping[str, Any]] | None:
 
 def _pairs(
     base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]
-) -> tuple[list[tuple[TensorInfo, TensorInfo]], list[str]]:
-    """Tensors of both sides by name, give or take a prefix, and notes on what has no partner."""
-    base, tuned = _unwrapped(base), _unwrapped(tuned)
-    matched = match_names(tuned, base)
+) -> tuple[list[tuple[TensorInfo, Stored]], list[str]]:
+    """Tensors of both sides by name, give or take a prefix, with fused layers as the base has
+    them, and notes on what has no partner."""
+    ours_by_name = _unwrapped(base)
+    refitted = refit(_unwrapped(tuned), ours_by_name)
+    matched = match_names(refitted.tensors, ours_by_name)
     notes = [f"{matched.note} of the tuned checkpoint in the base"] if matched.note else []
+    if refitted.note:
+        notes.append(f"{refitted.note}, as the base has it")
     if not matched.found:
         raise NothingMatches("base and tuned have no tensor in common")
-    alone = [*matched.missing, *(set(base) - set(matched.found.values()))]
+    alone = [*matched.missing, *(set(ours_by_name) - set(matched.found.values()))]
     if alone:
         more = f", … {len(alone) - 3} more" if len(alone) > 3 else ""
         notes.append(f"on one side only: {', '.join(sorted(alone)[:3])}{more}")
-    pairs = [(base[ours], tuned[theirs]) for theirs, ours in matched.found.items()]
+    pairs = [
+        (ours_by_name[ours], refitted.tensors[theirs]) for theirs, ours in matched.found.items()
+    ]
     for ours, theirs in pairs:
         if ours.shape != theirs.shape:
             raise ShapeMismatch(
@@ -209,6 +220,24 @@ def _pairs(
                 hint="a resized vocabulary? such pairs cannot be compared",
             )
     return pairs, notes
+
+
+def _check_compared(updates: Iterable[str], compared: set[str], base: Model) -> None:
+    """Raises NothingMatches for what the adapter changes and tuned stores under other names.
+
+    A tied tensor may be stored under one name and compared there.
+    """
+    tensors = base.checkpoint.tensors
+    kinds = classify({name: info.shape for name, info in tensors.items()}, base.config)
+    ties = find_ties(tensors, kinds, base.config)
+    tied = {name for tie in ties if tie.stored & compared for name in tie.names}
+    lost = [name for name in updates if name not in compared | tied]
+    if lost:
+        raise NothingMatches(
+            f"{len(lost)} tensors that the adapter changes are not in the tuned checkpoint",
+            details=lost[:8],
+            hint="does it store them in another layout? convert it to that of the base first",
+        )
 
 
 def _unwrapped(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool as lt
-from loratool.errors import DisagreementError, UsageError
+from loratool.errors import DisagreementError, NothingMatches, UsageError
 from loratool.ops.verify import SAMPLED_ROWS, sample_rows
 from loratool.ops.verify_claim import AS_STATED, UNSTATED, ClaimStatus
 from loratool.ops.verify_report import DIFFERS, EXACT, ROUNDED, VerifyReport, excluded_share
@@ -368,5 +368,51 @@ def test_wrappers_names_are_no_obstacle_to_verifying_a_claim(tmp_path: Path) -> 
     base = save_folder({f"module.{n}": t for n, t in state.items()}, tmp_path / "base", LLAMA)
     wrapped = {f"_orig_mod.{n}": t for n, t in moved(state).items()}
     tuned = save_folder(wrapped, tmp_path / "tuned", LLAMA)
+    lt.extract(base, tuned, tmp_path / "adapter", rank=3)
+    assert lt.verify_adapter(tmp_path / "adapter", base, tuned).verdict == AS_STATED
+
+
+def test_a_claim_of_fused_layers_is_held_to_a_tuned_side_that_has_them_apart(
+    tmp_path: Path,
+) -> None:
+    mlp = "model.layers.0.mlp"
+    parts = {f"{mlp}.{part}_proj.weight": torch.randn(6, 8) for part in ("gate", "up")}
+    fused = {f"{mlp}.gate_up_proj.weight": torch.cat(list(parts.values()))}
+    base = save_folder(fused, tmp_path / "base", LLAMA)
+    tuned = save_folder(moved(parts), tmp_path / "tuned", LLAMA)
+    lt.extract(base, tuned, tmp_path / "adapter", rank=3)
+    report = lt.verify_adapter(tmp_path / "adapter", base, tuned)
+    assert report.verdict == AS_STATED
+    assert [row.name for row in report.rows] == list(fused)
+
+
+def test_a_claim_of_tensors_that_tuned_stores_otherwise_is_not_confirmed(tmp_path: Path) -> None:
+    state = mixture_like()
+    base = save_folder(state, tmp_path / "base", MIXTURE)
+    block = "model.layers.0.mlp.experts"
+    changed = moved(state)
+    down = [changed.pop(f"{block}.{e}.down_proj.weight") for e in range(4)]
+    pairs = [
+        torch.cat([changed.pop(f"{block}.{e}.{part}.weight") for part in ("gate_proj", "up_proj")])
+        for e in range(4)
+    ]
+    changed |= {
+        f"{block}.gate_up_proj": torch.stack(pairs),
+        f"{block}.down_proj": torch.stack(down),
+    }
+    tuned = save_folder(changed, tmp_path / "tuned", MIXTURE)
+    lt.extract(base, tuned, tmp_path / "adapter", rank=3)
+    with pytest.raises(NothingMatches, match="12 tensors that the adapter changes are not in"):
+        lt.verify_adapter(tmp_path / "adapter", base, tuned)
+
+
+def test_a_claim_of_a_tied_table_that_tuned_stores_once(tmp_path: Path) -> None:
+    tied = LLAMA | {"tie_word_embeddings": True}
+    state = llama_like()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    changed = moved(state)
+    del changed["lm_head.weight"]
+    base = save_folder(state, tmp_path / "base", tied)
+    tuned = save_folder(changed, tmp_path / "tuned", tied)
     lt.extract(base, tuned, tmp_path / "adapter", rank=3)
     assert lt.verify_adapter(tmp_path / "adapter", base, tuned).verdict == AS_STATED
