@@ -208,18 +208,21 @@ class _Resolved(NamedTuple):
 def _resolve(
     tall: _Tall,
     rule: RankRule,
-    sketch: Callable[[int], Ritz | Tensor] | None,
+    sketch: Callable[[int], Ritz | Tensor | None] | None,
     stopwatch: Stopwatch,
 ) -> _Resolved:
     """Resolve values of a tall matrix until the rule is decided.
 
-    sketch: from a number of values to at least as many, in float64; None: all, exactly.
+    sketch: from a number of values to at least as many, in float64, or None where it has none;
+    None: all, exactly.
     """
     d, shape = tall.matrix, tall.shape
     if sketch is not None:
         guess = rule.first_guess(shape)
         while shape[1] > EXACT_SIDE and sketch_pays(guess, shape[1]):
             found = sketch(guess)
+            if found is None:
+                break
             values = found.values if isinstance(found, Ritz) else found
             spectrum = Spectrum(values[:guess].cpu(), tall.energy, shape, tall.noise_floor)
             rank = rule(tall.original(spectrum))
@@ -272,7 +275,7 @@ def resolve_spectrum(
     sketch_dtype: torch.dtype | None = None,
     rough: Tensor | None = None,
 ) -> Spectrum:
-    """The singular values that ``rule`` looks at, each to about 1 %, whatever the spectrum.
+    """The singular values that ``rule`` looks at, each to 1 % or 10⁻⁵ of the largest.
 
     Without factors, and so without the certificate that costs a good part of theirs. Arguments:
     see ``factorize``.

@@ -43,7 +43,11 @@ residual's square: on matrices of noise, where it falls least, values were off b
 to 4096×4096."""
 _RESTARTS, _MORE_BLOCKS = 8, 4
 _FLOAT32 = 1e-6
-"""What float32 products leave of a residual, of the largest squared value."""
+"""What float32 products leave of a residual, of the value times the largest one."""
+_NOTHING = 1e-6
+"""Of the largest value: a space whose last values are below has missed none that is much larger.
+Its last columns are random with respect to what it misses, and so each has a share of it, of about
+one part in √n."""
 
 _SLACK = 1e-3
 """Loss of orthogonality in the float32 basis that whitening may still mend."""
@@ -141,12 +145,14 @@ def block_krylov(
 
 def settled(
     d: Tensor, count: int, *, key: str, dtype: torch.dtype, copy: Tensor | None = None
-) -> Tensor:
-    """The first singular values of d (m, n), ``count`` of them settled: float64, descending.
+) -> Tensor | None:
+    """The first singular values of d (m, n), ``count`` of them settled: float64, descending. None
+    where this method does not settle them.
 
     Where values fall, one wide block is enough, and only its image is taken in float32: products
     back in ``dtype`` tell well enough whether it is. Of noise, whose values lie close together, it
-    takes further spaces, each from the leading directions of the one before. copy: see RoughMatrix.
+    takes further spaces, each from the leading directions of the one before; so it does where
+    values are much smaller than the first. copy: see RoughMatrix.
     """
     width, rough = count + SETTLING, RoughMatrix(d, dtype, copy)
     start = steered_start(rough, width, key, steps=SETTLING_STEPS)
@@ -158,17 +164,18 @@ def settled(
     if _are_settled(theta, v, back, count):
         return theta
     del rough
-    apply = partial(image_and_back, d)
-    ritz = block_krylov(apply, start)
+    apply, blocks = partial(image_and_back, d), BLOCKS
     for _ in range(_RESTARTS):
+        ritz = block_krylov(apply, start, blocks=blocks)
         if _are_settled(ritz.theta, ritz.v, ritz.back, count):
-            break
-        ritz = block_krylov(apply, ritz.v[:, :width], blocks=_MORE_BLOCKS)
-    return ritz.values
+            return ritz.values
+        start, blocks = ritz.v[:, :width], _MORE_BLOCKS
+    return None
 
 
 def _are_settled(theta: Tensor, v: Tensor, back: Tensor, count: int) -> bool:
-    """Whether the first ``count`` values θ of pairs v are, with back = DᵀD·v.
+    """Whether the first ``count`` values θ of pairs v are, with back = DᵀD·v: each to 1 %, or to
+    10⁻⁵ of the largest.
 
     The residual r = ‖DᵀD·v − θ²·v‖ says how near to θ² a true squared value is: no farther than r,
     and by about r²/gap where what lies outside of the space is smaller by a gap (Kato and Temple).
@@ -176,12 +183,12 @@ def _are_settled(theta: Tensor, v: Tensor, back: Tensor, count: int) -> bool:
     """
     squares = theta.square()
     outside = squares[min((count + len(squares)) // 2, len(squares) - 1)]
-    squares = squares[:count]
+    theta, squares = theta[:count], squares[:count]
     rest = back[:, :count].double() - v[:, :count].double() * squares
     residuals = torch.linalg.vector_norm(rest, dim=0)
-    near = residuals <= 2 * SETTLED * squares + _FLOAT32 * squares[0]
+    near = residuals <= 2 * SETTLED * squares + _FLOAT32 * theta * theta[0]
     apart = residuals.square() <= SETTLED / 2 * squares * (squares - outside)
-    return bool((near | apart).all())
+    return bool((near | apart | (theta <= _NOTHING * theta[0])).all())
 
 
 def _gram(basis: Tensor) -> Tensor:
