@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import Adapter, LowRankUpdate
+from loratool.algebra.blocks import all_finite
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.stacking import at_scale
 from loratool.errors import NonFiniteValues, RangeOverflow, UsageError
@@ -75,7 +76,7 @@ def load_update(label: str, update: LowRankUpdate, device: torch.device) -> LowR
     factors = []
     for factor in (update.b, update.a):
         values = factor.read().flatten(1).to(device)
-        if not bool(torch.isfinite(values).all()):
+        if not all_finite(values.double()):  # which torch cannot say of 8-bit floats
             name = factor.name if isinstance(factor, TensorInfo) else "a factor"
             raise NonFiniteValues(
                 f"{label}: {name} holds NaN or infinity",
@@ -97,7 +98,7 @@ def stored_value(name: str, value: LowRank, dtype: DType) -> LowRank:
     assert dtype.torch is not None
     stored = LowRank(value.b.to(dtype.torch), value.a.to(dtype.torch), value.scale)
     for factor in (stored.b, stored.a):
-        if not bool(torch.isfinite(factor).all()):
+        if not all_finite(factor.double()):
             raise RangeOverflow(
                 f"{name}: a factor exceeds the range of {dtype.name}", hint="use --dtype float32"
             )

@@ -221,7 +221,7 @@ def on_weight(
     update = placed.update
     assert isinstance(update, LowRankUpdate)
     value = update.load()
-    if not bool(torch.isfinite(value.b).all()) or not bool(torch.isfinite(value.a).all()):
+    if not (all_finite(value.b.double()) and all_finite(value.a.double())):
         raise NonFiniteValues(f"{placed.source}: the adapter holds NaN or infinity")
     if placed.member is None:
         stored = base.read()

@@ -24,6 +24,7 @@ from loratool.adapter import (
     TokenRows,
 )
 from loratool.adapter.forms import FormFactor
+from loratool.algebra.blocks import all_finite
 from loratool.algebra.comparison import compare_jointly, compare_pair, linear_survival
 from loratool.algebra.entrywise import read_entries, sign_agreement, ties_survival
 from loratool.algebra.initial import RowStatistics, judge_start, row_statistics
@@ -258,9 +259,10 @@ def _computed(*updates: LowRankUpdate) -> bool:
 
 def _check_values(what: str, value: LowRank) -> None:
     """Raises NonFiniteValues, and RangeOverflow where squares would leave float64."""
-    if not (bool(torch.isfinite(value.b).all()) and bool(torch.isfinite(value.a).all())):
+    b, a = value.b.double(), value.a.double()
+    if not (all_finite(b) and all_finite(a)):
         raise NonFiniteValues(f"{what}: NaN or infinity in its factors")
-    size = float(value.b.abs().max()) * float(value.a.abs().max()) * abs(value.scale)
+    size = float(b.abs().max()) * float(a.abs().max()) * abs(value.scale)
     if size > _LARGEST:
         raise RangeOverflow(f"{what}: values up to {size:.1g} are too large to be measured")
 

@@ -209,7 +209,7 @@ def _row(name: str, update: LowRankUpdate) -> UpdateRow:
 def _with_spectrum(job: tuple[str, LowRankUpdate]) -> UpdateRow:
     name, update = job
     value = update.load()
-    if not (all_finite(value.b) and all_finite(value.a)):
+    if not (all_finite(value.b.double()) and all_finite(value.a.double())):
         raise NonFiniteValues(
             f"{name}: the adapter's factors hold NaN or infinity",
             hint="inspect --level values counts them",

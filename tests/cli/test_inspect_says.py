@@ -246,3 +246,26 @@ def test_an_adapter_of_one_side_of_a_tie_can_be_looked_at(tmp_path: Path) -> Non
         assert ended.code == 0, ended.err
         assert "changes transformer.wte.weight alone; lm_head.weight changes with it" in ended.err
         assert more == ("--intruders",) or "transformer.wte" in ended.out
+
+
+def test_adapters_in_8_bits_are_looked_at(tmp_path: Path) -> None:
+    factors = {
+        name: value.to(torch.float8_e4m3fn) for name, value in lora_factors(Q, 8, 8, 2).items()
+    }
+    adapter = write_peft(tmp_path / "adapter", factors)
+    base = checkpoint(tmp_path / "base", weight=torch.eye(8))
+    for command in (
+        ("inspect", adapter),
+        ("inspect", adapter, "--base", base),
+        ("inspect", adapter, "--base", base, "--intruders"),
+        ("compare", adapter, adapter),
+        ("resize", adapter, "--rank", "1", "-o", tmp_path / "smaller"),
+        ("combine", adapter, adapter, "-o", tmp_path / "sum"),
+    ):
+        ended = invoke(*command)
+        assert ended.code == 0, (command, ended.err)
+    exact = factors[f"base_model.model.{Q}.lora_B.weight"].double() @ (
+        factors[f"base_model.model.{Q}.lora_A.weight"].double()
+    )
+    (row,) = json.loads(invoke("inspect", adapter, "--json").out)["updates"]
+    assert row["norm"] == pytest.approx(2 * float(exact.norm()), rel=1e-9)
