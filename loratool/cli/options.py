@@ -202,6 +202,8 @@ def no_other_table(ctx: click.Context, param: click.Parameter, value: Path | Non
 
 def _no_other_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """A report replaces a report, and never the file of an input that was named by mistake."""
+    if value is not None and value.is_dir():
+        raise click.BadParameter(f"{value} is a folder; a report is a file")
     if value is None or not value.exists() or not value.is_file():
         return value
     with open(value, "rb") as file:

@@ -90,3 +90,12 @@ def test_what_the_table_of_ranks_leaves_out_is_said(tmp_path: Path) -> None:
         invoke(*table, "--rank-for", "down_proj=2").out
     )
     assert "what --dora makes of these ranks is not in the table" in invoke(*table, "--dora").out
+
+
+def test_a_folder_is_no_place_for_a_report(tmp_path: Path) -> None:
+    """Said before the work, not after it."""
+    base, tuned = pair(tmp_path, "llama")
+    ended = invoke("extract", base, tuned, "-o", tmp_path / "a", "--report", tmp_path)
+    assert ended.code == 2
+    assert "is a folder; a report is a file" in ended.err
+    assert not (tmp_path / "a").exists()
