@@ -228,11 +228,12 @@ def extract_command(
 
 
 def _rank_for(pairs: tuple[str, ...]) -> dict[str, str]:
-    ranks = {}
+    ranks: dict[str, str] = {}
     for text in pairs:
         pattern, equals, rank = text.rpartition("=")
         if not equals or not pattern or not rank:
             raise UsageError(f"--rank-for {text!r} is not of the form PATTERN=RANK")
+        ranks.pop(pattern, None)  # the last one wins: it has to be last
         ranks[pattern] = rank
     return ranks
 

@@ -99,3 +99,12 @@ def test_a_folder_is_no_place_for_a_report(tmp_path: Path) -> None:
     assert ended.code == 2
     assert "is a folder; a report is a file" in ended.err
     assert not (tmp_path / "a").exists()
+
+
+def test_the_last_rank_for_wins_where_a_pattern_is_given_twice(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, "llama")
+    given = [word for rank in ("mlp=2", "up_proj=3", "mlp=4") for word in ("--rank-for", rank)]
+    ended = invoke("extract", base, tuned, "-o", tmp_path / "a", "--rank", "1", *given)
+    assert ended.code == 0
+    updates = lt.open_adapter(tmp_path / "a").low_rank
+    assert {update.rank for name, update in updates.items() if ".mlp." in name} == {4}
