@@ -46,7 +46,7 @@ def large_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
     Half the time of a difference would go into handing out small pages otherwise: numpy asks for
     large ones, torch does not. A worker's thread keeps the last one for its next job.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not rows * columns:
         return torch.empty(rows, columns, dtype=dtype, device=device)
     raw = _KEPT.bytes(rows * columns * dtype.itemsize, dtype)
     return torch.from_numpy(raw).view(dtype).view(rows, columns)

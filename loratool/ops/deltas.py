@@ -16,7 +16,7 @@ from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.noise import NoiseFloor
 from loratool.algebra.passes import rough_copy
-from loratool.errors import NonFiniteValues
+from loratool.errors import NonFiniteValues, RangeOverflow
 from loratool.layouts.pairs import Pair
 from loratool.storage.row_reader import RowReader
 from loratool.storage.tensors import LazyTensor
@@ -64,7 +64,7 @@ def read_delta(pair: Pair, device: torch.device, *, rough: bool = False) -> Delt
     Read and subtracted in blocks of rows, so that neither side is ever in memory whole. The
     subtraction runs in float32, in float64 where a side is float64. rough: make the copy that
     sketching begins with, which costs least now. Raises NonFiniteValues naming the tensor and the
-    first index where either side is NaN or infinite.
+    first index where either side is NaN or infinite, RangeOverflow where their difference is.
     """
     if not pair.base.dtype.is_float:
         return None if torch.equal(pair.base.read(), pair.tuned.read()) else _NOT_NUMBERS
@@ -107,7 +107,7 @@ def _compared(
         sums = sums or DifferenceSums(columns, before.dtype, after.dtype)
         block = target(start, stop)
         if not sums.add(before, after, block, None if rough is None else rough[start:stop]):
-            raise _non_finite(pair, start, block)
+            raise _not_finite(pair, start, (before, after), block)
     if sums is None or sums.energy == 0:
         return None
     share = sums.changed / (rows * columns)
@@ -115,12 +115,24 @@ def _compared(
     return Delta(nothing, sums.energy, sums.base_energy**0.5, sums.noise(), share, rough)
 
 
-def _non_finite(pair: Pair, first_row: int, block: Tensor) -> NonFiniteValues:
+def _not_finite(
+    pair: Pair, first_row: int, sides: tuple[Tensor, Tensor], block: Tensor
+) -> NonFiniteValues | RangeOverflow:
     row, column = torch.nonzero(~torch.isfinite(block))[0].tolist()
     flat = (first_row + row) * block.shape[1] + column
     index = [int(part) for part in np.unravel_index(flat, pair.base.shape)]
+    at_fault = [
+        name
+        for name, side in zip(("base", "tuned"), sides, strict=True)
+        if not bool(torch.isfinite(side[row, column].double()))
+    ]
+    if not at_fault:
+        return RangeOverflow(
+            f"{pair.name}: the change at {index} is beyond float32's range",
+            hint="no adapter can hold it; are these checkpoints of one model?",
+        )
     return NonFiniteValues(
-        f"{pair.name}: NaN or infinity at {index} in base or tuned",
+        f"{pair.name}: NaN or infinity at {index} in {' and '.join(at_fault)}",
         hint="the checkpoint is broken, or its training diverged; inspect --level values of one "
         "checkpoint counts such values",
     )

@@ -70,3 +70,8 @@ def test_rough_products_in_blocks(
         )
         exact = wide.T @ (wide @ x.double())
         assert float((both - exact).norm()) <= 0.01 * float(exact.norm())
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (4, 0)])
+def test_a_matrix_of_nothing(shape: tuple[int, int]) -> None:
+    assert large_matrix(*shape, torch.float32, CPU).shape == shape

@@ -14,6 +14,7 @@ from loratool.engine import Engine, NoProgress
 from loratool.errors import (
     NonFiniteValues,
     NothingMatches,
+    RangeOverflow,
     ShapeMismatch,
     Unplaced,
     UnsupportedInput,
@@ -213,8 +214,13 @@ def test_refusals(tmp_path: Path) -> None:
         lt.extract(base, save_folder(short, tmp_path / "short", LLAMA), out)
     sick = moved(state)
     sick["model.norm.weight"][4] = float("nan")
-    with pytest.raises(NonFiniteValues, match=r"model.norm.weight.*\[4\]"):
+    with pytest.raises(NonFiniteValues, match=r"model.norm.weight: .* at \[4\] in tuned$"):
         lt.extract(base, save_folder(sick, tmp_path / "sick", LLAMA), out)
+    far = moved(state)
+    far["model.norm.weight"] = far["model.norm.weight"].double()
+    far["model.norm.weight"][3] = 1e300
+    with pytest.raises(RangeOverflow, match=r"model.norm.weight: the change at \[3\]"):
+        lt.extract(base, save_folder(far, tmp_path / "far", LLAMA), out)
     assert not out.exists()
 
 
