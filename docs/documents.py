@@ -229,6 +229,7 @@ VERIFY_ADAPTER: Form = {
             "missed_norm": NUMBER,
             "measured": maybe(NUMBER),
             "stated": maybe(NUMBER),
+            "tied_to": maybe(TEXT),
         }
     ],
 }
@@ -263,6 +264,7 @@ EXTRACT: Form = {
             "kind": TEXT,
             "shape": [WHOLE],
             "added_rows": WHOLE,
+            "tied_to": maybe(TEXT),
             "status": word_of(ExtractStatus),
             "delta_norm": NUMBER,
             "base_norm": NUMBER,

@@ -358,7 +358,7 @@ def _tensor_cells(row: TensorRow, report: ExtractReport) -> list[str]:
         percent(row.relative_error),
         percent(row.excess_bound),
         percent(row.energy_kept),
-        percent(_share(row.energy, report)),
+        "tied" if row.tied_to else percent(_share(row.energy, report)),
     ]
 
 

@@ -26,10 +26,12 @@ class _Row:
     rank: int
     delta_norm: float
     relative_error: float | None
+    tied: bool
 
     @property
     def energy(self) -> float:
-        return self.delta_norm**2
+        """Of a matrix with several names once."""
+        return 0.0 if self.tied else self.delta_norm**2
 
     @property
     def missed(self) -> float:
@@ -162,6 +164,7 @@ def _rows(report: Mapping[str, Any]) -> Iterable[_Row]:
                 rank if isinstance(rank, int) and not isinstance(rank, bool) else 0,
                 _number(entry.get("delta_norm")) or 0.0,
                 _number(entry.get("relative_error")),
+                entry.get("tied_to") is not None,
             )
 
 

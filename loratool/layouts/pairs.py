@@ -86,6 +86,11 @@ class Alignment:
     notes: tuple[str, ...]
     untied: tuple[str, ...] = ()
 
+    @property
+    def repeats(self) -> dict[str, str]:
+        """Further names under which a tied parameter is stored → the first."""
+        return {name: tie.main for tie in self.ties for name in tie.stored - {tie.main}}
+
 
 def align(
     base: Mapping[str, TensorInfo],

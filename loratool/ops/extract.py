@@ -61,7 +61,13 @@ def run_extract(
         )
         done |= {job.index: result for job, result in zip(left, new, strict=True)}
         results = settled([done[job.index] for job in jobs])
-        results = [replace(result, row=_placed(result.row, plan)) for result in results]
+        tied = plan.alignment.repeats
+        results = [
+            replace(
+                result, row=replace(_placed(result.row, plan), tied_to=tied.get(result.row.name))
+            )
+            for result in results
+        ]
         rows = [result.row for result in results]
         _refuse_lost_changes(rows)
         adapter = build_adapter(

@@ -47,7 +47,8 @@ class TensorRow:
     does, at most and at least (see algebra.lora_test);
     lora_tail: the share of ‖D‖ that a further change could have without being noticed (None where
     the question cannot be decided). added_rows: tokens that the tuned table has beyond the base's;
-    norms and errors are of the rows that both have.
+    norms and errors are of the rows that both have. tied_to: the name under which the same matrix
+    is counted.
     """
 
     name: str
@@ -72,11 +73,12 @@ class TensorRow:
     kept_rank: int | None = None
     rest_norm: float | None = None
     added_rows: int = 0
+    tied_to: str | None = None
 
     @property
     def energy(self) -> float:
-        """‖D‖²_F."""
-        return self.delta_norm**2
+        """‖D‖²_F; of a matrix with several names once."""
+        return 0.0 if self.tied_to else self.delta_norm**2
 
     @property
     def near_noise(self) -> bool:
@@ -96,6 +98,7 @@ class TensorRow:
             "kind": self.kind,
             "shape": list(self.shape),
             "added_rows": self.added_rows,
+            "tied_to": self.tied_to,
             "status": str(self.status),
             "delta_norm": self.delta_norm,
             "base_norm": self.base_norm,

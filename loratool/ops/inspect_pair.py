@@ -216,6 +216,9 @@ def inspect_pair(
     rows: list[DeltaRow | None] = []
     passed_over = _passed_over(pairs, alignment.ignored)
     if level is not Level.HEADERS:
+        tied = {name: main for name, main in alignment.repeats.items() if {name, main} <= chosen}
+        pairs = [pair for pair in pairs if pair.name not in tied]
+        passed_over += [f"{name} is tied to {main}: counted once" for name, main in tied.items()]
         for side, model in (("base", base_side), ("tuned", tuned_side)):
             refuse_scaled(side, model.checkpoint.tensors)
         pairs = check_floats(list(pairs))

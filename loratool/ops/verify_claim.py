@@ -20,7 +20,7 @@ from loratool.layouts.fused import refit
 from loratool.layouts.kinds import classify
 from loratool.layouts.names import match_names, wrapper_of
 from loratool.layouts.placing import PlacedUpdate, describe, place
-from loratool.layouts.ties import find_ties
+from loratool.layouts.ties import Tie, find_ties, same_values
 from loratool.ops.extract_report import LEFT_OUT, Status
 from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.ops.verify_diagnosis import delta_of
@@ -58,7 +58,8 @@ class ClaimRow:
     """One tensor that changed or that the adapter changes.
 
     delta_norm: ‖D‖_F, D = tuned − base. measured, stated: ‖D − ΔW‖_F / ‖D‖_F, of all tensors
-    together that one entry of the report is of.
+    together that one entry of the report is of. tied_to: the name under which the same matrix is
+    counted.
     """
 
     name: str
@@ -68,6 +69,7 @@ class ClaimRow:
     missed_norm: float
     measured: float | None
     stated: float | None
+    tied_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,14 @@ class ClaimReport:
 
     @property
     def relative_error(self) -> float | None:
-        energy = sum(row.delta_norm**2 for row in self.rows)
-        missed = sum(row.missed_norm**2 for row in self.rows)
+        energy = sum(row.delta_norm**2 for row in self._counted)
+        missed = sum(row.missed_norm**2 for row in self._counted)
         return math.sqrt(missed / energy) if energy else None
+
+    @property
+    def _counted(self) -> list[ClaimRow]:
+        """A row of each matrix, whatever its names."""
+        return [row for row in self.rows if row.tied_to is None]
 
     def count(self, status: ClaimStatus) -> int:
         """How many tensors ended so."""
@@ -96,8 +103,8 @@ class ClaimReport:
 
     def share(self, status: ClaimStatus) -> float:
         """Share of ‖D‖² in those tensors."""
-        energy = sum(row.delta_norm**2 for row in self.rows)
-        chosen = sum(row.delta_norm**2 for row in self.rows if row.status is status)
+        energy = sum(row.delta_norm**2 for row in self._counted)
+        chosen = sum(row.delta_norm**2 for row in self._counted if row.status is status)
         return chosen / energy if energy else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -149,7 +156,8 @@ def verify_claim(
     ours, theirs = first.checkpoint.tensors, second.checkpoint.tensors
     placement = place([(value, 1.0)], ours, first.config)
     pairs, notes = _pairs(ours, theirs)
-    _check_compared(placement.updates, {info.name for info, _ in pairs}, first)
+    ties = _ties(first)
+    _check_compared(placement.updates, {info.name for info, _ in pairs}, ties)
     stated = _stated(adapter)
     said = _said_of(stated or {}, placement.updates, ours)
     target = resolve_device(device)
@@ -160,7 +168,12 @@ def verify_claim(
     found = engine.map(
         _measure, jobs, cost=lambda job: job.cost, progress=progress, what="verifying"
     )
-    rows = tuple(row for row in _judged_together(jobs, found) if row is not None)
+    tied = _tied_to(ties, {info.name: (info, other) for info, other in pairs})
+    rows = tuple(
+        replace(row, tied_to=tied.get(row.name))
+        for row in _judged_together(jobs, found)
+        if row is not None
+    )
     verdict = AS_STATED if stated is not None else UNSTATED
     if any(row.status in NOT_AS_STATED for row in rows):
         verdict = DIFFERS
@@ -222,14 +235,29 @@ def _pairs(
     return pairs, notes
 
 
-def _check_compared(updates: Iterable[str], compared: set[str], base: Model) -> None:
+def _ties(base: Model) -> tuple[Tie, ...]:
+    tensors = base.checkpoint.tensors
+    kinds = classify({name: info.shape for name, info in tensors.items()}, base.config)
+    return find_ties(tensors, kinds, base.config)
+
+
+def _tied_to(ties: Iterable[Tie], pairs: Mapping[str, tuple[TensorInfo, Stored]]) -> dict[str, str]:
+    """Names that have the values of the tie's first one on both sides → that one."""
+    return {
+        name: tie.main
+        for tie in ties
+        if tie.main in pairs
+        for name in tie.stored - {tie.main}
+        if name in pairs
+        and all(same_values(*sides) for sides in zip(pairs[tie.main], pairs[name], strict=True))
+    }
+
+
+def _check_compared(updates: Iterable[str], compared: set[str], ties: Iterable[Tie]) -> None:
     """Raises NothingMatches for what the adapter changes and tuned stores under other names.
 
     A tied tensor may be stored under one name and compared there.
     """
-    tensors = base.checkpoint.tensors
-    kinds = classify({name: info.shape for name, info in tensors.items()}, base.config)
-    ties = find_ties(tensors, kinds, base.config)
     tied = {name for tie in ties if tie.stored & compared for name in tie.names}
     lost = [name for name in updates if name not in compared | tied]
     if lost:
