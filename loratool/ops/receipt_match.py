@@ -25,13 +25,17 @@ Given = tuple[Path, float, Adapter]
 
 
 def given_as_recorded(
-    receipt: Receipt, path: Path, given: Sequence[Given], placed: Updates
+    receipt: Receipt,
+    path: Path,
+    given: Sequence[Given],
+    placed: Updates,
+    left_out: Sequence[str] = (),
 ) -> dict[str, tuple[PlacedUpdate, ...]]:
     """The updates that the receipt records, by tensor, in its order.
 
     given: the adapters, in the order that ``placed`` counts them by. Adapters may be given in any
-    order, and may hold updates that were left out of the merge. Raises DisagreementError that
-    names what differs.
+    order, and may hold updates that were left out of the merge. left_out: those that --include and
+    --exclude leave out now. Raises DisagreementError that names what differs.
     """
     if len(given) != len(receipt.adapters):
         raise DisagreementError(
@@ -49,10 +53,13 @@ def given_as_recorded(
         if not fitting:
             first = problems[free[0]]
             assert first is not None
+            hint = f"{path} records what was"
+            if left_out:
+                hint += f"; --include and --exclude leave out {len(left_out)} updates"
             raise DisagreementError(
                 f"{given[free[0]][0]}: is not the adapter {recorded.name!r} that was merged: "
                 f"{first}",
-                hint=f"{path} records what was",
+                hint=hint,
             )
         weight = hex_double(recorded.weight)
         same = [number for number in fitting if given[number][1] == weight]

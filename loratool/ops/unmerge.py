@@ -166,7 +166,9 @@ def plan_unmerge(
     model = open_model(merged)
     found = find_receipt(model, receipt) if not without_receipt else None
     known = read_receipt(found) if found else None
-    values, _ = chosen_of(open_adapters([path for path, _ in adapters], alpha), include, exclude)
+    values, left_out = chosen_of(
+        open_adapters([path for path, _ in adapters], alpha), include, exclude
+    )
     opened = tuple((*one, value) for one, value in zip(adapters, values, strict=True))
     if not opened:
         raise UsageError("no adapter is named")
@@ -184,7 +186,7 @@ def plan_unmerge(
         files = files_as_merged(model)
     else:
         assert found is not None
-        updates = given_as_recorded(known, found, opened, placement.updates)
+        updates = given_as_recorded(known, found, opened, placement.updates, left_out)
         check_layout(known, found, model)
         files = known.files
     scaled = scales_of(updates, model, lossy=True)

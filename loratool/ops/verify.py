@@ -80,7 +80,9 @@ def plan_verify(
     if not adapters:
         raise UsageError("no adapter is named", hint="name it with --adapter PATH[:WEIGHT]")
     model = open_model(merged)
-    values, _ = chosen_of(open_adapters([path for path, _ in adapters], alpha), include, exclude)
+    values, left_out = chosen_of(
+        open_adapters([path for path, _ in adapters], alpha), include, exclude
+    )
     opened = tuple((*one, value) for one, value in zip(adapters, values, strict=True))
     weighted = [(adapter, weight) for _, weight, adapter in opened]
     found = find_receipt(model, receipt) if fast or receipt else None
@@ -104,7 +106,7 @@ def plan_verify(
     updates: Mapping[str, tuple[PlacedUpdate, ...]] = placement.updates | placement.added
     if known is not None:
         assert found is not None
-        updates = given_as_recorded(known, found, opened, placement.updates)
+        updates = given_as_recorded(known, found, opened, placement.updates, left_out)
     added = added_by(placement, origin.checkpoint.tensors)
     tensors: Mapping[str, TensorInfo] = model.checkpoint.tensors
     notes = placement.notes

@@ -504,3 +504,14 @@ def test_a_part_of_an_adapter_without_a_receipt(tmp_path: Path) -> None:
     partly = {"exclude": ["q_proj"]}
     assert lt.verify(tmp_path / "merged", base, adapter, **partly).verdict == EXACT  # type: ignore[arg-type]
     assert lt.verify(tmp_path / "merged", base, adapter).verdict == DIFFERS
+
+
+def test_a_part_that_the_receipt_does_not_record_is_said_to_be_left_out(tmp_path: Path) -> None:
+    base = save_folder(llama_like(torch.float32), tmp_path / "base", LLAMA)
+    adapter = save_peft(tmp_path / "adapter", FACTORS, lora_alpha=16)
+    lt.merge(base, adapter, tmp_path / "merged", exclude=["q_proj"], receipt=True)
+    assert lt.unmerge(tmp_path / "merged", adapter, tmp_path / "b", exclude=["q_proj"]).exact
+    for options in ({"include": ["q_proj"]}, {"exclude": ["down_proj"]}):
+        with pytest.raises(DisagreementError, match="it has no update for") as refused:
+            lt.unmerge(tmp_path / "merged", adapter, tmp_path / "no", **options)  # type: ignore[arg-type]
+        assert "--include and --exclude leave out" in str(refused.value.hint)
