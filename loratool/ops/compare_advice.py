@@ -53,7 +53,7 @@ def _opposed(report: CompareReport, pairs: list[PairTotals]) -> Advice | None:
         "ties",
         "",
         f"{_names(report, worst)} point against each other (cosine {_cosine(worst):.2f}), a sum "
-        f"keeps {kept:.0%} of one adapter; TIES lets one side win each element",
+        f"keeps {100 * kept:.0f} % of one adapter; TIES lets one side win each element",
     )
 
 
@@ -76,7 +76,7 @@ def _crowded(report: CompareReport, pairs: list[PairTotals]) -> Advice | None:
     return Advice(
         "tsv_m",
         "",
-        f"{_names(report, most)} use the same directions ({_common(most):.0%} of the "
+        f"{_names(report, most)} use the same directions ({100 * _common(most):.0f} % of the "
         f"energy) for different things (cosine {_cosine(most):.2f}); TSV-M sets them apart",
     )
 

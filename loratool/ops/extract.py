@@ -30,6 +30,7 @@ from loratool.ops.findings import rounding_notes
 from loratool.ops.sources import Model
 from loratool.profiles import fit
 from loratool.provenance import fingerprint
+from loratool.report.text import percent
 from loratool.stopwatch import Stopwatch
 from loratool.storage.outputs import staged
 
@@ -231,8 +232,8 @@ def _into_notes(jobs: Sequence[ExtractJob], rows: Sequence[TensorRow]) -> list[s
         )
     elif energy:
         notes.append(
-            f"the adapter of --into alone explains {1 - rest / energy:.2%} of the energy of the "
-            f"{len(continued)} matrices that it changes"
+            f"the adapter of --into alone explains {percent(1 - rest / energy)} of the energy of "
+            f"the {len(continued)} matrices that it changes"
         )
     started = {job.pair.name for job in jobs if job.start is not None}
     idle = [row.name for row in rows if row.status is Status.UNCHANGED and row.name in started]

@@ -92,7 +92,7 @@ def _lost_in_noise(matrices: Sequence[MatrixFindings]) -> str | None:
     worst = max(row.noise_share for row in near)
     return (
         f"{len(near)} of {len(matrices)} matrices changed by little more than the rounding of "
-        f"their stored values (up to {worst:.0%} of the change's norm is rounding): small "
+        f"their stored values (up to {100 * worst:.0f} % of the change's norm is rounding): small "
         "components are lost in it, and singular values come out too low"
     )
 

@@ -22,9 +22,9 @@ E = vectors()
 TURN = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
 CASES: dict[str, tuple[Tensor, Tensor, str]] = {
     "linear": (E[:, :2], E[:, :2] + 0.1 * E[:, 2:4], "mean"),
-    "ties": (E[:, :2], E[:, 2:4] - 0.3 * E[:, :2], "a sum keeps 70% of one adapter"),
+    "ties": (E[:, :2], E[:, 2:4] - 0.3 * E[:, :2], "a sum keeps 70 % of one adapter"),
     "pico": (E[:, :2], E[:, 2:4] + 0.1 * E[:, :2], "(cosine 0.10), which a sum repeats"),
-    "tsv_m": (E[:, :2], E[:, :2] @ TURN, "100% of the energy"),
+    "tsv_m": (E[:, :2], E[:, :2] @ TURN, "100 % of the energy"),
     "svd": (E[:, :2], E[:, 2:4], "fits into ranks up to 4"),
 }
 

@@ -19,6 +19,7 @@ from loratool.errors import (
 )
 from loratool.ops.extract_plan import plan_extract
 from loratool.ops.extract_resume import resume_key
+from loratool.report.text import percent
 from tests.ops.builders import (
     LLAMA,
     State,
@@ -98,7 +99,7 @@ def test_errors_and_rests_are_the_true_ones(tmp_path: Path) -> None:
     missed = (delta - stored).norm() / delta.norm()
     assert row.relative_error == pytest.approx(missed.item(), rel=1e-6)
     explained = 1 - (rest.norm() / delta.norm()) ** 2
-    assert any(f"alone explains {explained:.2%}" in note for note in report.notes)
+    assert any(f"alone explains {percent(explained)} of" in note for note in report.notes)
     assert report.to_json()["tensors"][0].keys() >= {"kept_rank", "rest_norm"}
 
 
