@@ -27,6 +27,7 @@ from loratool.engine.devices import resolve_device
 from loratool.errors import NonFiniteValues, NothingMatches
 from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, TieChoice, place
+from loratool.ops.adapter_folder import load_update
 from loratool.ops.sources import measurable, open_adapter, open_model
 from loratool.provenance import document
 from loratool.storage.dtypes import FLOATS
@@ -220,9 +221,9 @@ def on_weight(
     """
     update = placed.update
     assert isinstance(update, LowRankUpdate)
-    value = update.load()
-    if not (all_finite(value.b.double()) and all_finite(value.a.double())):
-        raise NonFiniteValues(f"{placed.source}: the adapter holds NaN or infinity")
+    value = load_update(placed.source, update, device)
+    if update.is_embedding:
+        value = value.T
     if placed.member is None:
         stored = base.read()
     else:
@@ -231,8 +232,8 @@ def on_weight(
     if not all_finite(weight):
         raise NonFiniteValues(f"{base.name}: holds NaN or infinity")
     weight = weight.T if placed.transposed else weight  # a view: GPT-3's takes 1.8 GB
-    b, a = value.b.to(device), value.a.to(device)
+    b = value.b
     if placed.places is not None:
         rows = [row for row, place in enumerate(placed.places) if place >= 0]
         weight, b = weight[rows], b[[placed.places[row] for row in rows]]
-    return weight, LowRank(b, a, value.scale)
+    return weight, LowRank(b, value.a, value.scale)

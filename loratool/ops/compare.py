@@ -24,7 +24,6 @@ from loratool.adapter import (
     TokenRows,
 )
 from loratool.adapter.forms import FormFactor
-from loratool.algebra.blocks import all_finite
 from loratool.algebra.comparison import compare_jointly, compare_pair, linear_survival
 from loratool.algebra.entrywise import read_entries, sign_agreement, ties_survival
 from loratool.algebra.initial import RowStatistics, judge_start, row_statistics
@@ -33,7 +32,6 @@ from loratool.algebra.subspaces import phi_grid, row_basis
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import (
     DisagreementError,
-    NonFiniteValues,
     NothingMatches,
     RangeOverflow,
     UnsupportedInput,
@@ -41,6 +39,7 @@ from loratool.errors import (
 )
 from loratool.layouts.names import match_names, near_misses
 from loratool.layouts.patterns import select
+from loratool.ops.adapter_folder import load_update
 from loratool.ops.compare_advice import advise
 from loratool.ops.compare_report import (
     AdapterSummary,
@@ -208,10 +207,8 @@ def _nothing_shared(
 
 
 def _compare_module(job: _Job) -> _Compared:
-    values = [update.load() for _, update in job.updates]
+    values = [_measurable(f"{job.labels[i]}: {job.name}", update) for i, update in job.updates]
     positions = [position for position, _ in job.updates]
-    for position, value in zip(positions, values, strict=True):
-        _check_values(f"{job.labels[position]}: {job.name}", value)
     svds = [value.svd() for value in values]
     inner = torch.zeros(len(values), len(values), dtype=torch.float64)
     for i, svd in enumerate(svds):
@@ -257,14 +254,14 @@ def _computed(*updates: LowRankUpdate) -> bool:
     return any(isinstance(update.a, FormFactor) for update in updates)
 
 
-def _check_values(what: str, value: LowRank) -> None:
+def _measurable(what: str, update: LowRankUpdate) -> LowRank:
     """Raises NonFiniteValues, and RangeOverflow where squares would leave float64."""
-    b, a = value.b.double(), value.a.double()
-    if not (all_finite(b) and all_finite(a)):
-        raise NonFiniteValues(f"{what}: NaN or infinity in its factors")
-    size = float(b.abs().max()) * float(a.abs().max()) * abs(value.scale)
+    value = load_update(what, update, torch.device("cpu"))
+    size = math.prod(float(factor.double().abs().max()) for factor in (value.b, value.a))
+    size *= abs(value.scale)
     if size > _LARGEST:
         raise RangeOverflow(f"{what}: values up to {size:.1g} are too large to be measured")
+    return value.T if update.is_embedding else value
 
 
 def _a_factors(*updates: LowRankUpdate) -> list[Tensor]:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from loratool.adapter import Adapter, DoraUpdate, LowRankUpdate
-from loratool.algebra.blocks import all_finite
 from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
-from loratool.errors import NonFiniteValues
 from loratool.layouts.patterns import select
+from loratool.ops.adapter_folder import load_update
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.inspect_values import TensorValues, equal_groups, read_values
 from loratool.ops.sources import open_adapter
@@ -208,12 +207,7 @@ def _row(name: str, update: LowRankUpdate) -> UpdateRow:
 
 def _with_spectrum(job: tuple[str, LowRankUpdate]) -> UpdateRow:
     name, update = job
-    value = update.load()
-    if not (all_finite(value.b.double()) and all_finite(value.a.double())):
-        raise NonFiniteValues(
-            f"{name}: the adapter's factors hold NaN or infinity",
-            hint="inspect --level values counts them",
-        )
+    value = load_update(name, update, torch.device("cpu"))
     return replace(_row(name, update), spectrum=value.spectrum())
 
 

@@ -96,7 +96,7 @@ def test_nan_in_an_adapter_is_named(tmp_path: Path) -> None:
     for more in ([], [adapter]):
         ended = invoke("inspect", adapter, *more)
         assert ended.code == 3
-        assert f"{Q}.weight: the adapter's factors hold NaN or infinity" in ended.err
+        assert f"{Q}.weight: base_model.model.{Q}.lora_B.weight holds NaN or infinity" in ended.err
 
 
 def test_an_update_of_zero_needs_no_rank_and_loses_nothing(tmp_path: Path) -> None:
