@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from loratool.layouts.config import ModelConfig
+from loratool.storage.tensors import TensorInfo
 
 _MODEL_PREFIXES = {
     "gpt2": "transformer.",
@@ -51,7 +52,7 @@ _MODEL_PREFIXES = {
 }
 """transformers' base_model_prefix: what a head model's names start with and a bare one's lack."""
 
-WRAPPERS = (
+_WRAPPERS = (
     "module.",
     "_orig_mod.",
     "_forward_module.",
@@ -145,11 +146,23 @@ def near_components(word: str, names: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(word, sorted(components), n=3, cutoff=0.6)
 
 
-def wrapper_of(names: Collection[str]) -> str:
+def unwrapped(
+    tensors: Mapping[str, TensorInfo], side: str
+) -> tuple[Mapping[str, TensorInfo], list[str]]:
+    """The tensors without what a wrapper put before all their names, and what there is to say.
+    side: base or tuned."""
+    wrapper = _wrapper_of(tensors)
+    if not wrapper:
+        return tensors, []
+    note = f"the prefix {wrapper!r} in {side} was left out: a wrapper's, and no part of the model's"
+    return {name.removeprefix(wrapper): info for name, info in tensors.items()}, [note]
+
+
+def _wrapper_of(names: Collection[str]) -> str:
     """The wrappers' prefix that all names bear, or ''."""
     prefix = ""
     while names and (
-        found := next((w for w in WRAPPERS if all(n.startswith(prefix + w) for n in names)), "")
+        found := next((w for w in _WRAPPERS if all(n.startswith(prefix + w) for n in names)), "")
     ):
         prefix += found
     return prefix

@@ -16,7 +16,7 @@ from loratool.layouts.names import (
     match_names,
     model_name,
     near_misses,
-    wrapper_of,
+    unwrapped,
 )
 from loratool.layouts.renames import module_names
 from loratool.layouts.ties import Tie, find_ties, same_values
@@ -104,10 +104,10 @@ def align(
     shape.
     """
     config = base_config if base_config.known else tuned_config
-    base, unwrapped = _unwrapped(base, "base")
-    tuned, also = _unwrapped(tuned, "tuned")
+    base, unwrapping = unwrapped(base, "base")
+    tuned, also = unwrapped(tuned, "tuned")
     ours, notes = _as_loaded(base, config)
-    notes = [*unwrapped, *also, *notes]
+    notes = [*unwrapping, *also, *notes]
     theirs, _ = _as_loaded(tuned, tuned_config if tuned_config.known else config)
     refitted = refit(theirs, ours)
     if refitted.note:
@@ -120,17 +120,6 @@ def align(
         replace(pair, input_first=experts.is_input_first(pair.name)) for pair in alignment.pairs
     )
     return replace(alignment, pairs=pairs, experts=experts, notes=(*notes, *alignment.notes))
-
-
-def _unwrapped(
-    tensors: Mapping[str, TensorInfo], side: str
-) -> tuple[Mapping[str, TensorInfo], list[str]]:
-    """The tensors without what a wrapper put before all their names, and what there is to say."""
-    wrapper = wrapper_of(tensors)
-    if not wrapper:
-        return tensors, []
-    note = f"the prefix {wrapper!r} in {side} was left out: a wrapper's, and no part of the model's"
-    return {name.removeprefix(wrapper): info for name, info in tensors.items()}, [note]
 
 
 def _as_loaded(

@@ -18,7 +18,7 @@ from loratool.engine.devices import resolve_device
 from loratool.errors import MalformedFile, NothingMatches, ShapeMismatch
 from loratool.layouts.fused import refit
 from loratool.layouts.kinds import classify
-from loratool.layouts.names import match_names, wrapper_of
+from loratool.layouts.names import match_names, unwrapped
 from loratool.layouts.placing import PlacedUpdate, describe, place
 from loratool.layouts.ties import Tie, find_ties, same_values
 from loratool.ops.extract_report import LEFT_OUT, Status
@@ -210,10 +210,13 @@ def _pairs(
 ) -> tuple[list[tuple[TensorInfo, Stored]], list[str]]:
     """Tensors of both sides by name, give or take a prefix, with fused layers as the base has
     them, and notes on what has no partner."""
-    ours_by_name = _unwrapped(base)
-    refitted = refit(_unwrapped(tuned), ours_by_name)
+    ours_by_name, notes = unwrapped(base, "base")
+    theirs_by_name, also = unwrapped(tuned, "tuned")
+    refitted = refit(theirs_by_name, ours_by_name)
     matched = match_names(refitted.tensors, ours_by_name)
-    notes = [f"{matched.note} of the tuned checkpoint in the base"] if matched.note else []
+    notes = [*notes, *also]
+    if matched.note:
+        notes.append(f"{matched.note} of the tuned checkpoint in the base")
     if refitted.note:
         notes.append(f"{refitted.note}, as the base has it")
     if not matched.found:
@@ -266,11 +269,6 @@ def _check_compared(updates: Iterable[str], compared: set[str], ties: Iterable[T
             details=lost[:8],
             hint="does it store them in another layout? convert it to that of the base first",
         )
-
-
-def _unwrapped(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    wrapper = wrapper_of(tensors)
-    return {name.removeprefix(wrapper): info for name, info in tensors.items()}
 
 
 def _judged_together(

@@ -369,7 +369,10 @@ def test_wrappers_names_are_no_obstacle_to_verifying_a_claim(tmp_path: Path) -> 
     wrapped = {f"_orig_mod.{n}": t for n, t in moved(state).items()}
     tuned = save_folder(wrapped, tmp_path / "tuned", LLAMA)
     lt.extract(base, tuned, tmp_path / "adapter", rank=3)
-    assert lt.verify_adapter(tmp_path / "adapter", base, tuned).verdict == AS_STATED
+    report = lt.verify_adapter(tmp_path / "adapter", base, tuned)
+    assert report.verdict == AS_STATED
+    for wrapper, side in (("module.", "base"), ("_orig_mod.", "tuned")):
+        assert any(f"{wrapper!r} in {side}" in note for note in report.facts["notes"])
 
 
 def test_a_claim_of_fused_layers_is_held_to_a_tuned_side_that_has_them_apart(
