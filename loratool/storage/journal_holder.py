@@ -55,7 +55,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = None
     names = facts.get("files") if isinstance(facts, dict) else None
     if not isinstance(names, list) or not all(
-        isinstance(name, str) and name == Path(name).name and not name.startswith(".")
+        isinstance(name, str) and name == Path(name).name and name not in ("", "..")
         for name in names
     ):
         raise MalformedFile(f"{folder}: its journal is not one that this loratool wrote")

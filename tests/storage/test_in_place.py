@@ -265,7 +265,11 @@ def test_a_journal_reaches_no_file_but_its_own(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "facts", ["", "{", "[]", "5", "{}", '{"files": 5}', '{"files": ["../x"]}', '{"files": ["/x"]}']
+    "facts",
+    [
+        *("", "{", "[]", "5", "{}", '{"files": 5}', '{"files": [""]}', '{"files": [".."]}'),
+        *('{"files": ["../x"]}', '{"files": ["/x"]}', '{"files": ["x/y"]}'),
+    ],
 )
 def test_what_a_journal_says_of_itself_may_be_anything(folder: Path, facts: str) -> None:
     path = left_behind(folder)
@@ -286,6 +290,18 @@ def test_a_damaged_log_is_not_taken_for_one_cut_short(folder: Path, place: str) 
     with pytest.raises(MalformedFile, match="is damaged"):
         Journal.take(folder)
     assert (path / "log").read_bytes() == log
+
+
+def test_a_hidden_file_can_be_changed_in_place(folder: Path) -> None:
+    (folder / ".file").write_bytes(OLD)
+    Journal.begin(folder, [".file"], {}, 1000).release()
+    block = Block(".file", 0, 100, 1)
+    journal = Journal.take(folder)
+    assert journal is not None
+    journal.change(block, lambda *_: overwrite(folder, block))
+    journal.undo(lambda _: None)
+    assert (folder / ".file").read_bytes() == OLD
+    assert not (folder / JOURNAL).exists()
 
 
 def test_a_journal_copied_without_its_empty_lock(folder: Path) -> None:
