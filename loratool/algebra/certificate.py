@@ -120,11 +120,14 @@ class _Gap:
         return self._against(torch.linalg.eigvalsh(t).flip(0)[: self.rank].clamp(min=eta))
 
     def _against(self, largest: Tensor) -> float:
-        """The excess if these were the squares of D's first singular values."""
+        """The excess if these were the squares of D's first singular values.
+
+        Of the optimum only the least is known, so the larger of both excesses that it may be.
+        """
         least = max(0.0, self.energy - float(largest.sum()) - _rounding(self.size, self.energy))
-        if least >= NEGLIGIBLE**2 * self.energy:
-            return math.sqrt(self.missed / least) - 1
-        return (math.sqrt(self.missed) - math.sqrt(least)) / math.sqrt(self.energy)
+        of_optimum = math.sqrt(self.missed / max(least, NEGLIGIBLE**2 * self.energy)) - 1
+        of_norm = (math.sqrt(self.missed) - math.sqrt(least)) / math.sqrt(self.energy)
+        return max(of_optimum, of_norm)
 
 
 def _rounding(size: int, energy: float) -> float:

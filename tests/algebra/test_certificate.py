@@ -53,3 +53,20 @@ def test_a_matrix_of_exactly_low_rank() -> None:
     factors = factorize(d, parse_rank_rule("5"), key="k")
     assert residual_norm(d, factors.low_rank()) <= 1e-5 * float(d.norm())
     assert factors.bound.excess <= 1e-2
+
+
+@pytest.mark.parametrize("rank", [8, 40])
+@pytest.mark.parametrize("missed", [0.0099, 0.010001, 0.0101, 0.0103])
+def test_bound_holds_where_the_optimum_is_about_one_percent(missed: float, rank: int) -> None:
+    """There the excess changes from a share of the optimum to one of ‖D‖."""
+    values = torch.linspace(1, 0.2, 560, dtype=torch.float64)
+    values *= missed / float(values[rank:].norm())
+    values[:2] = 0.5**0.5
+    d = with_spectrum(620, 560, values, seed=rank)
+    true = torch.linalg.svdvals(d.double())
+    norm, best = float(true.norm()), float(true[rank:].norm())
+    factors = factorize(d, parse_rank_rule(str(rank)), key="k")
+    assert factors.method == "block Krylov"
+    excess = residual_norm(d, factors.low_rank()) - best
+    excess /= best if best >= NEGLIGIBLE * norm else norm
+    assert excess <= factors.bound.excess + 1e-7
