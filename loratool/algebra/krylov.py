@@ -1,9 +1,9 @@
 """Leading singular triplets of a large matrix by a randomised block method.
 
-A random sketch of the rows (Halko, Martinsson and Tropp, 2011; signs do for Gaussian numbers here)
-is steered towards the leading directions by power steps in a fast dtype, whose rounding only turns
-the start a little. From there on, block Krylov iteration (Musco and Musco, 2015, Algorithm 2) with
-products in float32 and the Rayleigh–Ritz step in float64.
+A random sketch of the rows (Halko, Martinsson and Tropp, 2011; of uniform numbers here) is steered
+towards the leading directions by power steps in a fast dtype, whose rounding only turns the start a
+little. From there on, block Krylov iteration (Musco and Musco, 2015, Algorithm 2) with products in
+float32 and the Rayleigh–Ritz step in float64.
 
 With an orthonormal basis V of the Krylov space, D·V = Q·Θ·(rotation). The last product, DᵀD·V,
 gives QᵀD besides: D is approximated by Q·(QᵀD), which is half a power step better than
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loratool.algebra.passes import RoughMatrix, image_and_back, image_of
-from loratool.algebra.random import signs
+from loratool.algebra.random import uniform
 from loratool.stopwatch import Stopwatch
 
 OVERSAMPLING = 8
@@ -99,7 +99,7 @@ def steered_start(
 
     ``key`` determines the random numbers.
     """
-    block = rough.back(signs(rough.rows, width, key))
+    block = rough.back(uniform(rough.rows, width, key))
     for _ in range(steps):
         block = rough.there_and_back(torch.linalg.qr(block).Q)
     return block

@@ -14,15 +14,16 @@ def gaussian(rows: int, columns: int, key: str) -> Tensor:
     return torch.from_numpy(_generator(key).standard_normal((rows, columns), dtype=np.float32))
 
 
-def signs(rows: int, columns: int, key: str) -> Tensor:
-    """(rows, columns) float32, +1 or −1 with equal chances, a function of ``key``.
+def uniform(rows: int, columns: int, key: str) -> Tensor:
+    """(rows, columns) float32, the middles of 256 equal parts of [−1, 1] with equal chances, a
+    function of ``key``. All of them are bfloat16 numbers too.
 
-    As good as Gaussian numbers for a start, and made in a tenth of the time.
+    As good as Gaussian numbers for a start, and made in a third of the time. (Signs are not: two
+    rows of them are often equal, and what lies in the difference of two rows is lost then.)
     """
-    count = rows * columns
-    drawn = np.frombuffer(_generator(key).bytes(-(-count // 8)), dtype=np.uint8)
-    bits = torch.from_numpy(np.unpackbits(drawn, count=count))
-    return bits.float().mul_(2).sub_(1).view(rows, columns)
+    drawn = np.frombuffer(_generator(key).bytes(rows * columns), dtype=np.int8)
+    numbers = torch.from_numpy(drawn.astype(np.float32))
+    return numbers.add_(0.5).mul_(2.0**-7).view(rows, columns)
 
 
 def choose(total: int, count: int, key: str) -> Tensor:

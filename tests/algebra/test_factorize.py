@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from loratool.algebra.blocks import all_finite
 from loratool.algebra.energies import sum_of_squares
 from loratool.algebra.factorize import factorize, leading_triplets, residual_norm, resolve_spectrum
+from loratool.algebra.krylov import OVERSAMPLING
 from loratool.algebra.lowrank import LowRank
-from loratool.algebra.random import gaussian
+from loratool.algebra.random import gaussian, uniform
 from loratool.algebra.ranks import parse_rank_rule
 
 
@@ -216,3 +217,20 @@ def test_values_little_above_many_equal_ones_are_within_one_percent_too(
     true = torch.linalg.svdvals(d.double())[:32]
     found = resolve_spectrum(d, parse_rank_rule("32"), key="0:d").values
     assert ((found - true).abs() <= 0.01 * true).all()
+
+
+@pytest.mark.parametrize("key", ["a", "b", "c"])
+def test_a_change_of_two_rows_against_each_other(key: str) -> None:
+    """Whichever two rows they are, a sketch sees their difference: one by signs did not."""
+    count = 1 + OVERSAMPLING
+    start = uniform(600, count, key).sign()
+    one, other = (start @ start.T == count).fill_diagonal_(False).nonzero()[0].tolist()
+    generator = torch.Generator().manual_seed(1)
+    d = torch.zeros(600, 600)
+    d[:, 300:] = 0.003 * torch.randn(600, 300, generator=generator)
+    row = torch.zeros(600)
+    row[:300] = torch.randn(300, generator=generator)
+    d[one], d[other] = row / row.norm(), -row / row.norm()
+    factors = factorize(d, parse_rank_rule("1"), key=key)
+    assert factors.method == "block Krylov"
+    assert residual_norm(d, factors.low_rank()) <= optimum(d, 1) * (1 + 1e-3)
