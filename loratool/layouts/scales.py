@@ -7,7 +7,7 @@ a tensor, for each row, or for each block of rows and columns, the last ones cut
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from loratool.errors import UnsupportedInput
 from loratool.layouts.config import ModelConfig
 from loratool.storage.dtypes import BF16, F16, F32
-from loratool.storage.tensors import TensorInfo
+from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.storage.views import stored_in
 
 _SUFFIXES = ("_scale_inv", "_scale")
 _USUAL_BLOCK = (128, 128)
@@ -68,14 +69,17 @@ def scaled_by(name: str, tensors: Mapping[str, TensorInfo], config: ModelConfig)
     )
 
 
-def refuse_scaled(side: str, tensors: Mapping[str, TensorInfo]) -> None:
+def refuse_scaled(
+    side: str, tensors: Mapping[str, TensorInfo], compared: Iterable[LazyTensor]
+) -> None:
     """Raises UnsupportedInput where weights are codes that scales beside them give a meaning: their
-    differences are no change of weights. side: base or tuned."""
+    differences are no change of weights. side: base or tuned, whose tensors these are."""
+    names = dict.fromkeys(info.name for one in compared for info in stored_in(one))
     scaled = [
         name
-        for name, info in tensors.items()
-        if info.dtype.is_float
-        and info.dtype.bits == 8
+        for name in names
+        if tensors[name].dtype.is_float
+        and tensors[name].dtype.bits == 8
         and any(name + s in tensors for s in _SUFFIXES)
     ]
     if scaled:

@@ -168,7 +168,8 @@ def plan_extract(
     inputs = [*base_side.paths, *tuned_side.paths, *([into] if into else [])]
     check_output(output, overwrite=overwrite, inputs=inputs)
     for side, model in (("base", base_side), ("tuned", tuned_side)):
-        refuse_scaled(side, model.checkpoint.tensors)
+        tensors = model.checkpoint.tensors
+        refuse_scaled(side, tensors, tensors.values())
     alignment = align(
         base_side.checkpoint, tuned_side.checkpoint, base_side.config, tuned_side.config
     )

@@ -219,8 +219,8 @@ def inspect_pair(
         tied = {name: main for name, main in alignment.repeats.items() if {name, main} <= chosen}
         pairs = [pair for pair in pairs if pair.name not in tied]
         passed_over += [f"{name} is tied to {main}: counted once" for name, main in tied.items()]
-        for side, model in (("base", base_side), ("tuned", tuned_side)):
-            refuse_scaled(side, model.checkpoint.tensors)
+        refuse_scaled("base", base_side.checkpoint.tensors, [pair.base for pair in pairs])
+        refuse_scaled("tuned", tuned_side.checkpoint.tensors, [pair.whole for pair in pairs])
         pairs = check_floats(list(pairs))
         rule = parse_rank_rule("full" if exact else str(SPECTRUM_VALUES))
         asked = rule if level is Level.SPECTRA else None

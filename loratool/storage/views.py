@@ -250,11 +250,16 @@ def member_of(source: LazyTensor, index: int) -> Stored:
 
 def files_of(tensor: LazyTensor) -> set[Path]:
     """The files that the values lie in."""
+    return {stored.path for stored in stored_in(tensor)}
+
+
+def stored_in(tensor: LazyTensor) -> list[TensorInfo]:
+    """The tensors of files that the values are of."""
     if isinstance(tensor, TensorInfo):
-        return {tensor.path}
+        return [tensor]
     sources: Iterable[LazyTensor] = ()
     if isinstance(tensor, _Rows | _Member | Columns | Lengthened | Flattened | Reshaped):
         sources = (tensor.source,)
     elif isinstance(tensor, Joined | Interleaved):
         sources = tensor.parts
-    return set().union(*(files_of(source) for source in sources))
+    return [stored for source in sources for stored in stored_in(source)]

@@ -446,6 +446,7 @@ def test_weights_in_8_bits_with_scales_are_not_compared(tmp_path: Path) -> None:
             lt.extract(one, two, tmp_path / "a", rank=2)
     with pytest.raises(UnsupportedInput, match="8 bits with scales"):
         lt.inspect(base, tuned, level="values")
+    assert lt.inspect(base, tuned, level="values", only=["*norm*"])
 
 
 def test_tensors_without_values_are_unchanged(tmp_path: Path) -> None:
