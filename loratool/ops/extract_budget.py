@@ -65,8 +65,7 @@ def shared_out(
         return _one_rank(spectra, parameters, profile)
     groups: dict[str, list[str]] = {}
     for name in spectra:
-        stack = parameter_of(name)
-        groups.setdefault(stack if stack in stacks else name, []).append(name)
+        groups.setdefault(_group(name, stacks), []).append(name)
     together = [
         _together([spectra[name] for name in names], stacks.get(group, 1))
         for group, names in groups.items()
@@ -103,11 +102,16 @@ def parameters_at(
         padded = allowed_rank(min(rank, most), profile)
         return sum(padded * sum(spectrum.shape) for spectrum in spectra.values())
     costs = {
-        parameter_of(name) if parameter_of(name) in stacks else name: min(rank, len(s.values))
-        * sum(s.shape)
-        for name, s in spectra.items()
+        _group(name, stacks): min(rank, len(spectrum.values)) * sum(spectrum.shape)
+        for name, spectrum in spectra.items()
     }
     return sum(cost * stacks.get(group, 1) for group, cost in costs.items())
+
+
+def _group(name: str, stacks: Mapping[str, int]) -> str:
+    """The parameter of an expert, whose matrices share a rank; else the tensor itself."""
+    stack = parameter_of(name)
+    return stack if stack in stacks else name
 
 
 def _together(spectra: Sequence[Spectrum], count: int) -> Spectrum:
