@@ -57,12 +57,13 @@ def lora_rank(spectrum: Spectrum, noise: NoiseFloor, changed_share: float) -> Lo
         return None
     unseen = ARITHMETIC * spectrum.total_energy
     tail = ((MARGIN * noise.energy + unseen) / spectrum.total_energy) ** 0.5
+    above = spectrum.above(noise.threshold).tolist()
     rest = spectrum.total_energy - spectrum.values.square().cumsum(0)
     least = None
     for rank in range(1, len(spectrum.values)):
         absorbed = rank * (rows + columns) / (rows * columns)
         if float(rest[rank - 1]) <= noise.energy * (1 - absorbed + MARGIN) + unseen:
             least = least or rank
-        if float(spectrum.values[rank]) <= noise.threshold:
+        if not above[rank]:
             return LoraAnswer(rank if least else None, tail, least)
     return LoraAnswer(None, tail, least)

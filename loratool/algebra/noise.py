@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.algebra.energies import column_squares, row_squares, total
+from loratool.algebra.energies import total
 
 BIASED = 0.35
 """From this share of rounding in a change on, entries that did not change at all bias it low.
@@ -84,19 +84,6 @@ def powers(values: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
         values.view(torch.int32), _EXPONENT.to(values.device), out=out.view(torch.int32)
     )
     return out.clamp_(min=torch.finfo(dtype).tiny) if dtype == torch.float16 else out
-
-
-def noise_floor(stored: Tensor) -> NoiseFloor:
-    """The floor that the rounding of ``stored`` (rows, columns; as kept in its file) sets.
-
-    Zero for dtypes other than bf16, fp16 and fp32.
-    """
-    sums = NoiseSums(stored.shape[1], stored.dtype)
-    if has_rounding(stored.dtype):
-        values = stored.float()
-        power = powers(values, stored.dtype, torch.empty_like(values))
-        sums.add(row_squares(power), column_squares(power))
-    return sums.floor()
 
 
 def ulp(values: Tensor) -> Tensor:

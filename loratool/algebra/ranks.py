@@ -235,7 +235,7 @@ def absolute(spectrum: Spectrum, threshold: float) -> int | None:
 @rank_rule("auto")
 def auto(spectrum: Spectrum, _: float) -> int | None:
     """Every component above the noise floor that the checkpoints' rounding sets."""
-    return _count(spectrum, spectrum.values > spectrum.noise_floor)
+    return _count(spectrum, spectrum.above(spectrum.noise_floor))
 
 
 @rank_rule("stable")

@@ -9,13 +9,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loratool.algebra.differences import DifferenceSums
 from loratool.algebra.factorize import factorize
 from loratool.algebra.lora_test import LoraAnswer, lora_rank
-from loratool.algebra.noise import BIASED, NoiseFloor, noise_floor, ulp
+from loratool.algebra.noise import BIASED, NoiseFloor, ulp
 from loratool.algebra.ranks import parse_rank_rule
 from loratool.algebra.spectrum import Spectrum
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+
+
+def noise_floor(stored: torch.Tensor) -> NoiseFloor:
+    """The floor that the rounding of a matrix sets."""
+    sums = DifferenceSums(stored.shape[1], stored.dtype, stored.dtype)
+    assert sums.add(torch.zeros_like(stored), stored, torch.empty(stored.shape))
+    return sums.noise()
 
 
 @given(st.floats(1e-4, 1e4), st.sampled_from([*SIXTEEN_BITS, torch.float32]))
@@ -128,6 +136,19 @@ def test_a_lora_is_recognised_and_a_tail_is_not_taken_for_one(
     assert plain.tail < 0.05
     assert tailed is not None
     assert tailed.rank is None
+
+
+@pytest.mark.parametrize("relative", [0.1, 1.0])
+def test_what_float32_products_add_is_not_taken_for_a_component(relative: float) -> None:
+    """Of a large change of a float32 checkpoint it is more than the rounding."""
+    d, floor, changed = change(torch.float32, relative)
+    for key in "abcde":
+        auto = factorize(d, parse_rank_rule("auto"), key=key, noise_floor=floor.threshold)
+        assert auto.method == "block Krylov"
+        assert auto.rank == 8
+        found = lora_rank(auto.spectrum, floor, changed)
+        assert found is not None
+        assert found.rank == 8
 
 
 def test_a_lora_extracted_at_its_own_rank_is_recognised() -> None:
