@@ -113,8 +113,9 @@ class ExtractJob:
     @property
     def sketched(self) -> bool:
         """Whether the randomised method gets the change as it was read."""
-        rule = self.rule.kind.name
-        return self.treatment is Treatment.LOW_RANK and not self.exact and rule != "full"
+        as_read = self.start is None and not self.dora
+        sketches = not self.exact and self.rule.kind.name != "full"
+        return self.treatment is Treatment.LOW_RANK and as_read and sketches
 
     @property
     def memory_bytes(self) -> int:
