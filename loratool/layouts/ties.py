@@ -122,9 +122,20 @@ def output_head(names: Collection[str], config: ModelConfig) -> str | None:
     stored = next((head for head in _STORED_HEADS if head in names), None)
     if stored is not None:
         return stored
-    if architecture in _HEADS_OF:
-        return _HEADS_OF[architecture]
-    return "lm_head.weight" if architecture.endswith(_WITH_LM_HEAD) else None
+    usual = "lm_head.weight" if architecture.endswith(_WITH_LM_HEAD) else None
+    known = _HEADS_OF.get(architecture, usual)
+    return None if known is None else _behind_a_prefix(known, names)
+
+
+def _behind_a_prefix(head: str, names: Collection[str]) -> str:
+    """The stored name that is this one behind what all names begin with (``module.``), if there
+    is one: it is not another matrix."""
+    found = (name for name in names if name.endswith(f".{head}"))
+    for name in found:
+        prefix = name.removesuffix(head)
+        if all(other.startswith(prefix) for other in names):
+            return name
+    return head
 
 
 def same_values(one: LazyTensor, two: LazyTensor) -> bool:

@@ -18,6 +18,7 @@ from tests.faults.killing import bytes_of
 from tests.ops.builders import GPT2, LLAMA, gpt2_like, llama_like, load_folder, save_folder
 from tests.ops.builders import save_peft as save_linear
 from tests.ops.test_merge import DOWN1, Q0, factors
+from tests.ops.test_merge_strict import replacing
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 TIED = LLAMA | {"tie_word_embeddings": True}
@@ -269,3 +270,23 @@ def test_swap_of_one_side_of_a_tie(tmp_path: Path) -> None:
     lt.swap(merged, old, more, tmp_path / "part", exclude=["down_proj"])
     lt.merge(base, more, tmp_path / "likewise", exclude=["down_proj"], receipt=True)
     assert bytes_of(tmp_path / "part") == bytes_of(tmp_path / "likewise")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model_1."])
+def test_a_tie_behind_a_prefix_is_one(tmp_path: Path, prefix: str) -> None:
+    """Its head was taken for one that is not stored, and stayed as it was."""
+    state = {name: value.float() for name, value in tied_state().items()}
+    state["lm_head.weight"] = state[f"{EMBED}.weight"].clone()
+    wrapped = {f"{prefix}{name}": value for name, value in state.items()}
+    base = save_folder(wrapped, tmp_path / "base", TIED)
+    new = torch.randn(50, 24)
+    both = replacing(tmp_path / "both", **{f"{EMBED}.weight": new, f"{HEAD}.weight": new.clone()})
+    lt.merge(base, both, tmp_path / "merged")
+    merged = load_folder(tmp_path / "merged")
+    assert all(torch.equal(merged[f"{prefix}{side}.weight"], new) for side in (EMBED, HEAD))
+    alone = save_sides(tmp_path / "alone", {HEAD: factors(50, 24)})
+    with pytest.raises(DisagreementError, match=r"changes .*lm_head\.weight alone"):
+        lt.merge(base, alone, tmp_path / "no")
+    lt.merge(base, alone, tmp_path / "tied", ties="both")
+    tied = load_folder(tmp_path / "tied")
+    assert torch.equal(*(tied[f"{prefix}{side}.weight"] for side in (EMBED, HEAD)))
