@@ -33,14 +33,14 @@ SORTS: Sorts[tuple[str, list[DeltaRow]]] = {
 
 
 def show_pair(out: Output, report: PairReport, sort: str | None = None) -> None:
-    from loratool.ops.findings import same_values
+    from loratool.ops.findings import nothing_changed
     from loratool.ops.inspect_level import Level
 
     if report.level is Level.HEADERS:
         _show_headers(out, report)
         return
     if not report.rows:
-        out.line(same_values(report.base, report.tuned, len(report.unchanged)))
+        out.line(nothing_changed(report.base, report.tuned, len(report.unchanged)))
         _headers(out, report)
         out.notes(report.notes)
         return

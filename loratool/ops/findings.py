@@ -67,7 +67,7 @@ def lora_summary(matrices: Sequence[MatrixFindings], looked_at: str, others: int
     return answer
 
 
-def same_values(base: str, tuned: str, compared: int) -> str:
+def nothing_changed(base: str, tuned: str, compared: int) -> str:
     """What to say of two checkpoints without a difference in the tensors that were compared."""
     if not compared:
         return f"{base} and {tuned}: no tensor was compared"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from loratool.layouts.families import family_of, layer_of
-from loratool.ops.findings import same_values
+from loratool.ops.findings import nothing_changed
 from loratool.ops.inspect_level import Level
 from loratool.ops.inspect_pair import DeltaRow, PairReport
 from loratool.ops.views.spectra import SPECTRUM_COLUMNS, sizes_table, spectrum_cells
@@ -87,7 +87,7 @@ def _share_of(change: float, base: float) -> str:
 def _statements(report: PairReport) -> tuple[str, ...]:
     said = []
     if not report.rows:
-        said.append(same_values(report.base, report.tuned, len(report.unchanged)))
+        said.append(nothing_changed(report.base, report.tuned, len(report.unchanged)))
     if summary := report.lora_summary():
         said.append(summary)
     return (*said, *_header_statements(report))
