@@ -123,11 +123,13 @@ class _Gap:
         """The excess if these were the squares of D's first singular values.
 
         Of the optimum only the least is known, so the larger of both excesses that it may be.
+        Where entries are alike their products round alike, by more than is padded for; then the
+        least may come out above what is missed.
         """
         least = max(0.0, self.energy - float(largest.sum()) - _rounding(self.size, self.energy))
         of_optimum = math.sqrt(self.missed / max(least, NEGLIGIBLE**2 * self.energy)) - 1
         of_norm = (math.sqrt(self.missed) - math.sqrt(least)) / math.sqrt(self.energy)
-        return max(of_optimum, of_norm)
+        return max(of_optimum, of_norm, 0.0)
 
 
 def _rounding(size: int, energy: float) -> float:
