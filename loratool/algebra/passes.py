@@ -12,7 +12,7 @@ from loratool.algebra.blocks import large_matrix
 _ROWS = 512
 """Rows at a time: a block is used twice while it is in cache."""
 
-_COPIED, _COPIED_AT_A_TIME = 2**25, 2**22
+_COPIED, _COPIED_AT_A_TIME = 2**25, 2**21
 """Elements up to which a matrix is copied to a fast dtype as a whole, and otherwise at a time."""
 
 
