@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratool.algebra.krylov import Ritz
+from loratool.algebra.krylov import Ritz, residual
 from loratool.algebra.passes import image_and_back
 from loratool.algebra.random import gaussian
 
@@ -94,7 +94,7 @@ class _Gap:
     @staticmethod
     def of(ritz: Ritz, rank: int, energy: float) -> _Gap:
         squares = ritz.theta.square()
-        g = ritz.back - ritz.v.double() * squares
+        g = residual(ritz.back, ritz.v, squares)
         square = g.T @ g
         # a little more than GᵀG, so that it has a Cholesky factor; the bound becomes no tighter
         square.diagonal().add_(_JITTER * float(square.trace()) + _TINY * energy**2)

@@ -8,16 +8,13 @@ nothing depends on how many rows are looked at together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loratool.algebra.blocks import float64_blocks
 from loratool.algebra.row_kernels import LANES, squares
-
-_BLOCK_ELEMENTS = 2**18
-"""Of a block that is squared at a time: its float64 values stay in cache."""
 
 
 def sum_of_squares(d: Tensor) -> float:
@@ -47,18 +44,12 @@ def row_energies(x: Tensor, minus: Tensor | None = None) -> np.ndarray:
         return sums
     if minus is None and x.dtype == torch.float32:
         return row_squares(x.contiguous())
-    parts = [row_squares(block) for block in _float64_blocks(x, minus)]
-    return np.concatenate([np.empty(0), *parts])
-
-
-def _float64_blocks(x: Tensor, minus: Tensor | None) -> Iterator[Tensor]:
-    rows, columns = x.shape
-    step = max(1, min(rows, _BLOCK_ELEMENTS // max(1, columns)))
-    wide = torch.empty(step, columns, dtype=torch.float64, device=x.device)
-    for start in range(0, rows, step):
-        block = x[start : start + step]
-        buffer = wide[: len(block)].copy_(block)
-        yield buffer if minus is None else buffer.sub_(minus[start : start + step])
+    parts = [np.empty(0)]
+    for start, block in float64_blocks(x):
+        if minus is not None:
+            block.sub_(minus[start : start + len(block)])
+        parts.append(row_squares(block))
+    return np.concatenate(parts)
 
 
 def row_squares(values: Tensor) -> np.ndarray:

@@ -310,18 +310,18 @@ def residual_norm(d: Tensor, update: LowRank) -> float:
     rows, columns = d.shape
     step = max(_LEAST_ROWS, block_rows(columns))
     exact, single = (_Missed(d, update, dtype, step) for dtype in (torch.float64, torch.float32))
-    total = 0.0
+    missed = 0.0
     for index, start in enumerate(range(0, rows, step)):
         if index % _CHECKED:
-            total += single.energy(start)
+            missed += single.energy(start)
             continue
         energy = exact.energy(start)
         if rows > step and not abs(single.energy(start) - energy) <= _AGREEMENT * energy:
             break
-        total += energy
+        missed += energy
     else:
-        if total >= _SMALL**2 * exact.update_energy:
-            return math.sqrt(total)
+        if missed >= _SMALL**2 * exact.update_energy:
+            return math.sqrt(missed)
     return math.sqrt(math.fsum(exact.energy(start) for start in range(0, rows, step)))
 
 

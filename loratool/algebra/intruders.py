@@ -21,7 +21,14 @@ from torch import Tensor
 
 from loratool.algebra.blocks import float64_blocks
 from loratool.algebra.factorize import EXACT_SIDE
-from loratool.algebra.krylov import OVERSAMPLING, Ritz, block_krylov, sketch_pays, steered_start
+from loratool.algebra.krylov import (
+    OVERSAMPLING,
+    Ritz,
+    block_krylov,
+    residual,
+    sketch_pays,
+    steered_start,
+)
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.passes import RoughMatrix, fastest_dtype, image_and_back
 
@@ -128,7 +135,7 @@ def leading(d: Tensor, count: int, key: str) -> Triplets:
 
 def _sines(ritz: Ritz, count: int) -> Tensor:
     squares = ritz.theta.square()
-    rest = ritz.back - ritz.v.double() * squares
+    rest = residual(ritz.back, ritz.v, squares)
     residuals = torch.linalg.vector_norm(rest, dim=0)[:count]
     distances = (squares[:, None] - squares[None, :count]).abs()
     distances.fill_diagonal_(torch.inf)

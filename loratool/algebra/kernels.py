@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratool.algebra.native import ADDRESS, FLOAT, SIZE, compiled, counting, machine_code
+from loratool.algebra.native import (
+    ADDRESS,
+    FLOAT,
+    SIZE,
+    bf16_bits,
+    compiled,
+    counting,
+    machine_code,
+)
 
 Decide = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, int, float]]
 
@@ -75,10 +83,7 @@ def _instructions() -> Any:
         return place
 
     def to_bf16(value: Any) -> Any:
-        """To nearest, ties to even, as an i32 of 16 bits."""
-        bits = b.bitcast(value, i32)
-        odd = b.and_(b.lshr(bits, i32(16)), i32(1))
-        return b.lshr(b.add(b.add(bits, i32(0x7FFF)), odd), i32(16))
+        return bf16_bits(b, b.bitcast(value, i32), i32)
 
     def element(array: Any, index: Any) -> Any:
         return b.gep(array, [index])

@@ -186,11 +186,16 @@ def _are_settled(theta: Tensor, v: Tensor, back: Tensor, count: int) -> bool:
     squares = theta.square()
     outside = squares[min((count + len(squares)) // 2, len(squares) - 1)]
     theta, squares = theta[:count], squares[:count]
-    rest = back[:, :count].double() - v[:, :count].double() * squares
+    rest = residual(back[:, :count], v[:, :count], squares)
     residuals = torch.linalg.vector_norm(rest, dim=0)
     alike = residuals <= _ALIKE * squares + _FLOAT32 * theta * theta[0]
     apart = residuals.square() <= SETTLED * squares * (squares - outside)
     return bool((alike | apart | (theta <= _NOTHING * theta[0])).all())
+
+
+def residual(back: Tensor, v: Tensor, squares: Tensor) -> Tensor:
+    """DᵀD·v − θ²·v of pairs v (n, l), of which ``back`` is DᵀD·v: (n, l) float64. squares: θ²."""
+    return back.double() - v.double() * squares
 
 
 def _gram(basis: Tensor) -> Tensor:

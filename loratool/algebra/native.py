@@ -80,6 +80,15 @@ def machine_code(
     return function
 
 
+def bf16_bits(b: Any, bits: Any, number: Callable[[int], Any]) -> Any:
+    """The 16 bits, in 32, of the bf16 nearest to finite float32 values of these bits; ties to even.
+
+    number: an integer as a constant of their kind, which may be a vector.
+    """
+    odd = b.and_(b.lshr(bits, number(16)), number(1))
+    return b.lshr(b.add(b.add(bits, number(0x7FFF)), odd), number(16))
+
+
 @contextmanager
 def counting(b: Any, stop: Any, step: int = 1, start: int = 0) -> Iterator[Any]:
     """The body of a loop over start, start + step, … below stop, which must be above start."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.algebra.native import ADDRESS, SIZE, compiled, counting, machine_code
+from loratool.algebra.native import ADDRESS, SIZE, bf16_bits, compiled, counting, machine_code
 
 LANES = 64
 
@@ -155,15 +155,9 @@ class _Writer:
 
     def to_bf16(self, value: Any, lanes: int) -> Any:
         """A finite float32 to nearest, ties to even."""
-        b = self.b
-        bits = b.bitcast(value, self.kind(self.i32, lanes))
-
-        def number(value: int) -> Any:
-            return self.constant(value, self.i32, lanes)
-
-        odd = b.and_(b.lshr(bits, number(16)), number(1))
-        rounded = b.lshr(b.add(b.add(bits, number(0x7FFF)), odd), number(16))
-        return b.trunc(rounded, self.kind(self.stored(torch.bfloat16), lanes))
+        bits = self.b.bitcast(value, self.kind(self.i32, lanes))
+        rounded = bf16_bits(self.b, bits, lambda n: self.constant(n, self.i32, lanes))
+        return self.b.trunc(rounded, self.kind(self.stored(torch.bfloat16), lanes))
 
     def double(self, value: Any, lanes: int) -> Any:
         """A float32 or float64 in float64."""

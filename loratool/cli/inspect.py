@@ -102,14 +102,7 @@ _SORTS: dict[str, Iterable[str]] = {
     is_flag=True,
     help="Every singular value, of a pair's changes or a checkpoint's weights.",
 )
-@click.option(
-    "--csv",
-    "csv_file",
-    type=options.PATH,
-    metavar="FILE",
-    callback=options.no_other_table,
-    help="Also write a line per tensor.",
-)
+@options.csv_option("tensor")
 @picture_options
 @click.option(
     "--cost",

@@ -54,14 +54,7 @@ _TEXT = {"name": 1, "format": 2, "base or class": 3}
     is_flag=True,
     help="Read the files that may be duplicates, to be sure; else only headers are read.",
 )
-@click.option(
-    "--csv",
-    "csv_file",
-    type=options.PATH,
-    metavar="FILE",
-    callback=options.no_other_table,
-    help="Also write a line per entry.",
-)
+@options.csv_option("entry")
 @options.report_option
 @options.framed
 def list_command(

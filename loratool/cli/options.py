@@ -185,31 +185,42 @@ format_option = click.option(
 )
 
 
-_TABLE = re.compile(rb"(adapter,)?name[,\r\n]|\s*$")
+_TABLE = re.compile(rb"(adapter,)?name[,\r\n]")
 
 
-def no_other_table(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """As of a report: a table replaces a table, and nothing else."""
+def _refuse_others(value: Path | None, ours: re.Pattern[bytes], what: str) -> None:
+    """A file that begins otherwise than ``ours`` may be an input that was named by mistake."""
     if value is None or not value.is_file():
-        return value
+        return
     with open(value, "rb") as file:
-        if not _TABLE.match(file.read(200)):
-            raise click.BadParameter(
-                f"{value} exists and is no table of loratool's; choose another"
-            )
+        begin = file.read(200)
+    if begin.strip() and not ours.match(begin):
+        raise click.BadParameter(f"{value} exists and is no {what} of loratool's; choose another")
+
+
+def _no_other_table(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """As of a report: a table replaces a table, and nothing else."""
+    _refuse_others(value, _TABLE, "table")
     return value
+
+
+def csv_option(rows: str) -> Callable[[Command], Command]:
+    """``--csv``, as csv_file; rows: what a line of it is of."""
+    return click.option(
+        "--csv",
+        "csv_file",
+        type=PATH,
+        metavar="FILE",
+        callback=_no_other_table,
+        help=f"Also write a line per {rows}.",
+    )
 
 
 def _no_other_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """A report replaces a report, and never the file of an input that was named by mistake."""
     if value is not None and value.is_dir():
         raise click.BadParameter(f"{value} is a folder; a report is a file")
-    if value is None or not value.exists() or not value.is_file():
-        return value
-    with open(value, "rb") as file:
-        begin = file.read(200)
-    if begin.strip() and not _REPORT.match(begin):
-        raise click.BadParameter(f"{value} exists and is no report of loratool's; choose another")
+    _refuse_others(value, _REPORT, "report")
     return value
 
 

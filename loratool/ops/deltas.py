@@ -108,11 +108,12 @@ def _compared(
         block = target(start, stop)
         if not sums.add(before, after, block, None if rough is None else rough[start:stop]):
             raise _not_finite(pair, start, (before, after), block)
-    if sums is None or sums.energy == 0:
+    energy = sums.energy if sums is not None else 0.0
+    if sums is None or energy == 0:
         return None
     share = sums.changed / (rows * columns)
     nothing = torch.empty(0, columns, device=device)
-    return Delta(nothing, sums.energy, sums.base_energy**0.5, sums.noise(), share, rough)
+    return Delta(nothing, energy, sums.base_energy**0.5, sums.noise(), share, rough)
 
 
 def _not_finite(

@@ -80,7 +80,7 @@ def find_side_files(
             notes.append(
                 f"left out: {path.relative_to(folder)}, a link to a file that is not there"
             )
-        elif path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
+        elif _is_of_weights(path):
             skipped.append(str(path.relative_to(folder)))
         elif config is None or path != folder / _CONFIG:
             found.append(path)
@@ -89,13 +89,12 @@ def find_side_files(
 
 def side_files_of(model: Model) -> list[Path]:
     """The small files of a checkpoint: what may come along."""
-    return [
-        path
-        for path in _beside(model)
-        if path.is_file()
-        and path.suffix not in WEIGHT_SUFFIXES
-        and not path.name.endswith(".index.json")
-    ]
+    return [path for path in _beside(model) if path.is_file() and not _is_of_weights(path)]
+
+
+def _is_of_weights(path: Path) -> bool:
+    """Whether a file holds weights, or the index of files that do."""
+    return path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
 
 
 def hashes_of(files: Sequence[Path], folder: Path) -> dict[str, str]:
