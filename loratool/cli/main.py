@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import sys
@@ -12,6 +11,7 @@ from importlib import import_module
 import click
 
 from loratool.cli.errors import EXIT_CODES, INTERRUPTED
+from loratool.cli.startup import start_sooner
 
 GROUPS: dict[str, dict[str, str]] = {
     "Surgery": {
@@ -109,10 +109,7 @@ def entry() -> None:
 
     Taking torch's modules down one by one costs almost half a second, for nothing.
     """
-    # what torch's import makes stays: looking through it for cycles, over and over, finds none
-    gc.set_threshold(100_000, 20, 20)
-    # other makers' devices have no use here, and looking for them takes time
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    start_sooner()
     code: object = 0
     try:
         main()
