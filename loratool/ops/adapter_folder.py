@@ -19,8 +19,12 @@ from loratool.formats import peft
 from loratool.formats.written import Encoded
 from loratool.provenance import REPORT_FILE
 from loratool.storage.dtypes import F32, USER_NAMES, DType
+from loratool.storage.early import EarlyFile
 from loratool.storage.tensors import LazyTensor, TensorInfo
 from loratool.storage.writing import park, write_tensors
+
+METADATA = {"format": "pt"}
+"""Of an adapter's safetensors file."""
 
 _STORED = {dtype.name for dtype in USER_NAMES.values()}
 
@@ -31,23 +35,31 @@ def write_adapter(
     report: Mapping[str, Any],
     base_modules: Iterable[str] | None = None,
     config: Mapping[str, Any] | None = None,
+    early: EarlyFile | None = None,
 ) -> None:
     """adapter_model.safetensors, adapter_config.json (PEFT's layout) and the report, in an existing
     folder.
 
-    config: fields of adapter_config.json that differ from what the adapter says.
+    config: fields of adapter_config.json that differ from what the adapter says. early: the
+    adapter's file, if it was begun.
     """
     tensors, side_files = peft.encode(adapter, base_modules)
     if config:
         fields = json.loads(side_files[peft.CONFIG_FILE]) | dict(config)
         text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
         side_files = {**side_files, peft.CONFIG_FILE: text.encode()}
-    write_encoded(folder, Encoded(peft.WEIGHTS_FILE, tensors, side_files), report)
+    write_encoded(folder, Encoded(peft.WEIGHTS_FILE, tensors, side_files), report, early)
 
 
-def write_encoded(folder: Path, encoded: Encoded, report: Mapping[str, Any]) -> None:
+def write_encoded(
+    folder: Path,
+    encoded: Encoded,
+    report: Mapping[str, Any],
+    early: EarlyFile | None = None,
+) -> None:
     """An adapter's files in any format, and the report, in an existing folder."""
-    write_tensors(folder / encoded.weights_file, encoded.tensors, {"format": "pt"})
+    placed = early.finish(encoded.tensors, METADATA) if early is not None else ()
+    write_tensors(folder / encoded.weights_file, encoded.tensors, METADATA, placed)
     for name, content in encoded.side_files.items():
         (folder / name).write_bytes(content)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")

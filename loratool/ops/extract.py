@@ -16,6 +16,7 @@ from loratool.ops.base_check import samples_of
 from loratool.ops.extract_adapter import base_modules, build_adapter, stored_size
 from loratool.ops.extract_biases import settled
 from loratool.ops.extract_budget import spend
+from loratool.ops.extract_early import Foreseen, foreseen
 from loratool.ops.extract_jobs import (
     ExtractJob,
     ExtractResult,
@@ -49,31 +50,22 @@ def run_extract(
         spectra = resolve_spectra(plan, engine, progress)
         jobs, allocation = spend(plan.jobs, spectra, plan.budget, plan.profile)
     key = resume_key(jobs, plan.into, (plan.base.config, plan.tuned.config))
-    with staged(plan.output, key) as staging:
+    with (
+        staged(plan.output, key) as staging,
+        foreseen(plan, jobs, staging.out) as early,
+    ):
+        staging.clear_out()
         jobs = [replace(job, scratch=staging.scratch) for job in jobs]
-        done, left = pending(jobs)
-        new = engine.map(
-            extract_and_keep,
-            left,
-            cost=lambda job: job.cost,
-            progress=progress,
-            what="extracting",
-            ahead=read_ahead,
-        )
-        done |= {job.index: result for job, result in zip(left, new, strict=True)}
-        results = settled([done[job.index] for job in jobs])
+        results = settled(_results(jobs, early, engine, progress))
         tied = plan.alignment.repeats
-        results = [
-            replace(
-                result, row=replace(_placed(result.row, plan), tied_to=tied.get(result.row.name))
-            )
+        rows = [
+            replace(_placed(result.row, plan), tied_to=tied.get(result.row.name))
             for result in results
         ]
-        rows = [result.row for result in results]
         _refuse_lost_changes(rows)
         adapter = build_adapter(
             plan.alignment,
-            results,
+            [replace(result, row=row) for result, row in zip(results, rows, strict=True)],
             task_type=plan.base.config.task_type,
             base_model=plan.base_model,
         )
@@ -92,14 +84,42 @@ def run_extract(
             notes=(*_notes(plan, adapter, allocation, rows), *fitted.notes),
             stored=stored_size(fitted.adapter),
         )
-        staging.clear_out()
-        stopwatch = Stopwatch.sum(result.seconds for result in new)
+        stopwatch = Stopwatch.sum(result.seconds for result in results)
         with stopwatch.stage("write"):
-            write_adapter(
-                staging.out, fitted.adapter, report.to_json(), base_modules(plan.alignment)
-            )
+            modules = base_modules(plan.alignment)
+            write_adapter(staging.out, fitted.adapter, report.to_json(), modules, early=early.file)
             staging.publish(overwrite=plan.overwrite)
-        return replace(report, seconds=stopwatch.seconds)
+        spent = Stopwatch.sum((stopwatch.seconds, {"write": early.seconds}))
+        return replace(report, seconds=spent.seconds)
+
+
+def _results(
+    jobs: Sequence[ExtractJob], early: Foreseen, engine: Engine, progress: Progress
+) -> list[ExtractResult]:
+    """What becomes of each tensor, in the jobs' order; ``early`` is told as soon as it is known.
+
+    Those that an earlier run finished are taken over, and took no time.
+    """
+    done, left = pending(jobs)
+    for job in jobs:
+        if job.index in done:
+            early.see(job, done[job.index])
+
+    def work(job: ExtractJob) -> ExtractResult:
+        result = extract_and_keep(job)
+        early.see(job, result)
+        return result
+
+    new = engine.map(
+        work,
+        left,
+        cost=lambda job: job.cost,
+        progress=progress,
+        what="extracting",
+        ahead=read_ahead,
+    )
+    done |= {job.index: result for job, result in zip(left, new, strict=True)}
+    return [done[job.index] for job in jobs]
 
 
 def extract_and_keep(job: ExtractJob) -> ExtractResult:

@@ -42,8 +42,7 @@ def forecast(
     drop_rest: bool,
 ) -> Forecast:
     """What may be written at most. budget: parameters of the factors; drop_rest: of them alone."""
-    results = [_if_changed(job, drop_rest) for job in jobs]
-    adapter = build_adapter(alignment, results, task_type=task_type, base_model=None)
+    adapter = largest_adapter(jobs, alignment, task_type, drop_rest=drop_rest)
     notes: tuple[str, ...] = ()
     try:
         adapter = fit(adapter, profile, "").adapter
@@ -62,7 +61,16 @@ def forecast(
     return Forecast(all_bytes, notes)
 
 
-def _if_changed(job: ExtractJob, drop_rest: bool) -> ExtractResult:
+def largest_adapter(
+    jobs: Sequence[ExtractJob], alignment: Alignment, task_type: str | None, *, drop_rest: bool
+) -> Adapter:
+    """The adapter if every tensor changed, before it is brought into a profile's form."""
+    results = [if_changed(job, drop_rest) for job in jobs]
+    return build_adapter(alignment, results, task_type=task_type, base_model=None)
+
+
+def if_changed(job: ExtractJob, drop_rest: bool) -> ExtractResult:
+    """What a job ends with if its tensor changed, and its rule keeps the most that it may."""
     status = Status.UNCHANGED
     update: LowRankUpdate | DoraUpdate | DenseUpdate | None = None
     if job.treatment is Treatment.LOW_RANK:

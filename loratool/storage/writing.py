@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from loratool.storage.sharing import share_blocks
 from loratool.storage.tensors import LazyTensor, TensorInfo
 
 _COPY_BYTES = 16 * 2**20
+
+Shape = tuple[DType, tuple[int, ...]]
+"""All that a header says of a tensor but where it lies."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +114,34 @@ def _copy_some(reader: int, writer: int, start: int, offset: int, nbytes: int) -
 
 
 def create_safetensors(
-    path: Path,
-    tensors: Mapping[str, tuple[DType, tuple[int, ...]]],
-    metadata: Mapping[str, str],
+    path: Path, tensors: Mapping[str, Shape], metadata: Mapping[str, str]
 ) -> dict[str, OutputSlot]:
     """Create a file with a finished header and room for the tensors; give each one's slot."""
-    header, offsets = encode_header(tensors, metadata)
+    header, _ = encode_header(tensors, metadata)
     size = len(header) + sum(tensor_bytes(dtype, shape) for dtype, shape in tensors.values())
     create_with_header(path, header, size)
+    return slots_of(path, tensors, metadata)
+
+
+def slots_of(
+    path: Path, tensors: Mapping[str, Shape], metadata: Mapping[str, str]
+) -> dict[str, OutputSlot]:
+    """Where each tensor lies in a file of these."""
+    _, offsets = encode_header(tensors, metadata)
     return {
         name: OutputSlot(path, offsets[name], dtype, shape)
         for name, (dtype, shape) in tensors.items()
     }
+
+
+def shapes_of(tensors: Mapping[str, LazyTensor]) -> dict[str, Shape]:
+    """What a header says of them."""
+    return {name: (lazy.dtype, lazy.shape) for name, lazy in tensors.items()}
+
+
+def is_range(tensor: LazyTensor) -> TypeGuard[TensorInfo]:
+    """Whether a tensor's bytes lie in a file as a file would hold them."""
+    return isinstance(tensor, TensorInfo) and tensor.strides is None
 
 
 def create_with_header(path: Path, header: bytes, size: int) -> None:
@@ -172,23 +192,26 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str],
+    placed: Collection[str] = (),
 ) -> None:
     """Write a safetensors file from lazy tensors, copying ranges where possible.
 
-    Two at a time, so that one is read while the disk takes the other.
+    placed: tensors that are in the file already, which then exists with this header. Two at a
+    time, so that one is read while the disk takes the other.
     """
-    slots = create_safetensors(
-        path, {name: (lazy.dtype, lazy.shape) for name, lazy in tensors.items()}, metadata
-    )
+    make = slots_of if placed else create_safetensors
+    slots = make(path, shapes_of(tensors), metadata)
 
     def write(name: str) -> None:
         lazy = tensors[name]
-        if isinstance(lazy, TensorInfo) and lazy.strides is None:
+        if is_range(lazy):
             copy_range(lazy.path, lazy.offset, path, slots[name].offset, lazy.nbytes)
         else:
             slots[name].write(lazy.read())
 
     with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(write, tensors):
+        for _ in pool.map(write, (name for name in tensors if name not in placed)):
             pass
