@@ -37,19 +37,19 @@ def install() -> Path:
 
 
 def compare(pair: Path, rank: int, rounds: int) -> dict[str, Any]:
-    """One run of mergekit's command between ``rounds`` runs of ours; medians of ours."""
+    """One run of mergekit's command amid ``rounds`` runs of ours; medians of ours.
+
+    Before and after, since a machine's speed changes over minutes.
+    """
     binaries = install()
     base, tuned, theirs, ours = (pair / name for name in ("base", "tuned", "theirs", "ours"))
     read_once(base)
     read_once(tuned)
-    runs = []
-    for number in range(rounds):
-        shutil.rmtree(ours, ignore_errors=True)
-        runs.append(run(_our_command(base, tuned, ours, rank)))
-        note(f"mergekit: ours {number + 1}/{rounds} {pair.name}: {runs[-1].seconds:.1f} s")
+    runs = _our_runs(base, tuned, ours, rank, (rounds + 1) // 2)
     shutil.rmtree(theirs, ignore_errors=True)
     rival = _run_mergekit(binaries, base, tuned, theirs, rank)
     note(f"mergekit: theirs {pair.name}: {rival.seconds:.1f} s, exit code {rival.exit_code}")
+    runs += _our_runs(base, tuned, ours, rank, rounds // 2)
     errors = run(python("adapter_error.py", base, tuned, ours, theirs)).json()
     floor = run(python("extract_floor.py", base, tuned, str(rank))).json()
     shapes = run(python("worker_shapes.py", base, tuned, str(rank))).json()
@@ -74,6 +74,15 @@ def compare(pair: Path, rank: int, rounds: int) -> dict[str, Any]:
     for folder in (ours, theirs):
         shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def _our_runs(base: Path, tuned: Path, out: Path, rank: int, count: int) -> list[Run]:
+    runs = []
+    for _ in range(count):
+        shutil.rmtree(out, ignore_errors=True)
+        runs.append(run(_our_command(base, tuned, out, rank)))
+        note(f"mergekit: ours {out.parent.name}: {runs[-1].seconds:.1f} s")
+    return runs
 
 
 def _our_command(base: Path, tuned: Path, out: Path, rank: int) -> list[str | Path]:

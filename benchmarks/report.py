@@ -260,17 +260,18 @@ def _largest_targets(rows: Sequence[dict[str, Any]]) -> list[Row]:
 
 def _rival_targets(row: dict[str, Any]) -> list[Row]:
     width, ours, theirs = row["hidden"], row["ours"], row["theirs"]
+    model = _rival_model(row)
     limit = MERGEKIT_OVER_EXTRACT.get(width, 1.0)
     share = ours["peak_bytes"] / theirs["peak_bytes"]
     return [
         _target(
-            f"mergekit-extract-lora ÷ extract, width {width}, start-up of both included",
+            f"mergekit-extract-lora ÷ extract, {model}, start-up of both included",
             theirs["seconds"] / ours["seconds"],
             limit,
             "×",
             least=True,
         ),
-        _target(f"extract's peak ÷ mergekit's, width {width}", share, MERGEKIT_SHARE, "×"),
+        _target(f"extract's peak ÷ mergekit's, {model}", share, MERGEKIT_SHARE, "×"),
     ]
 
 
@@ -391,7 +392,8 @@ def _rival_intro(rows: Sequence[dict[str, Any]]) -> str:
         f"Same pair (singular values falling as 1/i, stored in bf16), rank {rows[0]['rank']}, all "
         "linear layers factorised, embedding, head and norms stored whole by both. Each command "
         "whole, imports included, its output on the disk at the end; ours is the median of "
-        f"{rows[0]['rounds']} runs, theirs is one. Theirs runs with {versions}. The error is "
+        f"{rows[0]['rounds']} runs, before and after theirs, which is one. Theirs runs with "
+        f"{versions}. The error is "
         "‖D − s·B·A‖/‖D‖ over all linear layers as stored in bf16; theirs comes from full SVDs."
         + (
             " Theirs failed at its last step, writing a model card without a network; the adapter "
@@ -406,7 +408,7 @@ def _rivals(rows: Sequence[dict[str, Any]]) -> list[Row]:
     titles = {"theirs": "`mergekit-extract-lora`", "ours": "`loratool extract`"}
     return [
         (
-            f"width {row['hidden']}, {row['layers']} layers, 2 × {_size(row['bytes'] / 2)}",
+            f"{_rival_model(row)}, 2 × {_size(row['bytes'] / 2)}",
             title,
             f"{row[side]['seconds']:.1f} s",
             f"{row[side]['cpu_seconds']:.1f} s",
@@ -418,13 +420,19 @@ def _rivals(rows: Sequence[dict[str, Any]]) -> list[Row]:
     ]
 
 
+def _rival_model(row: dict[str, Any]) -> str:
+    layers = row["layers"]
+    return f"width {row['hidden']}, {layers} layer{'s' if layers > 1 else ''}"
+
+
 def _stages_text(row: dict[str, Any]) -> str:
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["stages"].items())
     reading, products = row["floor"]["read"], row["floor"]["products"]
     shapes = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in row["worker_shapes"].items())
     whole = next(iter(row["worker_shapes"].values()))
     return (
-        f"Width {row['hidden']}: seconds by stage, added up over the workers: {stages}. Reading "
+        f"{_rival_model(row).capitalize()}: seconds by stage, added up over the workers: {stages}. "
+        "Reading "
         f"the files once takes {reading:.2f} s; the products that no certified randomised "
         "extraction can do without (D and Dᵀ times rank + 8 columns in float32, B·A in float64) "
         f"take {products:.2f} s. The linear layers' extraction without start-up takes "

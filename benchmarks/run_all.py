@@ -58,7 +58,7 @@ def measure(
     else:
         models = [(2048, 5632, layers, 32000) for layers in (4, 8, 16)]
         largest_model = (2048, 5632, 40, 32000)
-        rival_models = [(2048, 5632, 4, 32000), (4096, 11008, 1, 2000)]
+        rival_models = [(2048, 5632, 4, 32000), (2048, 5632, 16, 32000), (4096, 11008, 1, 2000)]
         shapes, error_shape = SHAPES, (2048, 2048)
         to_start = (4096, 11008, 4, 2000)
     work: dict[str, Callable[[], Any]] = {
