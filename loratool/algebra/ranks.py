@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,8 +28,7 @@ class RuleKind:
     """A registered rule.
 
     argument: which numbers it accepts; None when it takes none. default: the number when the user
-    gives none. needs_all: it looks at every singular value, so the spectrum must be complete, or
-    cut at a maximum rank; uncut: the latter will not do.
+    gives none. needs_all: it looks at every singular value, whatever the largest rank allowed.
     """
 
     name: str
@@ -38,7 +37,6 @@ class RuleKind:
     expects: str
     default: float | None
     needs_all: bool
-    uncut: bool
     summary: str
 
 
@@ -52,15 +50,12 @@ def rank_rule(
     expects: str = "",
     default: float | None = None,
     needs_all: bool = False,
-    uncut: bool = False,
 ) -> Callable[[Chooser], Chooser]:
     """Register a rule under ``name``; the first line of its docstring is its description."""
 
     def register(choose: Chooser) -> Chooser:
         summary = (choose.__doc__ or "").strip().splitlines()[0]
-        REGISTRY[name] = RuleKind(
-            name, choose, argument, expects, default, needs_all, uncut, summary
-        )
+        REGISTRY[name] = RuleKind(name, choose, argument, expects, default, needs_all, summary)
         return choose
 
     return register
@@ -109,15 +104,12 @@ class RankRule:
 
     def __call__(self, spectrum: Spectrum) -> int | None:
         """The rank, between 0 and the matrix's smaller side; None when more values are needed."""
-        cap = self.limits.most
-        seen = len(spectrum.values)
-        if cap is not None and seen >= cap and not spectrum.is_complete and not self.kind.uncut:
-            capped = replace(spectrum, values=spectrum.values[:cap], cut=True)
-            rank = self.kind.choose(capped, self.value)
-            return self.limits.apply(cap if rank is None else rank, spectrum.shape)
+        cap, seen = self.limits.most, len(spectrum.values)
         rank = self.kind.choose(spectrum, self.value)
         if rank is None:
-            return None
+            if cap is None or seen < cap or self.kind.needs_all:
+                return None
+            rank = cap  # or more
         limited = self.limits.apply(min(rank, min(spectrum.shape)), spectrum.shape)
         return limited if limited <= seen else None
 
@@ -127,9 +119,15 @@ class RankRule:
         most = min(side, self.limits.most or side)
         if self.kind.name == "fixed":
             return self.limits.apply(min(int(self.value), side), shape)
-        if self.kind.name == "full" or self.kind.needs_all:
-            return side if self.kind.uncut else most
+        if self.kind.needs_all:
+            return side
+        if self.kind.name == "full":
+            return most
         return max(min(FIRST_GUESS, most), min(self.limits.least, most))
+
+    def likely(self, shape: tuple[int, int]) -> int:
+        """A rank to reckon with before any value is known."""
+        return min(self.first_guess(shape), self.most(shape))
 
     def most(self, shape: tuple[int, int]) -> int:
         """The largest rank that the rule can say, whatever the spectrum."""
@@ -272,7 +270,7 @@ def effective(spectrum: Spectrum, _: float) -> int | None:
     return math.ceil(spectrum.effective_rank() * (1 - 1e-12))
 
 
-@rank_rule("gavish-donoho", needs_all=True, uncut=True)
+@rank_rule("gavish-donoho", needs_all=True)
 def gavish_donoho(spectrum: Spectrum, _: float) -> int | None:
     """Every σ above the optimal hard threshold for noise of unknown level, ω(β)·median σ."""
     # Gavish and Donoho 2014, eq. 5: ω(β) ≈ 0.56β³ − 0.95β² + 1.82β + 1.43
@@ -280,7 +278,7 @@ def gavish_donoho(spectrum: Spectrum, _: float) -> int | None:
         return None
     beta = min(spectrum.shape) / max(spectrum.shape)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    return int((spectrum.values > omega * float(spectrum.values.median())).sum())
+    return int((spectrum.values > omega * float(spectrum.values.quantile(0.5))).sum())
 
 
 @rank_rule("knee", needs_all=True)

@@ -19,8 +19,8 @@ class Spectrum:
 
     values: (k,) float64, descending. total_energy: ‖D‖²_F, of which Σ values² is the resolved
     part. shape: D's (rows, columns). noise_floor: values below it cannot be told from the
-    rounding of D's operands (see ``noise``); zero when nothing is known of it. cut: the values end
-    at a maximum rank on purpose, and rules that look at all values take these for all.
+    rounding of D's operands (see ``noise``); zero when nothing is known of it. cut: what follows
+    these values is zero, and rules that look at all values take these for all.
     """
 
     values: Tensor

@@ -69,7 +69,7 @@ class CombineJob:
         if self.rule is None:
             return sum(self.ranks)
         dense = find_method(self.method).space is Space.DENSE
-        return self.rule.first_guess(self.shape) if dense else min(most, self._asked(most))
+        return self.rule.likely(self.shape) if dense else min(most, self._asked(most))
 
     def _asked(self, most: int) -> int:
         assert self.rule is not None

@@ -135,9 +135,7 @@ class ExtractJob:
         if self.treatment is not Treatment.LOW_RANK:
             return 0
         rows, columns = matrix_shape(self.pair.base.shape)
-        rank = self.rule.first_guess((rows, columns)) + (
-            self.start.update.rank if self.start else 0
-        )
+        rank = self.rule.likely((rows, columns)) + (self.start.update.rank if self.start else 0)
         return rank * (rows + columns) * self.dtype.bits // 8
 
 
