@@ -2,12 +2,24 @@
 
 The names below are the public API. They are loaded when first used, so that importing loratool
 (and ``loratool --help``) does not load torch.
+
+What arguments mean wherever they occur:
+    include, exclude, only: globs over dotted parameter names, one as a string or several.
+    alpha: LoRA's alpha, for an adapter whose format does not store it.
+    dtype: of what is written, "float32", "float16" or "bfloat16".
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+    seed: of random numbers.
+    overwrite: replace an existing output of the same kind.
+    jobs: tensors to work on at once; by default the usable cores.
+    progress: an object with ``start(what, total)``, ``advance(amount)`` and ``finish()``, called
+        from any thread; total and amount in bytes.
 """
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":  # pragma: no cover
@@ -108,7 +120,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'loratool' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    value = getattr(import_module(_WHERE[name]), name)
+    if isinstance(value, FunctionType):
+        value = import_module("loratool.api.wording").in_python_words(value)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.algebra.ranks import RankLimits
-from loratool.api.arguments import PathArg, engine_of
+from loratool.api.arguments import PathArg, engine_of, paths_of, several
 from loratool.engine import Progress
 from loratool.ops import combine as _combine
 from loratool.ops import combine_plan as _combine_plan
@@ -58,6 +58,10 @@ def combine(
 
     ``weights`` is one number per adapter (default: 1 each); ``weight_rules`` are strings as for
     ``--weight``. ``parameters`` are the method's own (``density=0.3``; lambda is ``lambda_``).
+    ``rank`` is a number, a rule, or ``"largest"``, the default: the largest that an adapter has at
+    that weight; ``min_rank``, ``max_rank`` and ``multiple_of`` bound a rule. ``saved`` is for
+    parameters that several adapters store whole: ``"refuse"``, ``"mean"``, ``"first"``, ``"drop"``.
+    ``dtype`` is that of the factors (default: the adapters', float32 where they differ).
     ``format`` is that of the result, ``"peft"`` or ``"loralib"``.
     ``write_recipe`` is a file for ``combine_recipe``. ``weights_from`` is a command that prints a
     number for the adapter whose path is put behind it: the weights are searched, from those given,
@@ -65,7 +69,7 @@ def combine(
     Raises a LoratoolError subclass; nothing is written then.
     """
     asked = _combine_plan.Combination(
-        _combine_weights.sources_of([Path(path) for path in adapters], weights),
+        _combine_weights.sources_of(paths_of(adapters), weights),
         method,
         {name.removesuffix("_"): value for name, value in parameters.items()},
         rank=None if rank is None else str(rank),
@@ -73,12 +77,12 @@ def combine(
         saved=parse_saved(saved),
         dtype=dtype,
         seed=seed,
-        include=tuple(include),
-        exclude=tuple(exclude),
+        include=several(include),
+        exclude=several(exclude),
         alpha=alpha,
         format=format,
     )
-    asked = asked.with_rules(weight_rules)
+    asked = asked.with_rules(several(weight_rules))
     if write_recipe is not None:
         _recipe.check_recipe_path(Path(write_recipe))
     plan = _combine_plan.plan_combine(asked, Path(output), device=device, overwrite=overwrite)
@@ -137,8 +141,12 @@ def resize(
 ) -> UpdatesReport:
     """Write the adapter at another rank: cut optimally, or padded with zeros; report its error.
 
-    ``rank`` is a number, a rule such as ``"energy:0.95"``, or ``"budget:20MB"`` for all updates.
-    ``format`` is that of the result, ``"peft"`` or ``"loralib"``.
+    ``rank`` is a number, a rule such as ``"energy:0.95"``, or ``"budget:20MB"`` for all updates;
+    ``min_rank``, ``max_rank`` and ``multiple_of`` bound a rule. ``uniform`` gives all updates one
+    rank and one scale, ``profile`` what that consumer takes (``"peft"``, ``"vllm"``, ``"sglang"``,
+    ``"llama.cpp"``). ``balance`` makes factors of equal size also where the rank stays. ``dtype``
+    is that of the factors (default: the adapter's), ``seed`` that of added rows of A. ``format`` is
+    that of the result, ``"peft"`` or ``"loralib"``.
     Raises a LoratoolError subclass; nothing is written then.
     """
     plan = _resize.plan_resize(
@@ -181,8 +189,11 @@ def init(
 ) -> InitReport:
     """Write an adapter that PEFT can train from, or (format="loralib") the LoRA authors' library.
 
-    Methods that start from the base's weights also write ``residual``, the base without the
-    adapter's start. Raises a LoratoolError subclass; nothing is written then.
+    ``method`` is ``"kaiming"``, ``"gaussian"``, ``"pissa"``, ``"olora"`` or ``"milora"``. The last
+    three start from the base's weights and also write ``residual``, the base without the adapter's
+    start. ``targets`` are as in ``extract``, and ``alpha`` is ``rank`` unless given. ``dtype`` is
+    that of the factors (default: float32), ``base_model`` the base's Hub name. Raises a
+    LoratoolError subclass; nothing is written then.
     """
     plan = _init.plan_init(
         Path(base),
@@ -194,8 +205,8 @@ def init(
         residual=None if residual is None else Path(residual),
         dtype=dtype,
         device=device,
-        include=include,
-        exclude=exclude,
+        include=several(include),
+        exclude=several(exclude),
         seed=seed,
         base_model=base_model,
         format=format,
@@ -217,8 +228,9 @@ def convert(
 ) -> ConvertReport:
     """Write an adapter of any format that loratool reads in another: ``"peft"`` or ``"loralib"``.
 
-    ``start``: what training began with, to be taken off again. Raises a LoratoolError subclass;
-    nothing is written then.
+    ``start``: what training began with, to be taken off again. ``fused_parts``: which of q, k and v
+    a loralib file's fused modules hold, such as ``"q,v"``. ``base_model``: the base's Hub name.
+    Raises a LoratoolError subclass; nothing is written then.
     """
     plan = _convert.plan_convert(
         Path(adapter),
@@ -239,14 +251,19 @@ def push(
     *,
     base_model: str | None = None,
     private: bool = False,
+    license: str | None = None,
+    revision: str | None = None,
+    message: str | None = None,
     picture: bool = False,
     progress: Progress | None = None,
 ) -> PushReport:
     """Publish an adapter folder on the Hugging Face Hub with a model card.
 
-    ``picture`` draws where the updates are strong, and shows it in the card; takes the extra
-    ``report``.
-    The token is the one huggingface_hub finds. Raises a LoratoolError subclass.
+    ``base_model`` is the base's Hub name, where the adapter does not hold it; ``private`` makes a
+    new repository private; ``license`` is an identifier for the card; ``revision`` an existing
+    branch; ``message`` the commit's. ``picture`` draws where the updates are strong, and shows it
+    in the card; takes the extra ``report``. The token is the one huggingface_hub finds. Raises a
+    LoratoolError subclass.
     """
     from loratool.ops import push as _push  # loads the Hub client, which nothing else needs
 
@@ -255,6 +272,9 @@ def push(
         repo_id,
         base_model=base_model,
         private=private,
+        licence=license,
+        revision=revision,
+        message=message,
         picture=picture,
         progress=progress,
     )

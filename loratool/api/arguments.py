@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from loratool.engine import Engine
+from loratool.errors import UsageError
 
 PathArg = str | PathLike[str]
 Adapters = PathArg | Sequence[PathArg | tuple[PathArg, float]]
@@ -21,5 +22,20 @@ def weighted(adapters: Adapters) -> list[tuple[Path, float]]:
     ]
 
 
+def several(patterns: Sequence[str]) -> tuple[str, ...]:
+    """A string alone is one pattern, not one for each of its letters."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def paths_of(paths: PathArg | Sequence[PathArg]) -> list[Path]:
+    """A path alone is one path."""
+    return [Path(paths)] if isinstance(paths, str | PathLike) else [Path(path) for path in paths]
+
+
 def engine_of(jobs: int | None) -> Engine:
-    return Engine() if jobs is None else Engine(jobs)
+    """Raises UsageError."""
+    if jobs is None:
+        return Engine()
+    if jobs < 1:
+        raise UsageError(f"jobs {jobs}: is not positive")
+    return Engine(jobs)

@@ -14,12 +14,18 @@ from loratool.storage.checkpoint import open_checkpoint as _open_checkpoint
 
 
 def open_adapter(path: PathArg, *, alpha: float | None = None) -> Adapter:
-    """An adapter's updates by parameter name; tensors are read when asked for."""
+    """An adapter's updates by parameter name; tensors are read when asked for.
+
+    ``alpha``: for formats that do not store it. Raises a LoratoolError subclass.
+    """
     return _open_adapter(Path(path), alpha)
 
 
 def open_checkpoint(path: PathArg) -> Checkpoint:
-    """A checkpoint's tensors by name; each is read when asked for."""
+    """A checkpoint's tensors by name; each is read when asked for.
+
+    Raises a LoratoolError subclass.
+    """
     return _open_checkpoint(Path(path))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratool.api.arguments import Adapters, PathArg, engine_of, weighted
+from loratool.api.arguments import Adapters, PathArg, engine_of, paths_of, several, weighted
 from loratool.engine import Progress
 from loratool.errors import UsageError
 from loratool.ops import amplification as _amplification
@@ -64,7 +64,7 @@ def inspect(
     the cost of. amplification: of a pair, what the change amplifies in the base, instead. Raises a
     LoratoolError subclass.
     """
-    engine = engine_of(jobs)
+    engine, only = engine_of(jobs), several(only)
     if cost and (base is not None or tuned is not None or is_adapter(Path(path))):
         raise UsageError("costs are told of one checkpoint, the base")
     if base is not None:
@@ -102,7 +102,7 @@ def inspect(
         first, second = (path, tuned) if is_adapter(Path(path)) else (tuned, path)
         raise UsageError(
             f"{first} is an adapter, {second} is none",
-            hint=f"inspect {first} --base {second} tells what it does there",
+            hint=f"loratool inspect {first} --base {second} tells what it does there",
         )
     if amplification and (tuned is None or exact or level not in (None, "spectra")):
         raise UsageError("amplification is of a pair at level spectra, or of an adapter's base")
@@ -157,12 +157,12 @@ def inspect_adapters(
 ) -> AdaptersReport:
     """Two or more adapters side by side, each as ``inspect`` describes it.
 
-    alpha: for those that do not store it. Raises a LoratoolError subclass.
+    level: "headers", "values" or "spectra", the default. Raises a LoratoolError subclass.
     """
     return _inspect.inspect_adapters(
         [Path(path) for path in paths],
         parse_level(level, Level.SPECTRA),
-        only=only,
+        only=several(only),
         alpha=alpha,
         engine=engine_of(jobs),
         progress=progress,
@@ -194,7 +194,7 @@ def intruders(
         top=top,
         epsilon=epsilon,
         exact=exact,
-        only=only,
+        only=several(only),
         alpha=alpha,
         device=device,
     )
@@ -211,13 +211,13 @@ def list_models(
 ) -> CatalogueReport:
     """Every adapter and checkpoint below folders, from headers and configs alone.
 
-    only: globs over names. kind: "adapter" or "checkpoint". checksum: read those that may be
-    duplicates, to be sure. What is wrong with an entry is in its ``health``. Raises a
-    LoratoolError subclass.
+    only: globs over names. kind: "adapter" or "checkpoint". sort: by a column, such as "size".
+    checksum: read those that may be duplicates, to be sure. What is wrong with an entry is in its
+    ``health``. Raises a LoratoolError subclass.
     """
     return _catalogue.list_models(
         [Path(path) for path in paths or (".",)],
-        only=only,
+        only=several(only),
         kind=kind,
         sort=sort,
         checksum=checksum,
@@ -242,7 +242,8 @@ def verify(
 ) -> VerifyReport:
     """Compare a merged checkpoint with what ``base`` and ``adapters`` make, and say what differs.
 
-    ``fast`` goes by a receipt's hashes (``base`` may be None then) or by a sample of rows.
+    ``fast`` goes by a receipt's hashes (``base`` may be None then) or by a sample of rows, which
+    ``seed`` chooses; ``receipt`` is where that is, if not in the merged folder.
     ``include`` and ``exclude`` are those of the merge. Raises
     a LoratoolError subclass where they cannot be compared.
     """
@@ -255,8 +256,8 @@ def verify(
         alpha=alpha,
         device=device,
         seed=seed,
-        include=include,
-        exclude=exclude,
+        include=several(include),
+        exclude=several(exclude),
     )
     return _verify.run_verify(plan, engine_of(jobs), progress)
 
@@ -302,10 +303,10 @@ def compare(
     LoratoolError subclass.
     """
     return _compare.compare(
-        [Path(path) for path in adapters],
+        paths_of(adapters),
         alpha=alpha,
-        include=include,
-        exclude=exclude,
+        include=several(include),
+        exclude=several(exclude),
         sample=sample,
         engine=engine_of(jobs),
         progress=progress,
@@ -313,9 +314,9 @@ def compare(
 
 
 def estimate(model: PathArg, *, rank: int = 8, targets: str = "all-linear") -> EstimateReport:
-    """What a LoRA of ``model`` costs to train, store, merge and extract.
+    """What a LoRA of this ``rank`` costs to train, store, merge and extract.
 
     ``model`` is a checkpoint, a config.json or its folder, or a model of the LoRA paper by name,
-    such as ``"gpt3-175b"``. Raises a LoratoolError subclass.
+    such as ``"gpt3-175b"``; ``targets`` are as in ``extract``. Raises a LoratoolError subclass.
     """
     return _estimate.estimate(str(model), rank=rank, targets=targets)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from loratool.api.arguments import Adapters, PathArg, engine_of, weighted
+from loratool.api.arguments import Adapters, PathArg, engine_of, several, weighted
 from loratool.engine import Progress
+from loratool.errors import UsageError
 from loratool.layouts.placing import TieChoice
 from loratool.ops import extract as _extract
 from loratool.ops import extract_plan as _extract_plan
@@ -60,14 +61,23 @@ def extract(
 ) -> ExtractReport:
     """Write the low-rank adapter that turns ``base`` into ``tuned`` and report its error.
 
-    ``rank`` is a number or a rule such as ``"energy:0.95"`` or ``"full"``; ``conv_rank`` one for
-    convolutions, which are stored whole without it. ``into`` is an adapter to continue from: its
-    factors are kept, and what it leaves unexplained is extracted (``alpha``: for one that stores
-    none). ``split_fused`` names the parts of fused q|k|v and gate|up layers apart, as servers do.
-    ``bias="lora_bias"`` stores biases as differences beside the factors, ``dora`` fits directions
-    and takes row norms as they are. ``dtype`` is that of the factors (default: the tuned
-    checkpoint's). Raises a LoratoolError subclass; nothing is
-    written then.
+    ``rank`` is a number, a rule such as ``"energy:0.95"`` or ``"full"``, or a budget for all
+    matrices such as ``"budget:20MB"``; ``rank_for`` maps patterns to others or to ``"whole"``, and
+    ``min_rank``, ``max_rank`` and ``multiple_of`` bound what a rule says. ``conv_rank`` is for
+    convolutions, which are stored whole without it. ``targets`` are the modules to factorise: roles
+    (``"attention"``, ``"mlp"``, ``"all-linear"``, ``"all-conv"``), short names (``"q,v"``) or a
+    regular expression. ``drop_rest`` leaves out what changed and is not low-rank, which is stored
+    whole otherwise. ``profile`` is the consumer: ``"peft"``, ``"vllm"``, ``"sglang"`` or
+    ``"llama.cpp"``. ``into`` is an adapter to continue from: its factors are kept, and what it
+    leaves unexplained is extracted (``alpha``: for one that stores none). ``split_fused`` names the
+    parts of fused q|k|v and gate|up layers apart, as servers do. ``bias="lora_bias"`` stores biases
+    as differences beside the factors, ``dora`` fits directions and takes row norms as they are.
+    ``exact`` forbids the randomised method, whose products ``sketch_dtype`` is for (``"auto"``,
+    ``"float32"``, ``"bfloat16"``). ``dtype`` is that of the factors (default: the tuned
+    checkpoint's), ``base_model`` the base's Hub name.
+
+    The report's errors are relative, ‖D − s·B·A‖/‖D‖ of the factors as stored. Raises a
+    LoratoolError subclass; nothing is written then.
     """
     plan = _extract_plan.plan_extract(
         Path(base),
@@ -82,8 +92,8 @@ def extract(
         targets=targets,
         dtype=dtype,
         device=device,
-        include=include,
-        exclude=exclude,
+        include=several(include),
+        exclude=several(exclude),
         drop_rest=drop_rest,
         split_fused=split_fused,
         exact=exact,
@@ -129,10 +139,14 @@ def merge(
     ``adapters`` is one path, or several, each alone or with a weight. ``scale`` multiplies all
     weights and with them the adapters' own alpha/r. ``alpha`` is for formats that do not store
     it. ``dtype`` is that of the output's floats (default: the base's). ``ties`` is what becomes of
-    a tied embedding and head of which an adapter changes one. ``lost`` measures what share of the
-    update rounding swallows. ``receipt`` leaves what unmerge needs to restore the base bit for
-    bit, in the output or at a path of its own. Raises a LoratoolError subclass; nothing is written
-    then.
+    a tied embedding and head of which an adapter changes one: an error, both change, or both are
+    stored apart. ``add_bias`` adds biases that the base's modules lack. ``lost`` measures what
+    share of the update rounding swallows. ``allow_overflow`` lets values beyond the dtype's range
+    become infinite, ``allow_lossy`` merges into 8-bit weights without scales. ``base_check``: an
+    error where the base is not the one that an adapter records. ``max_shard_size`` is a text such
+    as ``"5GB"``; ``link`` makes hard links of files that stay as they are. ``receipt`` leaves what
+    unmerge needs to restore the base bit for bit, in the output or at a path of its own. Raises a
+    LoratoolError subclass; nothing is written then.
     """
     plan = _merge.plan_merge(
         Path(base),
@@ -141,14 +155,14 @@ def merge(
         scale=scale,
         alpha=alpha,
         device=device,
-        include=include,
-        exclude=exclude,
+        include=several(include),
+        exclude=several(exclude),
         dtype=dtype,
         max_shard_size=max_shard_size,
         base_check=base_check,
         asked=Asked(lost, allow_overflow),
         allow_lossy=allow_lossy,
-        ties=TieChoice(ties),
+        ties=_tie_choice(ties),
         add_bias=add_bias,
         link=link,
         receipt=receipt if isinstance(receipt, bool) else Path(receipt),
@@ -177,8 +191,8 @@ def merge_in_place(
     """Like ``merge``, into the base's own files, under a journal.
 
     Files that are links become the folder's own first. If anything fails, everything is put back;
-    after a kill, ``recover`` finishes or undoes it. ``ties`` as in ``merge``; what would make the
-    files longer is refused. Raises a LoratoolError subclass.
+    after a kill, ``recover`` finishes or undoes it. Arguments are those of ``merge``; what would
+    make the files longer is refused. Raises a LoratoolError subclass.
     """
     plan = _merge_in_place.plan_in_place(
         Path(base),
@@ -186,10 +200,10 @@ def merge_in_place(
         scale=scale,
         alpha=alpha,
         device=device,
-        include=include,
-        exclude=exclude,
+        include=several(include),
+        exclude=several(exclude),
         base_check=base_check,
-        ties=TieChoice(ties),
+        ties=_tie_choice(ties),
         asked=Asked(lost, allow_overflow),
         allow_lossy=allow_lossy,
     )
@@ -207,11 +221,14 @@ def recover(
 
     Raises a LoratoolError subclass.
     """
+    if direction not in (None, "forward", "back"):
+        raise UsageError(f"unknown direction {direction!r}", hint="choose forward or back")
+    engine = engine_of(jobs)
     if direction is None:
         return _recover.look(Path(path))
     if direction == "back":
         return _recover.recover_back(Path(path), progress)
-    return _recover.recover_forward(Path(path), engine_of(jobs), progress)
+    return _recover.recover_forward(Path(path), engine, progress)
 
 
 def unmerge(
@@ -242,8 +259,8 @@ def unmerge(
         receipt=Path(receipt) if receipt is not None else None,
         alpha=alpha,
         device=device,
-        include=include,
-        exclude=exclude,
+        include=several(include),
+        exclude=several(exclude),
         overwrite=overwrite,
     )
     return _unmerge.run_unmerge(plan, engine_of(jobs), progress)
@@ -280,8 +297,8 @@ def swap(
         receipt=Path(receipt) if receipt is not None else None,
         alpha=alpha,
         device=device,
-        include=include,
-        exclude=exclude,
+        include=several(include),
+        exclude=several(exclude),
         tied=tied,
         overwrite=overwrite,
     )
@@ -306,7 +323,8 @@ def mitigate(
 ) -> IntruderReport:
     """Write ``tuned``, a checkpoint or an adapter, with its intruders at ``factor`` of their size.
 
-    The rest is as in ``intruders``. Raises a LoratoolError subclass; nothing is written then.
+    ``factor`` 0 removes them. The rest is as in ``intruders``. Raises a LoratoolError subclass;
+    nothing is written then.
     """
     plan = _mitigate.plan_mitigate(
         Path(base),
@@ -316,9 +334,20 @@ def mitigate(
         top=top,
         epsilon=epsilon,
         exact=exact,
-        only=only,
+        only=several(only),
         alpha=alpha,
         device=device,
         overwrite=overwrite,
     )
     return _mitigate.run_mitigate(plan, engine_of(jobs), progress)
+
+
+def _tie_choice(text: str) -> TieChoice:
+    """Raises UsageError."""
+    try:
+        return TieChoice(text)
+    except ValueError:
+        choices = [choice.value for choice in TieChoice]
+        raise UsageError(
+            f"unknown choice of ties {text!r}", hint=f"choose {' or '.join(choices)}"
+        ) from None

@@ -107,8 +107,11 @@ def costs(
     """Of adapters of these ranks on every linear layer but output heads.
 
     speed: of the machine, where it is known. Raises NothingMatches for a checkpoint without linear
-    layers, and UnsupportedInput for one whose weights are packed, so that shapes tell nothing.
+    layers, and UnsupportedInput for one whose weights are packed, so that shapes tell nothing;
+    UsageError for a rank below 1.
     """
+    if min(ranks) < 1:
+        raise UsageError(f"rank {min(ranks)} is not positive")
     workers = (engine or Engine()).workers
     speed = speed or measured_speed()
     names = targeted(TARGETS, kinds)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loratool.errors import MalformedFile, UnsupportedInput
+from loratool.errors import MalformedFile, UnsupportedInput, UsageError
 from loratool.storage.dtypes import BY_TORCH, DType
 
 _COMPARED_ELEMENTS = 2**22
@@ -66,8 +66,11 @@ class TensorInfo:
         return _read_elements(self, self.offset, self.nbytes).reshape(self.shape)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` (of a scalar, itself). Raises UsageError where there are none."""
         if not self.shape:
             return self.read()
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise UsageError(f"{self.name}: has {self.shape[0]} rows, not {start}:{stop}")
         if self.strides is not None:
             return self.read()[start:stop]
         row_bytes = self.nbytes // self.shape[0] if self.shape[0] else 0
