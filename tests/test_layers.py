@@ -14,6 +14,7 @@ ALLOWED = {
     "storage": {"errors"},
     "engine": {"errors"},
     "stopwatch": set(),
+    "plural": set(),
     "algebra": {"errors", "stopwatch"},
     "adapter": {"errors", "storage", "algebra"},
     "provenance": {"errors", "storage", "algebra", "adapter"},

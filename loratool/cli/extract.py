@@ -329,6 +329,8 @@ def _show(out: Output, report: ExtractReport, output: Path) -> None:
             what = f"{percent(share)} of the change's energy"
             if status is Status.NEW_ROWS:
                 what = f"{rows[0].added_rows} tokens added"
+            if status is Status.NOT_MEASURED:
+                what = "of unknown size"
             out.line(f"{status}: {_kinds(rows)} ({what})")
     if unchanged := report.count(Status.UNCHANGED):
         out.line(f"unchanged: {unchanged} tensors")

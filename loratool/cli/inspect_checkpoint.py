@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.cli.inspect_cost import show_costs
 from loratool.cli.inspect_values import show_values
-from loratool.cli.output import Output, counted, fitting, span, spark
+from loratool.cli.output import Output, fitting, span, spark
 from loratool.cli.spectra import SHARES, known_ranks
 from loratool.cli.tables import Sorts, in_order
 from loratool.layouts.families import family_of, natural
+from loratool.plural import counted
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool.cli.output import Output, counted, fitting
+from loratool.cli.output import Output, fitting
+from loratool.plural import counted
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:

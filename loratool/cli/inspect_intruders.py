@@ -6,10 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratool.cli.output import Output, counted, fitting, span
+from loratool.cli.output import Output, fitting, span
 from loratool.cli.tables import Sorts, in_order
 from loratool.errors import UsageError
 from loratool.layouts.families import natural
+from loratool.plural import counted
 from loratool.provenance import document
 from loratool.report.text import percent, size_text
 

@@ -7,10 +7,11 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from loratool.cli.heatmap import show_heatmap
-from loratool.cli.output import Output, counted, fitting, span, spark
+from loratool.cli.output import Output, fitting, span, spark
 from loratool.cli.spectra import SHARES, known_ranks, show_sizes
 from loratool.cli.tables import Sorts, in_order
 from loratool.layouts.families import natural
+from loratool.plural import counted
 from loratool.report.text import percent
 
 if TYPE_CHECKING:

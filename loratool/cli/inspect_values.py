@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratool.cli.output import Output, counted
+from loratool.cli.output import Output
 from loratool.layouts.families import by_name
+from loratool.plural import counted
 
 if TYPE_CHECKING:
     from loratool.ops.inspect_values import TensorValues

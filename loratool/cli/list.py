@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli import options
-from loratool.cli.output import Output, counted, span
+from loratool.cli.output import Output, span
 from loratool.cli.tables import write_csv
+from loratool.plural import counted
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:

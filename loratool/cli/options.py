@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import os
 import re
 import sys
 import traceback
@@ -74,6 +75,8 @@ def framed(function: Command) -> Command:
         out = Output(command, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
         try:
             _load_torch()
+            for file in (options.get("report"), options.get("csv_file")):
+                _check_can_be_written(file)
             function(out, **options)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -107,6 +110,18 @@ def framed(function: Command) -> Command:
     ):
         decorated = option(decorated)
     return decorated
+
+
+def _check_can_be_written(file: Path | None) -> None:
+    """Of a report or a table, which is written where it is, after the work. Raises OutputError."""
+    if file is None:
+        return
+    from loratool.storage.outputs import check_place
+
+    if not file.exists():
+        check_place(file)
+    elif not os.access(file, os.W_OK):
+        raise OutputError(f"{file}: cannot be written to")
 
 
 def _load_torch() -> None:

@@ -179,6 +179,7 @@ class Output:
         if path is None:
             return
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(body, indent=1) + "\n")
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
@@ -291,11 +292,6 @@ def fitting(
             room -= needed(column)
             chosen.add(column)
     return [column for column in order if column in chosen]
-
-
-def counted(count: int, what: str, plural: str | None = None) -> str:
-    """(1, 'file') → '1 file'; (2, 'file') → '2 files'."""
-    return f"{count:,} {what if count == 1 else plural or what + 's'}"
 
 
 _BARS = "▁▂▃▄▅▆▇█"

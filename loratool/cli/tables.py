@@ -35,6 +35,7 @@ def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     columns = list(dict.fromkeys(column for row in rows for column in row))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(columns)

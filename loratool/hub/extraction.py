@@ -11,6 +11,7 @@ from loratool.hub.markdown import code, count, percent, small, table
 
 SCHEMA = "loratool/extract/1"
 _LOW_RANK, _WHOLE, _UNCHANGED = "low-rank", "stored whole", "unchanged"
+_NOT_MEASURED = "excluded and not measured"
 _BESIDE = ("stored as a difference", "new rows stored")
 _WORST = 5
 _NAMED = 8
@@ -141,7 +142,9 @@ def _left_out(rows: Sequence[_Row]) -> Iterator[str]:
         return
     share = sum(row.energy for row in left) / energy if energy else 0.0
     reasons = ", ".join(code(status) for status in sorted({row.status for row in left}))
-    yield f"**Left out** ({reasons}): {_names(left)}; {percent(share)} of the change's energy."
+    said = f"**Left out** ({reasons}): {_names(left)}; {percent(share)} of the change's energy"
+    unknown = [row for row in left if row.status == _NOT_MEASURED]
+    yield said + (f", which counts nothing for {_names(unknown)}." if unknown else ".")
 
 
 def _names(rows: Sequence[_Row]) -> str:

@@ -135,7 +135,7 @@ def _not_finite(
     return NonFiniteValues(
         f"{pair.name}: NaN or infinity at {index} in {' and '.join(at_fault)}",
         hint="the checkpoint is broken, or its training diverged; inspect --level values of one "
-        "checkpoint counts such values",
+        "checkpoint counts such values, and extract --exclude leaves the tensor out",
     )
 
 

@@ -29,6 +29,7 @@ from loratool.ops.extract_report import LEFT_OUT, ExtractReport, Status, TensorR
 from loratool.ops.extract_resume import keep, pending, resume_key
 from loratool.ops.findings import rounding_notes
 from loratool.ops.sources import Model
+from loratool.plural import counted
 from loratool.profiles import fit
 from loratool.provenance import fingerprint
 from loratool.report.text import percent
@@ -180,7 +181,11 @@ def _refuse_nothing(adapter: Adapter, rows: Sequence[TensorRow]) -> None:
     counts = {status: sum(row.status is status for row in rows) for status in LEFT_OUT}
     raise NothingMatches(
         "no change is left to store",
-        details=[f"{count} changed tensors: {status}" for status, count in counts.items() if count],
+        details=[
+            f"{counted(count, 'changed tensor')}: {status}"
+            for status, count in counts.items()
+            if count
+        ],
         hint="loosen --rank, --include, --exclude and --targets; --drop-rest stores factors alone",
     )
 
@@ -192,6 +197,7 @@ def _notes(
     rows: Sequence[TensorRow],
 ) -> tuple[str, ...]:
     notes = [*plan.notes, *rounding_notes(factorised(rows))]
+    notes += _not_measured_note(rows)
     notes += _token_notes(plan, rows)
     if plan.into is not None:
         notes += _into_notes(plan.jobs, rows)
@@ -224,6 +230,17 @@ def _notes(
     if plan.base_model is None:
         notes.append("the base's Hub name is not known; --base-model owner/name records it")
     return tuple(notes)
+
+
+def _not_measured_note(rows: Sequence[TensorRow]) -> list[str]:
+    names = [row.name for row in rows if row.status is Status.NOT_MEASURED]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [
+        f"excluded and not measured, for NaN, infinity or a change beyond float32's range: "
+        f"{', '.join(names[:3])}{more}; no share and no total counts their change"
+    ]
 
 
 def _token_notes(plan: ExtractPlan, rows: Sequence[TensorRow]) -> list[str]:

@@ -19,7 +19,7 @@ from loratool.algebra.lowrank import LowRank
 from loratool.algebra.ranks import RankRule
 from loratool.algebra.spectrum import Spectrum
 from loratool.algebra.stacking import at_scale, stacked
-from loratool.errors import RangeOverflow
+from loratool.errors import NonFiniteValues, RangeOverflow
 from loratool.layouts.pairs import Pair
 from loratool.ops.adapter_folder import load_update, module_factors, stored_value
 from loratool.ops.deltas import (
@@ -170,13 +170,18 @@ def extract_tensor(job: ExtractJob, stopwatch: Stopwatch | None = None) -> Extra
     )
     if not job.pair.whole.numel:
         return ExtractResult(row)
-    with stopwatch.stage("read"):
-        check_finite_rows(job.pair)
-        delta = (
-            read_delta(job.pair, job.device, rough=job.sketched)
-            if job.uses_matrix
-            else measure_delta(job.pair, job.device)
-        )
+    try:
+        with stopwatch.stage("read"):
+            check_finite_rows(job.pair)
+            delta = (
+                read_delta(job.pair, job.device, rough=job.sketched)
+                if job.uses_matrix
+                else measure_delta(job.pair, job.device)
+            )
+    except (NonFiniteValues, RangeOverflow):
+        if job.treatment is not Treatment.EXCLUDED:
+            raise
+        return ExtractResult(replace(row, status=Status.NOT_MEASURED))
     if delta is None and not job.pair.added_rows:
         return ExtractResult(row)
     if delta is None:

@@ -23,12 +23,19 @@ class Status(StrEnum):
     DIFFERENCE = "stored as a difference"
     NEW_ROWS = "new rows stored"
     EXCLUDED = "excluded"
+    NOT_MEASURED = "excluded and not measured"
     BELOW_RULE = "below the rank rule"
     DROPPED = "dropped"
     NO_PLACE = "no place"
 
 
-LEFT_OUT = (Status.EXCLUDED, Status.BELOW_RULE, Status.DROPPED, Status.NO_PLACE)
+LEFT_OUT = (
+    Status.EXCLUDED,
+    Status.NOT_MEASURED,
+    Status.BELOW_RULE,
+    Status.DROPPED,
+    Status.NO_PLACE,
+)
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ class ExtractReport:
             and row.method
             and (row.singular_values or row.status is Status.BELOW_RULE)
         ]
-        others = len(self.rows) - self.count(Status.UNCHANGED) - len(asked)
+        others = len(self.rows) - self.count(Status.UNCHANGED, Status.NOT_MEASURED) - len(asked)
         return lora_summary(asked, "any rank up to those extracted", others)
 
     def timed_json(self) -> dict[str, Any]:

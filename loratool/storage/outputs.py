@@ -47,11 +47,24 @@ def check_free_space(output: Path, needed: int) -> None:
         )
 
 
+def check_place(path: Path) -> None:
+    """Refuse what would lie in a folder that can neither be written to nor made.
+
+    Raises OutputError.
+    """
+    folder = _existing_parent(Path(os.path.abspath(path)).parent)
+    if not folder.is_dir():
+        raise OutputError(f"{path}: {folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: the folder {folder} cannot be written to")
+
+
 def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None:
     """Refuse an output that exists (unless overwrite), or that touches an input.
 
     Raises OutputExists or OutputError before anything is computed.
     """
+    check_place(output)
     resolved = output.resolve()
     for source in inputs:
         origin = source.resolve()

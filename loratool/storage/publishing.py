@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from loratool.errors import OutputError, OutputExists
-from loratool.storage.outputs import staged
+from loratool.storage.outputs import check_place, staged
 
 
 def check_file(path: Path, beginnings: tuple[bytes, ...], *, overwrite: bool) -> None:
@@ -14,6 +14,7 @@ def check_file(path: Path, beginnings: tuple[bytes, ...], *, overwrite: bool) ->
 
     beginnings: what files of this kind begin with. Raises OutputExists, OutputError.
     """
+    check_place(path)
     if not path.is_symlink() and not path.exists():
         return
     if path.is_dir():

@@ -548,7 +548,7 @@ def _(folder: Path) -> list[object]:
     return ["merge", folder / "base", folder / "adapter", "-o", folder, "--overwrite"]
 
 
-@failure("an output below a file", 5, "OutputError", "cannot be written")
+@failure("an output below a file", 5, "OutputError", "file is no folder")
 def _(folder: Path) -> list[object]:
     merge_setup(folder)
     (folder / "file").write_text("x")

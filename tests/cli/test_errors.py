@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 
 import pytest
@@ -110,7 +112,21 @@ def test_every_kind_of_error_has_its_code() -> None:
     assert exit_code(errors.LoratoolError("x")) == BUG == 70
 
 
-def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
-    ended = invoke(*merge_setup(tmp_path), "--report", tmp_path / "nowhere" / "report.json")
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = invoke(*merge_setup(tmp_path), "--report", tmp_path / "file" / "report.json")
     assert ended.code == 5
-    assert "report.json: cannot be written" in ended.err
+    assert f"{tmp_path / 'file'} is no folder" in ended.err
+    assert not (tmp_path / "out").exists()
+    ended = invoke("inspect", tmp_path / "base", "--csv", tmp_path / "file" / "table.csv")
+    assert (ended.code, ended.out) == (5, "")
+
+
+def test_folders_of_a_report_are_made(tmp_path: Path) -> None:
+    (tmp_path / "list").mkdir()
+    arguments = ("--report", "new/one/report.json", "--csv", "new/two/table.csv", "--json")
+    with contextlib.chdir(tmp_path):
+        ended = invoke("list", "list", *arguments)
+    assert ended.code == 0, ended.err
+    assert json.loads((tmp_path / "new" / "one" / "report.json").read_text())
+    assert (tmp_path / "new" / "two" / "table.csv").exists()

@@ -283,11 +283,11 @@ def test_limits_hold_whatever_the_rule_is(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a number that these may have at most"):
         lt.extract(base, tuned, tmp_path / "b", rank="budget:9%", rank_for={"mlp*": "energy:0.9"})
     for limit in ("min_rank", "max_rank", "multiple_of"):
-        with pytest.raises(UsageError, match="--rank full stores the whole change"):
+        with pytest.raises(UsageError, match="rank full stores the whole change"):
             lt.extract(base, tuned, tmp_path / "b", rank="full", **{limit: 2, **options})
     full: list[tuple[str, dict[str, Any]]] = [
-        ("--rank-for up_proj=full", {"rank_for": {"up_proj": "full"}}),
-        ("--conv-rank full", {"conv_rank": "full"}),
+        ("rank_for up_proj=full", {"rank_for": {"up_proj": "full"}}),
+        ("conv_rank full", {"conv_rank": "full"}),
     ]
     for named, option in full:
         with pytest.raises(UsageError, match=f"{named} stores the whole change"):
@@ -397,7 +397,33 @@ def test_what_is_stored_whole_is_measured_like_what_is_factorised(
     sick["model.embed_tokens.weight"][37, 5] = float("nan")
     broken = save_folder(sick, tmp_path / "sick", LLAMA)
     with pytest.raises(NonFiniteValues, match=r"embed_tokens.weight: .* at \[37, 5\]"):
-        lt.extract(base, broken, tmp_path / "c", rank=4, exclude=["*embed*"])
+        lt.extract(base, broken, tmp_path / "c", rank=4, rank_for={"*embed*": "whole"})
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 3e38])
+def test_what_is_left_out_need_not_be_numbers(tmp_path: Path, wrong: float) -> None:
+    """It is said that its change is in no total, and an earlier run's finding of it goes on."""
+    name = "model.embed_tokens.weight"
+    base_state, state = llama_like(torch.float32), moved(llama_like(torch.float32))
+    base_state[name][37, 5], state[name][37, 5] = -wrong, wrong
+    base = save_folder(base_state, tmp_path / "base", LLAMA)
+    tuned = save_folder(state, tmp_path / "tuned", LLAMA)
+    report = lt.extract(base, tuned, tmp_path / "a", rank="full", exclude=["embed_tokens"])
+    assert [row.name for row in report.rows if row.status is Status.NOT_MEASURED] == [name]
+    assert [note for note in report.notes if "not measured" in note and name in note]
+    assert report.relative_error == 0
+    assert report.left_out_share == 0
+    assert report.to_json()["totals"]["left_out"] == 1
+    with pytest.raises(NothingMatches, match="no change is left") as refused:
+        lt.extract(base, broken(base, tmp_path, name), tmp_path / "b", exclude=["embed_tokens"])
+    assert refused.value.details == ("1 changed tensor: excluded and not measured",)
+
+
+def broken(base: Path, folder: Path, name: str) -> Path:
+    """A copy of a checkpoint with NaN in one tensor."""
+    state = load_folder(base)
+    state[name][0, 0] = float("nan")
+    return save_folder(state, folder / "broken", LLAMA)
 
 
 def test_no_number_in_a_kernel_is_placed_in_the_kernel(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from loratool.errors import InputMissing, NoSpace, OutputError, OutputExists
 from loratool.storage.dtypes import BY_NAME
 from loratool.storage.outputs import check_free_space, check_output, staged
+from loratool.storage.publishing import check_file
 from loratool.storage.safetensors_file import read_header
 from loratool.storage.tensors import MemoryTensor
 from loratool.storage.writing import copy_range, create_safetensors, park, write_tensors
@@ -181,6 +182,10 @@ def test_an_output_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be written"), staged(tmp_path / "file" / "out"):
         pass
+    with pytest.raises(OutputError, match="file is no folder"):
+        check_output(tmp_path / "file" / "a" / "out", overwrite=False, inputs=[])
+    with pytest.raises(OutputError, match="file is no folder"):
+        check_file(tmp_path / "file" / "page.html", (b"<html",), overwrite=False)
     assert relative_paths(tmp_path) == ["file"]
 
 
