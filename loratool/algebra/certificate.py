@@ -36,6 +36,7 @@ POWER_STEPS = (2, 3, 5, 10)
 LOOSE = 5e-3
 """A bound up to this is taken; a tighter one would cost further passes."""
 
+_LOOKED_AT = 64
 _JITTER = 1e-13
 _TINY = 1e-32
 
@@ -65,8 +66,9 @@ def excess_bound(d: Tensor, ritz: Ritz, rank: int, energy: float, key: str) -> E
     """
     if energy == 0:
         return EXACT
-    gap = _Gap.of(ritz, rank, energy)
-    eta = max(0.0, energy - float(ritz.theta.square().sum())) + _rounding(gap.size, energy)
+    rounding = _Rounding.of(d, ritz, rank, energy)
+    gap = _Gap.of(ritz, rank, energy, rounding)
+    eta = max(0.0, energy - float(ritz.theta.square().sum())) + rounding.theta
     excess, failure = gap.worth(eta), 0.0
     if excess is None or excess > LOOSE:
         for norm in _residual_norm_bounds(d, ritz.v, key):
@@ -79,10 +81,54 @@ def excess_bound(d: Tensor, ritz: Ritz, rank: int, energy: float, key: str) -> E
 
 
 @dataclass(frozen=True)
+class _Rounding:
+    """What float32 products err by, padded, in units of ‖D‖²: in Σθ², and in what factors hold.
+
+    Where they err independently of each other it is far below the first figure. Where entries of D
+    are alike they round alike, and by how much is measured: in float64, of the rows and columns
+    that hold most and of some in between.
+    """
+
+    theta: float
+    kept: float
+
+    @staticmethod
+    def of(d: Tensor, ritz: Ritz, rank: int, energy: float) -> _Rounding:
+        independent = 4 * math.sqrt(len(ritz.theta)) * 2.0**-24 * energy
+        image = ritz.image.double()
+        images = image @ (ritz.project[:, :rank] * ritz.theta[:rank])
+        rows = _some(images)
+        true = d[rows].double() @ ritz.v[:, :rank].double()
+        theta = _erred(images[rows].square() - true.square(), images, rows)
+        images = ritz.row @ ritz.mix[:, :rank]
+        columns = _some(images)
+        true = d[:, columns].double().T @ (image @ (ritz.project @ ritz.mix[:, :rank]))
+        kept = _erred(2 * images[columns] * (images[columns] - true), images, columns)
+        return _Rounding(max(independent, 2 * theta), max(independent, 2 * kept))
+
+
+def _some(images: Tensor) -> Tensor:
+    """Which rows of ``images`` to look at: the largest, and as many at equal distances."""
+    lengths = images.square().sum(1)
+    if len(lengths) <= 2 * _LOOKED_AT:
+        return torch.arange(len(lengths), device=images.device)
+    between = torch.arange(0, len(lengths), len(lengths) // _LOOKED_AT, device=images.device)
+    return torch.cat([lengths.topk(_LOOKED_AT).indices, between])
+
+
+def _erred(errors: Tensor, images: Tensor, some: Tensor) -> float:
+    """Σ|error| of the columns' squared lengths, if all rows err as these do. errors: of some."""
+    squares = images.square()
+    looked_at = squares[some].sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    return float((errors.sum(0) / looked_at * squares.sum(0)).abs().sum())
+
+
+@dataclass(frozen=True)
 class _Gap:
     """What a rank's error is compared with, given a bound η on ‖E‖₂².
 
     squares: θ² (l,). r: (l, l) with rᵀr ≥ GᵀG. missed: ‖D‖² less what the factors hold, padded.
+    rounding: how much less than all of these say the optimum may be.
     """
 
     squares: Tensor
@@ -90,21 +136,19 @@ class _Gap:
     rank: int
     energy: float
     missed: float
+    rounding: float
 
     @staticmethod
-    def of(ritz: Ritz, rank: int, energy: float) -> _Gap:
+    def of(ritz: Ritz, rank: int, energy: float, rounding: _Rounding) -> _Gap:
         squares = ritz.theta.square()
         g = residual(ritz.back, ritz.v, squares)
         square = g.T @ g
         # a little more than GᵀG, so that it has a Cholesky factor; the bound becomes no tighter
         square.diagonal().add_(_JITTER * float(square.trace()) + _TINY * energy**2)
         kept = float(ritz.values[:rank].square().sum())
-        missed = max(0.0, energy - kept) + _rounding(len(squares), energy)
-        return _Gap(squares, torch.linalg.cholesky(square).T, rank, energy, missed)
-
-    @property
-    def size(self) -> int:
-        return len(self.squares)
+        missed = max(0.0, energy - kept) + rounding.kept
+        r = torch.linalg.cholesky(square).T
+        return _Gap(squares, r, rank, energy, missed, rounding.theta)
 
     def worth(self, eta: float) -> float | None:
         """``excess``, or None where it is above LOOSE for certain: T's eigenvalues are ≥ θ²."""
@@ -113,7 +157,7 @@ class _Gap:
 
     def excess(self, eta: float) -> float:
         """The bound on the excess."""
-        size, r = self.size, self.r
+        size, r = len(self.squares), self.r
         t = torch.diag(torch.cat([self.squares, torch.full_like(self.squares, eta)]))
         t[size:, :size] = r
         t[:size, size:] = r.T
@@ -123,18 +167,11 @@ class _Gap:
         """The excess if these were the squares of D's first singular values.
 
         Of the optimum only the least is known, so the larger of both excesses that it may be.
-        Where entries are alike their products round alike, by more than is padded for; then the
-        least may come out above what is missed.
         """
-        least = max(0.0, self.energy - float(largest.sum()) - _rounding(self.size, self.energy))
+        least = max(0.0, self.energy - float(largest.sum()) - self.rounding)
         of_optimum = math.sqrt(self.missed / max(least, NEGLIGIBLE**2 * self.energy)) - 1
         of_norm = (math.sqrt(self.missed) - math.sqrt(least)) / math.sqrt(self.energy)
         return max(of_optimum, of_norm, 0.0)
-
-
-def _rounding(size: int, energy: float) -> float:
-    """What float32 products of ‖D‖² = energy with ``size`` columns err by, padded fourfold."""
-    return 4 * math.sqrt(size) * 2.0**-24 * energy
 
 
 def _residual_norm_bounds(d: Tensor, v: Tensor, key: str) -> Iterator[float]:
