@@ -68,19 +68,21 @@ class Engine:
         what: str,
         waiting: int = 0,
         ahead: Callable[[Job], None] | None = None,
+        urgent: Callable[[Job], bool] | None = None,
     ) -> list[Result]:
         """``work`` of every job, results in the jobs' order. The first error stops the rest.
 
         waiting: threads beyond the workers, for jobs that spend part of their time waiting for
         the disk. ahead: when a job starts, this is told the one that starts after all that are
         running; it should ask for that job's data without waiting, so that reading overlaps
-        computing. Expensive jobs start first, so that the last core to finish is not alone for
-        long.
+        computing. urgent: jobs that start before all others. Apart from that expensive ones start
+        first, so that the last core to finish is not alone for long.
         """
         costs = [cost(job) for job in jobs]
         progress.start(what, sum(costs))
 
-        order = sorted(range(len(jobs)), key=lambda index: -costs[index])
+        can_wait = [urgent is not None and not urgent(job) for job in jobs]
+        order = sorted(range(len(jobs)), key=lambda index: (can_wait[index], -costs[index]))
 
         def timed(place: int) -> Result:
             later = place + self.workers + waiting

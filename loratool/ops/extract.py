@@ -118,6 +118,7 @@ def _results(
         progress=progress,
         what="extracting",
         ahead=read_ahead,
+        urgent=early.awaits,
     )
     done |= {job.index: result for job, result in zip(left, new, strict=True)}
     return [done[job.index] for job in jobs]

@@ -42,7 +42,8 @@ def forecast(
     drop_rest: bool,
 ) -> Forecast:
     """What may be written at most. budget: parameters of the factors; drop_rest: of them alone."""
-    adapter = largest_adapter(jobs, alignment, task_type, drop_rest=drop_rest)
+    results = [if_changed(job, drop_rest=drop_rest) for job in jobs]
+    adapter = build_adapter(alignment, results, task_type=task_type, base_model=None)
     notes: tuple[str, ...] = ()
     try:
         adapter = fit(adapter, profile, "").adapter
@@ -61,19 +62,13 @@ def forecast(
     return Forecast(all_bytes, notes)
 
 
-def largest_adapter(
-    jobs: Sequence[ExtractJob], alignment: Alignment, task_type: str | None, *, drop_rest: bool
-) -> Adapter:
-    """The adapter if every tensor changed, before it is brought into a profile's form."""
-    results = [if_changed(job, drop_rest) for job in jobs]
-    return build_adapter(alignment, results, task_type=task_type, base_model=None)
-
-
-def if_changed(job: ExtractJob, drop_rest: bool) -> ExtractResult:
+def if_changed(job: ExtractJob, *, drop_rest: bool = False) -> ExtractResult:
     """What a job ends with if its tensor changed, and its rule keeps the most that it may."""
     status = Status.UNCHANGED
     update: LowRankUpdate | DoraUpdate | DenseUpdate | None = None
-    if job.treatment is Treatment.LOW_RANK:
+    if not job.pair.whole.numel:
+        pass  # there is nothing that could change
+    elif job.treatment is Treatment.LOW_RANK:
         status, update = Status.LOW_RANK, _update(job)
     elif job.treatment is Treatment.DIFFERENCE:
         status, update = Status.DIFFERENCE, DenseUpdate(_shaped(job.pair.base.shape, job.dtype))

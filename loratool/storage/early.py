@@ -35,15 +35,17 @@ class EarlyFile:
         of files are copied."""
         self._path, self._tensors, self._metadata = path, tensors, metadata
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        # Thread.join says that a thread has ended when Ctrl-C interrupted it (Python before 3.13)
+        self._ended: threading.Event | None = None
         self._copied: set[str] = set()
         self.seconds = 0.0
 
     def begin(self) -> None:
         """Start copying beside whatever else is done."""
         if not self._stop.is_set():
-            self._thread = threading.Thread(target=self._copy, daemon=True)
-            self._thread.start()
+            ended = threading.Event()
+            threading.Thread(target=self._copy, args=(ended,), daemon=True).start()
+            self._ended = ended
 
     def give_up(self) -> None:
         """The guess is wrong: copy no more. Does not wait."""
@@ -65,15 +67,16 @@ class EarlyFile:
         return placed
 
     def close(self) -> None:
-        """Stop, and wait until nothing is written any more."""
+        """Stop, wait until nothing is written any more, and remove the file unless it was moved."""
         self.give_up()
         self._wait()
+        self._path.unlink(missing_ok=True)
 
     def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        if self._ended is not None:
+            self._ended.wait()
 
-    def _copy(self) -> None:
+    def _copy(self, ended: threading.Event) -> None:
         begun = time.perf_counter()
         try:
             slots = create_safetensors(self._path, shapes_of(self._tensors), self._metadata)
@@ -84,6 +87,7 @@ class EarlyFile:
             self.give_up()  # writing in the ordinary way will meet it again, and say so
         finally:
             self.seconds = time.perf_counter() - begun
+            ended.set()
 
     def _copy_range(self, tensor: TensorInfo, slot: OutputSlot) -> bool:
         """Whether it was copied to its end."""

@@ -59,6 +59,19 @@ def test_expensive_jobs_start_first() -> None:
     assert order == [9, 4, 1]
 
 
+def test_urgent_jobs_start_before_all_others() -> None:
+    order: list[int] = []
+    Engine(1).map(
+        order.append,
+        [1, 9, 4, 2],
+        cost=lambda job: job,
+        progress=NoProgress(),
+        what="x",
+        urgent=lambda job: job < 3,
+    )
+    assert order == [2, 1, 9, 4]
+
+
 def test_one_blas_thread_per_job_and_settings_restored() -> None:
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

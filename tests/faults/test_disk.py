@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+import loratool as lt
 from loratool.errors import NoSpace
+from loratool.ops import extract_early
 from loratool.storage.dtypes import BY_NAME
 from loratool.storage.outputs import staged
 from loratool.storage.writing import create_safetensors
@@ -24,6 +26,7 @@ from tests.builders import (
     write_checkpoint,
     write_peft,
 )
+from tests.ops.builders import LLAMA, llama_like, save_folder
 
 UNDER_LIMITS = """
 import contextlib, io, json, resource, sys
@@ -138,3 +141,22 @@ def test_a_side_file_on_a_full_disk(small_disk: Path) -> None:
     with pytest.raises(NoSpace, match="no space left"), staged(small_disk / "out") as staging:
         (staging.out / "tokenizer.json").write_bytes(b"x" * 400_000)
     assert relative_paths(small_disk) == []
+
+
+@pytest.mark.parametrize("free", [24, 48, 80, 96, 112])
+def test_an_extraction_that_stores_ahead_on_a_disk_that_fills_up(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """It has room neither for the factors nor for the file that was begun, for one, or almost for
+    both; all threads end with one error."""
+    monkeypatch.setattr(extract_early, "LEAST_BYTES", 0)
+    state = llama_like(torch.bfloat16)
+    base = save_folder(state, tmp_path / "base", LLAMA)
+    tuned = save_folder({n: w + 0.1 for n, w in state.items()}, tmp_path / "tuned", LLAMA)
+    (small_disk / "filler").write_bytes(bytes(1024 * (256 - free)))
+    whole = {"embed_tokens": "whole", "lm_head": "whole"}
+    with pytest.raises(NoSpace, match="no space left"):
+        lt.extract(base, tuned, small_disk / "new" / "out", rank=4, rank_for=whole, jobs=2)
+    assert relative_paths(small_disk) == ["filler"]
+    (small_disk / "filler").unlink()
+    lt.extract(base, tuned, small_disk / "new" / "out", rank=4, rank_for=whole, jobs=2)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.ops import extract as extract_op
 from loratool.ops import extract_early
 from loratool.storage.early import EarlyFile
 from tests.faults.killing import COUNT_ONLY, bytes_of, run
-from tests.ops.builders import LLAMA, llama_like, save_folder
+from tests.ops.builders import LLAMA, llama_like, load_folder, save_folder
 
 WHOLE = {"embed_tokens": "whole", "lm_head": "whole"}
+HEAD = "base_model.model.lm_head.weight"
 
 
 @pytest.fixture
@@ -38,8 +41,10 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract_early, "LEAST_BYTES", 0)
 
 
-def pair(tmp_path: Path, unchanged: str = "nothing") -> tuple[Path, Path]:
-    state = llama_like(torch.bfloat16)
+def pair(
+    tmp_path: Path, unchanged: str = "nothing", more: Mapping[str, torch.Tensor] | None = None
+) -> tuple[Path, Path]:
+    state = llama_like(torch.bfloat16) | dict(more or {})
     generator = torch.Generator().manual_seed(9)
     changed = {
         name: w
@@ -76,17 +81,64 @@ def test_the_same_adapter(
 ) -> None:
     both_ways(pair(tmp_path), tmp_path, monkeypatch, rank_for=WHOLE, **options)
     assert len(placed) == 1, "the second is written in the ordinary way"
-    wanted = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
-    assert wanted <= placed[0]
+    assert {HEAD, "base_model.model.model.embed_tokens.weight"} <= placed[0]
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("unchanged", ["embed_tokens", "layers.1.mlp.up", "layers.0.input_layer"])
-def test_what_did_not_change_was_guessed_wrong(
+@pytest.mark.parametrize("unchanged", ["embed_tokens", "layers.0.input_layer", "norm"])
+def test_what_whole_tensors_did_not_change_is_known_in_time(
     placed: list[set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchanged: str
 ) -> None:
+    """Norms mostly stay as they are where training was in bf16."""
     both_ways(pair(tmp_path, unchanged), tmp_path, monkeypatch, rank=4, rank_for=WHOLE)
+    assert HEAD in placed[0]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_matrix_that_did_not_change_was_guessed_wrong(
+    placed: list[set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_ways(pair(tmp_path, "layers.1.mlp.up"), tmp_path, monkeypatch, rank=4, rank_for=WHOLE)
     assert placed == [set()]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_is_left_out_matters_to_no_guess(
+    placed: list[set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"rank": 4, "rank_for": WHOLE, "exclude": ["mlp"]}
+    both_ways(pair(tmp_path), tmp_path, monkeypatch, **options)
+    assert HEAD in placed[0]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_matrix_without_values_is_foreseen_as_unchanged(
+    placed: list[set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = {"extra.weight": torch.empty(0, 24, dtype=torch.bfloat16)}
+    both_ways(pair(tmp_path, more=empty), tmp_path, monkeypatch, rank=4, rank_for=WHOLE)
+    assert HEAD in placed[0]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_torch_files_with_views(
+    placed: list[set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that share one storage, and one that is no range of it."""
+    base, tuned = pair(tmp_path)
+    state = load_folder(tuned)
+    storage = torch.randn(80, 24).bfloat16()
+    state["model.embed_tokens.weight"], state["lm_head.weight"] = storage[:50], storage[30:]
+    state["model.norm.weight"] = storage[:24, 1]
+    (tuned / "model.safetensors").unlink()
+    torch.save(state, tuned / "pytorch_model.bin")
+    both_ways((base, tuned), tmp_path, monkeypatch, rank=4, rank_for=WHOLE)
+    prefix = "base_model.model.model."
+    assert {HEAD, f"{prefix}embed_tokens.weight"} <= placed[0]
+    assert f"{prefix}norm.weight" not in placed[0]
+    stored = load_file(tmp_path / "early" / "adapter_model.safetensors")
+    assert torch.equal(stored[HEAD], storage[30:])
+    assert torch.equal(stored[f"{prefix}norm.weight"], storage[:24, 1])
 
 
 @pytest.mark.usefixtures("at_once")
@@ -123,6 +175,9 @@ def test_an_interrupted_run_goes_on(
         with pytest.raises(KeyboardInterrupt):
             lt.extract(*sides, tmp_path / "early", rank=4, rank_for=WHOLE, jobs=1)
     assert placed == []
+    (kept,) = tmp_path.glob(".early.*")
+    assert list((kept / "scratch").iterdir())
+    assert not list((kept / "out").iterdir()), "half a file is of no use to the next run"
     both_ways(sides, tmp_path, monkeypatch, rank=4, rank_for=WHOLE)
     assert len(placed[0]) >= 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "early", "ordinary", "tuned"]
