@@ -66,4 +66,5 @@ def lora_rank(spectrum: Spectrum, noise: NoiseFloor, changed_share: float) -> Lo
             least = least or rank
         if not above[rank]:
             return LoraAnswer(rank if least else None, tail, least)
-    return LoraAnswer(None, tail, least)
+    # with every value above the floor it is of full rank, whatever little the last ones hold
+    return LoraAnswer(None, tail, None if spectrum.is_complete else least)

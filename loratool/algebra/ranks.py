@@ -156,6 +156,8 @@ def parse_rank_rule(text: str, limits: RankLimits | None = None) -> RankRule:
     name, colon, number = text.strip().partition(":")
     if not colon and _number(name) is not None:
         name, number = "fixed", name
+    if name == "budget":
+        raise UsageError(f"rank {text!r}: a budget is budget:SIZE, for all matrices together")
     kind = REGISTRY.get(name)
     if kind is None:
         raise UsageError(f"unknown rank rule {text!r}", details=_choices())

@@ -48,7 +48,8 @@ _ALIASES = {
     "up": ("up_proj", "w3", "fc1", "c_fc", "wi"),
     "down": ("down_proj", "w2", "fc2", "mlp.c_proj", "wo"),
 }
-_REGEX_SIGNS = re.compile(r"[\\^$|()+]")
+_REGEX_SIGNS = re.compile(r"^\.\*|[\\^$|()+]")
+"""What no glob over dotted names has."""
 
 
 def targeted(text: str, kinds: Mapping[str, ModuleKind]) -> set[str]:
@@ -120,5 +121,6 @@ def _nothing(text: str, kinds: Mapping[str, ModuleKind]) -> NothingMatches:
     return NothingMatches(
         f"--targets {text!r} matches nothing",
         details=[f"closest: {name}" for name in near_components(text, kinds)],
-        hint="try attention, mlp, all-linear, all-conv, a list like q,v, or a regular expression",
+        hint="try attention, mlp, all-linear, all-conv, a list like q,v, or a regular expression "
+        "for whole names of modules, such as '.*(q|v)_proj'",
     )

@@ -179,6 +179,18 @@ def test_singular_values_are_biased_low_just_where_the_warning_is(
     assert (share >= BIASED) == (bias < -0.015), (share, bias)
 
 
+def test_a_change_of_full_rank_in_float32_is_no_loras() -> None:
+    """Its last few components hold less than float32 arithmetic can see, and are there."""
+    torch.manual_seed(6)
+    d = torch.randn(128, 8) @ torch.randn(8, 160) / 8**0.5 + 0.02 * torch.randn(128, 160)
+    base = torch.randn(128, 160)
+    spectrum = factorize(base + d / 50 - base, parse_rank_rule("16"), key="k").spectrum
+    assert spectrum.is_complete
+    found = lora_rank(spectrum, noise_floor(base + d / 50), 1.0)
+    assert found is not None
+    assert (found.rank, found.least) == (None, None)
+
+
 def test_what_cannot_be_decided_is_not_answered() -> None:
     assert answer(torch.bfloat16, 0.0005) is None  # most entries did not change at all
     spectrum = Spectrum(torch.tensor([1.0, 0.5]).double(), 2.0, (10, 10))

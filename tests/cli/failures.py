@@ -361,6 +361,7 @@ for _rank, _message in {
     "nan": "'nan'",
     "inf": "'inf'",
     "many": "unknown rank rule 'many'",
+    "budget": "a budget is budget:SIZE",
     "energy": "rank 'energy': energy needs a share",
     "energy:1.5": "rank 'energy:1.5': energy needs a share",
     "energy:nan": "rank 'energy:nan': energy needs a share",

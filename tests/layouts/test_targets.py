@@ -66,6 +66,7 @@ def test_names_and_expressions() -> None:
     assert short(targeted("q,v", KINDS)) == {"self_attn.q_proj", "self_attn.v_proj"}
     assert short(targeted("gate_proj, lm_head", KINDS)) == {"mlp.gate_proj", "lm_head"}
     assert short(targeted(r".*\.(q|v)_proj", KINDS)) == {"self_attn.q_proj", "self_attn.v_proj"}
+    assert short(targeted(r".*[qv]_proj", KINDS)) == {"self_attn.q_proj", "self_attn.v_proj"}
 
 
 def test_what_matches_nothing_is_an_error() -> None:
