@@ -32,6 +32,7 @@ _TEXT_TO_TEXT = frozenset(
 )
 """Models whose ForConditionalGeneration takes tokens. PEFT's class for SEQ_2_SEQ_LM passes
 input_ids, which speech and image models do not take."""
+_IN_TWO_PARTS = frozenset({"encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"})
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
@@ -58,13 +59,31 @@ class ModelConfig:
         return value if isinstance(value, str) else None
 
     @property
+    def parts(self) -> dict[str, ModelConfig]:
+        """The models that this one is made of, by the module that holds each: of any encoder and
+        a language model, which transformers takes from the part's own config."""
+        if self.model_type not in _IN_TWO_PARTS:
+            return {}
+        parts = {}
+        for part, made in (("encoder", "Model"), ("decoder", "ForCausalLM")):
+            values = self.values.get(part)
+            values = values if isinstance(values, dict) else {}
+            name = "TrOCRForCausalLM" if values.get("model_type") == "trocr" else made
+            parts[part] = ModelConfig({**values, "architectures": [name]})
+        return parts
+
+    @property
     def uses_conv1d(self) -> bool | None:
         """Whether weights are stored (in, out); None when the config does not say."""
+        if self.parts:
+            return None
         return self.model_type in _CONV1D_MODELS if self.model_type else None
 
     @property
     def says_tied(self) -> bool:
         """Whether output head and input embedding are one matrix; transformers' default is yes."""
+        if "decoder" in self.parts:
+            return self.parts["decoder"].says_tied
         return bool(self.values.get("tie_word_embeddings", True))
 
     @property

@@ -141,6 +141,8 @@ _HEAD_RENAMES: dict[str, Rules] = {
 
 def module_names(names: Iterable[str], config: ModelConfig) -> dict[str, str]:
     """Each name as transformers 5 names the parameter once it is loaded."""
+    if config.parts:
+        return _names_by_part(list(names), config)
     kind = config.model_type or ""
     rules = _RENAMES.get(kind, ())
     if not (config.architecture or "Model").endswith("Model"):
@@ -152,4 +154,13 @@ def module_names(names: Iterable[str], config: ModelConfig) -> dict[str, str]:
         for old, new in compiled:
             value = old.sub(new, value)
         renamed[name] = value[1:]
+    return renamed
+
+
+def _names_by_part(names: list[str], config: ModelConfig) -> dict[str, str]:
+    renamed = {name: name for name in names}
+    for part, inner in config.parts.items():
+        start = f"{part}."
+        inside = [name.removeprefix(start) for name in names if name.startswith(start)]
+        renamed |= {start + old: start + new for old, new in module_names(inside, inner).items()}
     return renamed

@@ -6,6 +6,7 @@ Which names belong together is read off the names that are there and the archite
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ _DECODER_HEADS = {
 }
 """Heads of masked language models, by a weight that stands before them."""
 
-_HEADS_OF = {
+_HEADS_OF: dict[str, str | None] = {
     "BertForMaskedLM": "cls.predictions.decoder.weight",
     "BertForPreTraining": "cls.predictions.decoder.weight",
     "BertLMHeadModel": "cls.predictions.decoder.weight",
@@ -34,8 +35,37 @@ _HEADS_OF = {
     "DistilBertForMaskedLM": "vocab_projector.weight",
     "ElectraForMaskedLM": "generator_lm_head.weight",
     "AlbertForMaskedLM": "predictions.decoder.weight",
+    "BertGenerationDecoder": "lm_head.decoder.weight",
+    "BioGptForCausalLM": "output_projection.weight",
+    "Blip2ForConditionalGeneration": "language_model.lm_head.weight",
+    "BlipForConditionalGeneration": "text_decoder.cls.predictions.decoder.weight",
+    "BlipForQuestionAnswering": "text_decoder.cls.predictions.decoder.weight",
+    "FlaubertWithLMHeadModel": "pred_layer.proj.weight",
+    "FunnelForMaskedLM": "lm_head.weight",
+    "GPTNeoXJapaneseForCausalLM": "embed_out.weight",
+    "InstructBlipForConditionalGeneration": "language_model.lm_head.weight",
+    "InstructBlipVideoForConditionalGeneration": "language_model.lm_head.weight",
+    "Kosmos2_5ForConditionalGeneration": "text_model.lm_head.weight",
+    "Kosmos2ForConditionalGeneration": "text_model.lm_head.weight",
+    "MarianMTModel": "lm_head.weight",
+    "ModernBertDecoderForCausalLM": "decoder.weight",
+    "ModernBertForMaskedLM": "decoder.weight",
+    "MoonshineForConditionalGeneration": "proj_out.weight",
+    "MusicgenForConditionalGeneration": None,
+    "MusicgenMelodyForConditionalGeneration": None,
+    "SeamlessM4TForSpeechToText": "lm_head.weight",
+    "SeamlessM4TForTextToText": "lm_head.weight",
+    "SeamlessM4Tv2ForSpeechToText": "lm_head.weight",
+    "SeamlessM4Tv2ForTextToText": "lm_head.weight",
+    "SpeechT5ForSpeechToText": "text_decoder_postnet.lm_head.weight",
+    "T5GemmaForConditionalGeneration": "lm_head.out_proj.weight",
+    "TrOCRForCausalLM": "output_projection.weight",
+    "WhisperForCausalLM": "proj_out.weight",
     "WhisperForConditionalGeneration": "proj_out.weight",
+    "XLMWithLMHeadModel": "pred_layer.proj.weight",
+    "XLNetLMHeadModel": "lm_loss.weight",
 }
+"""Heads by architecture, where their names do not follow from its own; None: none over tokens."""
 _STORED_HEADS = (
     "lm_head.weight",
     *_DECODER_HEADS.values(),
@@ -43,12 +73,10 @@ _STORED_HEADS = (
     "proj_out.weight",
     "output.weight",
 )
+_IN_DECODER = re.compile(r"(?:^|[._])decoder\.")
+_SIDES = ("encoder.", "decoder.", "text_encoder.", "text_decoder.")
 _WITH_LM_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_TIED_BIASES = (
-    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
-    ("lm_head.bias", "lm_head.decoder.bias"),
-    ("predictions.bias", "predictions.decoder.bias"),
-)
+_WITHOUT_DECODER_BIAS = frozenset({"EsmForMaskedLM", "LxmertForPreTraining"})
 
 
 @dataclass(frozen=True)
@@ -95,10 +123,12 @@ def _groups(
     """Names that belong together if they are tied, the usual main name first."""
     tables = [name for name, kind in kinds.items() if kind is ModuleKind.EMBEDDING]
     shared = [name for name in tables if f".{name}".endswith(".shared.weight")]
+    if len(tables) > 1:
+        tables = [name for name in tables if _IN_DECODER.search(name)]
     group = tables if len(tables) == 1 else []
     if len(shared) == 1:
         stem = shared[0].removesuffix("shared.weight")
-        sides = [f"{stem}{side}" for side in ("encoder.", "decoder.")]
+        sides = [f"{stem}{side}" for side in _SIDES]
         group = shared + [
             f"{side}embed_tokens.weight"
             for side in sides
@@ -108,23 +138,34 @@ def _groups(
     if group and head is not None and config.says_tied:
         group = [*group, head]
     yield group
-    for bias, alias in _TIED_BIASES:
-        if bias in names and head is not None and module_of(head) == module_of(alias):
-            yield [bias, alias]
+    parent, _, last = module_of(head or "").rpartition(".")
+    if (
+        last == "decoder"
+        and f"{parent}.bias" in names
+        and config.architecture not in _WITHOUT_DECODER_BIAS
+    ):
+        yield [f"{parent}.bias", f"{parent}.decoder.bias"]
 
 
 def output_head(names: Collection[str], config: ModelConfig) -> str | None:
     """The output head over the vocabulary, which may be tied, or None."""
+    if "decoder" in config.parts:
+        parts = [name.removeprefix("decoder.") for name in names if name.startswith("decoder.")]
+        head = output_head(parts, config.parts["decoder"])
+        return None if head is None else f"decoder.{head}"
     architecture = config.architecture or ""
-    for before, head in _DECODER_HEADS.items():
+    if architecture in _HEADS_OF:
+        known = _HEADS_OF[architecture]
+        return None if known is None else _behind_a_prefix(known, names)
+    for before, after in _DECODER_HEADS.items():
         if before in names:
-            return head
+            return after
     stored = next((head for head in _STORED_HEADS if head in names), None)
     if stored is not None:
         return stored
-    usual = "lm_head.weight" if architecture.endswith(_WITH_LM_HEAD) else None
-    known = _HEADS_OF.get(architecture, usual)
-    return None if known is None else _behind_a_prefix(known, names)
+    if architecture.endswith(_WITH_LM_HEAD):
+        return _behind_a_prefix("lm_head.weight", names)
+    return None
 
 
 def _behind_a_prefix(head: str, names: Collection[str]) -> str:

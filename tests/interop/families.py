@@ -138,6 +138,34 @@ _DEBERTA: dict[str, Any] = {
     "position_biased_input": False,
 }
 
+_MARIAN: dict[str, Any] = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 40,
+}
+
+
+def _before(decoder: tf.PreTrainedConfig) -> Callable[[], PreTrainedModel]:
+    """An image encoder before a language model with a tied head."""
+    encoder = tf.ViTConfig(**_SIZES | _VISION)
+
+    def make() -> PreTrainedModel:
+        config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+        return tf.VisionEncoderDecoderModel(config)
+
+    return make
+
+
+def _captions() -> Inputs:
+    return {"pixel_values": _pixels(), "decoder_input_ids": torch.arange(30, 46).reshape(2, 8)}
+
+
 FAMILIES: dict[str, Family] = {
     "mamba": _causal("MambaForCausalLM", raw=("*.A_log", "*.D"), state_size=4, time_step_rank=4),
     "llama": _causal("LlamaForCausalLM", **_GROUPED, tie_word_embeddings=False),
@@ -191,6 +219,32 @@ FAMILIES: dict[str, Family] = {
         _model("BertForPreTraining", "BertConfig", **_SIZES | _ENCODER),
         _tokens,
         "prediction_logits",
+    ),
+    "modernbert": _encoder(
+        "ModernBertForMaskedLM", "ModernBertConfig", sep_token_id=1, cls_token_id=0
+    ),
+    "esm": _encoder("EsmForMaskedLM", "EsmConfig", mask_token_id=3),
+    "xlnet": Family(
+        _model("XLNetLMHeadModel", "XLNetConfig", vocab_size=64, d_model=32, n_layer=2, n_head=4),
+        _tokens,
+        raw=("transformer.mask_emb",),
+    ),
+    "marian": Family(
+        _model("MarianMTModel", "MarianConfig", **_MARIAN, pad_token_id=1), _sequences
+    ),
+    "vit and gpt2": Family(_before(tf.GPT2Config(**_GPT2)), _captions),
+    "vit and trocr": Family(
+        _before(
+            tf.TrOCRConfig(
+                vocab_size=64,
+                d_model=32,
+                decoder_layers=1,
+                decoder_ffn_dim=48,
+                decoder_attention_heads=4,
+                max_position_embeddings=40,
+            )
+        ),
+        _captions,
     ),
     "roberta masked": _encoder("RobertaForMaskedLM", "RobertaConfig"),
     "roberta classifier": _encoder("RobertaForSequenceClassification", "RobertaConfig"),
