@@ -60,7 +60,7 @@ def _cost(dtype: torch.dtype, ratio: float, shape: tuple[int, int]) -> dict[str,
 
 
 def main() -> None:
-    from report import receipt_table
+    from report_receipt import receipt_table
 
     print(receipt_table(receipt_costs()))
 

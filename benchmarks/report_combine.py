@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from report_parts import Row, table, target
+
 OVER_RIVAL = 300.0
 INTRO = (
     "The seven linear modules of one Llama layer of that width, rank-16 adapters, without reading "
@@ -16,13 +18,32 @@ INTRO = (
 COLUMNS = ("what", "width", "loratool", "rival", "faster", "error", "rival's error")
 
 
-def rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
+def section(measured: dict[str, Any]) -> list[str]:
+    """Combining and resizing, against PEFT and kohya."""
+    return [INTRO, table(COLUMNS, _rows(measured))]
+
+
+def targets(measured: dict[str, Any]) -> list[Row]:
+    """How many times faster."""
+    return [
+        target(
+            f"{rival} ÷ {what}, slowest layer",
+            _slowest(measured, what),
+            OVER_RIVAL,
+            "×",
+            least=True,
+        )
+        for what, rival in (("combine", "PEFT"), ("resize", "kohya"))
+    ]
+
+
+def _rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row per layer."""
     combined = [_row(f"combine {row['adapters']}", row) for row in measured["combine"]]
     return combined + [_row("resize", row) for row in measured["resize"]]
 
 
-def slowest(measured: dict[str, Any], what: str) -> float:
+def _slowest(measured: dict[str, Any], what: str) -> float:
     """The smallest ratio of ``combine`` or ``resize``."""
     return min(row["ratio"] for row in measured[what])
 

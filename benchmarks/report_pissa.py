@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from report_parts import Row, table, target
+
 PEFT_OVER_INIT, MISSED = 20.0, 1e-3
 COLUMNS = (
     "PEFT, one matrix",
@@ -16,12 +18,36 @@ COLUMNS = (
 )
 
 
-def missed(measured: dict[str, Any]) -> float:
+def section(measured: dict[str, Any]) -> list[str]:
+    """The whole command against PEFT's initialisation alone."""
+    return [_text(measured), table(COLUMNS, _rows(measured))]
+
+
+def targets(measured: dict[str, Any]) -> list[Row]:
+    """How many times faster, and how near the optimum."""
+    return [
+        target(
+            "PEFT's PiSSA alone ÷ init --method pissa, whole command",
+            measured["ratio"],
+            PEFT_OVER_INIT,
+            "×",
+            least=True,
+        ),
+        target(
+            "PiSSA: energy short of the optimum",
+            100 * _missed(measured),
+            100 * MISSED,
+            " %",
+        ),
+    ]
+
+
+def _missed(measured: dict[str, Any]) -> float:
     """The largest share of the optimal energy that ours does not capture."""
     return max(1.0 - float(sample["captured"]) for sample in measured["samples"])
 
 
-def text(measured: dict[str, Any]) -> str:
+def _text(measured: dict[str, Any]) -> str:
     """What was measured, and ours."""
     return (
         f"A Llama of width {measured['hidden']} (MLP {measured['intermediate']}, "
@@ -38,7 +64,7 @@ def text(measured: dict[str, Any]) -> str:
     )
 
 
-def rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
+def _rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row per matrix that PEFT was timed on."""
     return [
         (

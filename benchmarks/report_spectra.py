@@ -4,11 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
+from report_parts import Row, shape_of, table, target
+
 SVD_OVER_INSPECT, LARGEST_ERROR = 30.0, 1e-2
 COLUMNS = ("shape", "matrices", "decomposed in full", "SVD in float64, each", "in float32")
 
 
-def text(measured: dict[str, Any]) -> str:
+def section(measured: dict[str, Any]) -> list[str]:
+    """inspect of a pair against full SVDs."""
+    return [_text(measured), table(COLUMNS, _rows(measured))]
+
+
+def targets(measured: dict[str, Any]) -> list[Row]:
+    """How many times faster, and how true."""
+    return [
+        target(
+            "full SVDs of a pair's changes, as weightwatcher's ÷ inspect",
+            measured["ratio"],
+            SVD_OVER_INSPECT,
+            "×",
+            least=True,
+        ),
+        target(
+            "the same in float32 ÷ inspect",
+            measured["ratio_float32"],
+            SVD_OVER_INSPECT,
+            "×",
+            least=True,
+        ),
+        target(
+            "inspect: worst error of a printed singular value",
+            100 * measured["worst_error"],
+            100 * LARGEST_ERROR,
+            " %",
+        ),
+    ]
+
+
+def _text(measured: dict[str, Any]) -> str:
     """What was measured, and ours."""
     whole = measured["checked"] == measured["matrices"]
     scaled = "" if whole else ", timed on the first of each shape and multiplied by their number"
@@ -29,11 +62,11 @@ def text(measured: dict[str, Any]) -> str:
     )
 
 
-def rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
+def _rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row per shape."""
     return [
         (
-            "×".join(map(str, shape["shape"])),
+            shape_of(shape),
             str(shape["matrices"]),
             str(shape["timed"]),
             f"{shape['svd_seconds']:.2f} s",
