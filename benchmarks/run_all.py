@@ -40,7 +40,7 @@ STAGES = (
     "combine",
     "pissa",
 )
-PACKAGES = ("loratool", "torch", "safetensors", "peft", "transformers")
+PACKAGES = ("loratool", "torch", "llvmlite", "safetensors", "peft", "transformers")
 DOCS = HERE.parent / "docs" / "benchmarks.md"
 
 

@@ -18,7 +18,7 @@ import click
 from documents import DOCUMENTS, json_schema
 
 from loratool.algebra.ranks import REGISTRY
-from loratool.cli.errors import EXIT_CODES
+from loratool.cli.errors import ALL_CODES
 from loratool.cli.main import cli
 from loratool.combining.method import Method, Parameter
 from loratool.combining.registry import DEFAULT, METHODS
@@ -52,11 +52,8 @@ def command_line() -> str:
         command = cli.get_command(root, name)
         assert command is not None
         parts.append(f"## loratool {name}\n\n```text\n{help_of(command, name, root)}\n```\n")
-    rows = "\n".join(f"| {code} | {meaning} |" for _, code, meaning in EXIT_CODES)
-    parts.append(
-        "## Exit codes\n\n| code | meaning |\n|---|---|\n| 0 | done |\n"
-        f"{rows}\n| 70 | a bug in loratool |\n| 130 | interrupted |\n"
-    )
+    rows = "\n".join(f"| {code} | {meaning} |" for code, meaning in ALL_CODES)
+    parts.append(f"## Exit codes\n\n| code | meaning |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
 
 

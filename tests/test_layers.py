@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,11 @@ def test_imports_point_downwards(path: Path) -> None:
 
 
 def test_every_layer_is_in_the_table() -> None:
-    assert {layer_of(path) for path in modules()} <= set(ALLOWED)
+    layers = {layer_of(path) for path in modules()}
+    assert layers <= set(ALLOWED)
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for layer in layers - {"__init__", "__main__"}:
+        assert re.search(rf"^  {layer}(/|\.py) ", page, re.MULTILINE), layer
 
 
 def test_only_the_command_line_prints() -> None:

@@ -13,13 +13,22 @@ EXIT_CODES: tuple[tuple[type[errors.LoratoolError], int, str], ...] = (
     (errors.OutputError, 5, "output, disk or lock"),
     (errors.HubError, 6, "the Hub or the network"),
 )
-"""In the order of DESIGN: class, exit code, meaning. 70 is a bug, 130 an interrupt."""
+"""Class, exit code, meaning."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says of an output, never of an input."""
 
 BUG = 70
 INTERRUPTED = 130
+
+ALL_CODES: tuple[tuple[int, str], ...] = (
+    (0, "done"),
+    (1, "verify says no; recover found something to do"),
+    *((code, meaning) for _, code, meaning in EXIT_CODES),
+    (BUG, "a bug in loratool"),
+    (INTERRUPTED, "interrupted"),
+)
+"""Exit code, meaning."""
 
 
 def exit_code(error: LoratoolErrorType) -> int:

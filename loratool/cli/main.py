@@ -10,7 +10,7 @@ from importlib import import_module
 
 import click
 
-from loratool.cli.errors import EXIT_CODES, INTERRUPTED
+from loratool.cli.errors import ALL_CODES, INTERRUPTED
 from loratool.cli.startup import start_sooner
 
 GROUPS: dict[str, dict[str, str]] = {
@@ -23,8 +23,8 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Adapters": {
         "combine": "Several adapters into one.",
-        "convert": "An adapter in PEFT's layout, or for another base.",
-        "init": "An adapter to train from, for PEFT.",
+        "convert": "An adapter in another layout, or for another base.",
+        "init": "An adapter to train from.",
         "resize": "An adapter at another rank.",
     },
     "Look": {
@@ -57,9 +57,7 @@ class LazyGroup(click.Group):
             with formatter.section(title):
                 formatter.write_dl(list(commands.items()))
         with formatter.section("Exit codes"):
-            rows = [("0", "done")]
-            rows += [(str(code), meaning) for _, code, meaning in EXIT_CODES]
-            formatter.write_dl([*rows, ("70", "a bug in loratool"), ("130", "interrupted")])
+            formatter.write_dl([(str(code), meaning) for code, meaning in ALL_CODES])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
