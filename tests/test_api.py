@@ -13,7 +13,7 @@ import pytest
 
 import loratool as lt
 from loratool.cli.main import main
-from loratool.errors import UsageError
+from loratool.errors import InputError, OutputError, UsageError
 from tests.conftest import REPOSITORY
 
 OPTION = re.compile(r"(?<![\w-])(--[a-z]|-o\b)")
@@ -68,6 +68,12 @@ def test_errors_name_parameters(pair: tuple[str, str], adapter: str, tmp_path: P
         assert said in text_of(error)
         assert not OPTION.search(text_of(error))
         assert str(error) == error.message
+
+
+def test_what_the_system_says_is_an_error_of_ours(pair: tuple[str, str], tmp_path: Path) -> None:
+    far = "a" * 300
+    assert isinstance(error_of(lambda: lt.inspect(far)), InputError)
+    assert isinstance(error_of(lambda: lt.extract(*pair, tmp_path / far)), OutputError)
 
 
 def test_options_of_other_commands_stay(pair: tuple[str, str], adapter: str) -> None:

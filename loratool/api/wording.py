@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any
 
 from loratool.errors import LoratoolError
+from loratool.storage.disk import refusal
 
 _OPTION = re.compile(
     r"(?P<shell>loratool [a-z][^,;)]*)"
@@ -54,6 +55,8 @@ def in_python_words(function: Callable[..., Any]) -> Callable[..., Any]:
     def speaking(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
+        except OSError as error:
+            raise refusal(error) from error
         except LoratoolError as error:
             error.message = _OPTION.sub(word, error.message)
             error.details = tuple(_OPTION.sub(word, line) for line in error.details)

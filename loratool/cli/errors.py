@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-
 from loratool import errors
 
 EXIT_CODES: tuple[tuple[type[errors.LoratoolError], int, str], ...] = (
@@ -14,9 +12,6 @@ EXIT_CODES: tuple[tuple[type[errors.LoratoolError], int, str], ...] = (
     (errors.HubError, 6, "the Hub or the network"),
 )
 """Class, exit code, meaning."""
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says of an output, never of an input."""
 
 BUG = 70
 INTERRUPTED = 130

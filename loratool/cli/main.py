@@ -75,6 +75,7 @@ def cli() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:] if argv is None else argv
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # where ‖ or × cannot be shown, an escape can
             stream.reconfigure(errors="backslashreplace")
@@ -91,6 +92,15 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:  # of what is printed before a command begins: its help
         sys.exit(_unprinted(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_streams() -> None:
+    """Streams that came closed (``>&-``) lead nowhere, or the first files to be opened are they."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _unprinted(error: OSError) -> int:

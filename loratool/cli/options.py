@@ -10,22 +10,40 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from loratool.cli.errors import BUG, INTERRUPTED, NO_ROOM, exit_code
+from loratool.cli.errors import BUG, INTERRUPTED, exit_code
 from loratool.cli.output import Output
-from loratool.errors import InputError, LoratoolError, OutputError
+from loratool.errors import LoratoolError, OutputError
+from loratool.storage.disk import refusal
 
 Command = Callable[..., None]
 
-PATH = click.Path(path_type=Path)
-
-
 _REPORT = re.compile(rb'\s*\{\s*"schema"\s*:\s*"loratool/')
+
+
+class HomePath(click.Path):
+    """A path. ``~`` is the home folder, where a shell left it (``--output=~/x``) too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return _from_home(Path(os.fsdecode(super().convert(value, param, ctx))))
+
+
+def _from_home(path: Path) -> Path:
+    start = Path(*path.parts[:1])
+    if not start.name.startswith("~") or start.exists():
+        return path
+    with suppress(RuntimeError):  # nobody of that name
+        return path.expanduser()
+    return path
+
+
+PATH = HomePath(path_type=Path, readable=False)
 
 
 class FiniteFloat(click.types.FloatParamType):
@@ -55,12 +73,12 @@ class WeightedPath(click.ParamType[tuple[Path, float]]):
         try:
             weight = float(number)
         except ValueError:
-            return Path(value), 1.0
-        if not path or Path(value).exists():
-            return Path(value), 1.0
+            return _from_home(Path(value)), 1.0
+        if not path or _from_home(Path(value)).exists():
+            return _from_home(Path(value)), 1.0
         if not math.isfinite(weight):
             self.fail(f"{number} is not a finite number", param, ctx)
-        return Path(path), weight
+        return _from_home(Path(path)), weight
 
 
 WEIGHTED = WeightedPath()
@@ -90,9 +108,7 @@ def framed(function: Command) -> Command:
             sys.stderr.close()
             sys.exit(1)
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            kind = OutputError if error.errno in NO_ROOM else InputError
-            problem = kind(f"{where}{error.strerror or error}")
+            problem = refusal(error)
             _fail(out, problem, exit_code(problem))
         except Exception as error:
             bug = LoratoolError(

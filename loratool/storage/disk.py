@@ -8,10 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loratool.errors import NoSpace, OutputError
+from loratool.errors import InputError, LoratoolError, NoSpace, OutputError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ONLY_ON_WRITING = (*NO_SPACE, errno.EFBIG, errno.EROFS)
+"""What the system says of an output, never of an input."""
+
+
+def refusal(error: OSError) -> LoratoolError:
+    """What the system said, where nothing has named the output: an error about an input, mostly."""
+    where = f"{error.filename}: " if error.filename else ""
+    kind = OutputError if error.errno in ONLY_ON_WRITING else InputError
+    return kind(f"{where}{error.strerror or error}")
 
 
 @contextmanager

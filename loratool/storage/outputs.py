@@ -52,7 +52,8 @@ def check_place(path: Path) -> None:
 
     Raises OutputError.
     """
-    folder = _existing_parent(Path(os.path.abspath(path)).parent)
+    with disk_errors(path):
+        folder = _existing_parent(Path(os.path.abspath(path)).parent)
     if not folder.is_dir():
         raise OutputError(f"{path}: {folder} is no folder")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -65,21 +66,28 @@ def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> No
     Raises OutputExists or OutputError before anything is computed.
     """
     check_place(output)
-    resolved = output.resolve()
+    resolved = _real(output)
     for source in inputs:
-        origin = source.resolve()
+        origin = _real(source)
         if resolved == origin:
             raise OutputError(f"{output}: is one of the inputs; choose another output")
         if resolved.is_relative_to(origin):
             raise OutputError(f"{output}: lies inside the input {source}; choose another output")
         if origin.is_relative_to(resolved):
             raise OutputError(f"{output}: holds the input {source}; choose another output")
-    if output.is_symlink() or output.exists():
+    with disk_errors(output):
+        is_there = output.is_symlink() or output.exists()
+    if is_there:
         if not overwrite:
             raise OutputExists(
                 f"{output}: exists already", hint="pass --overwrite to replace it, or another -o"
             )
         _check_replaceable(output)
+
+
+def _real(path: Path) -> Path:
+    """Without links; of a loop of links, itself."""
+    return Path(os.path.realpath(path))
 
 
 def _check_replaceable(output: Path) -> None:
@@ -96,13 +104,18 @@ def _check_replaceable(output: Path) -> None:
             f"{output}: is no weight file; it will not be replaced",
             hint="choose another -o, or remove it yourself",
         )
+    if _real(Path.cwd()).is_relative_to(_real(output)):
+        raise OutputError(
+            f"{output}: is the folder that you are in, or holds it; it will not be replaced",
+            hint="choose another -o, or leave the folder first",
+        )
     if not any(output.iterdir()):
         return
     ours = ("adapter_config.json", "config.json", "model_index.json")
     looks_right = any((output / name).is_file() for name in ours) or any(
         item.suffix in (".safetensors", ".bin") for item in output.iterdir()
     )
-    if not looks_right or Path.cwd().resolve().is_relative_to(output.resolve()):
+    if not looks_right:
         raise OutputError(
             f"{output}: is a folder that holds no model or adapter; it will not be replaced",
             hint="choose another -o, or remove the folder yourself",

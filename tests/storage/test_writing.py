@@ -245,10 +245,24 @@ def test_the_current_folder_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_checkpoint(tmp_path / "model", {"w": torch.ones(2)})
-    monkeypatch.chdir(model)
-    for output in (Path(), model, Path("..") / "model"):
-        with pytest.raises(OutputError):
-            check_output(output, overwrite=True, inputs=[])
+    (tmp_path / "empty").mkdir()
+    for folder in (model, tmp_path / "empty"):
+        monkeypatch.chdir(folder)
+        for output in (Path(), folder, Path("..") / folder.name):
+            with pytest.raises(OutputError, match="the folder that you are in"):
+                check_output(output, overwrite=True, inputs=[])
+
+
+def test_an_output_that_has_no_place(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    for far in (tmp_path / ("a" * 256), tmp_path / ("a" * 256) / "b"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            check_output(far, overwrite=False, inputs=[])
+    looping = tmp_path / "one" / "out"
+    check_output(looping, overwrite=False, inputs=[tmp_path / "model", tmp_path / "two"])
+    with pytest.raises(OutputError, match="cannot be written"), staged(looping):
+        pass
 
 
 def test_a_full_disk_is_seen_before_the_work(tmp_path: Path) -> None:
