@@ -124,7 +124,7 @@ class Output:
                 console.print(Text(line, overflow="fold"))
             console.print()
             return
-        table = Table(box=SIMPLE_HEAD, title=Text(printable(title)), title_justify="left")
+        table = Table(box=SIMPLE_HEAD)
         for index, column in enumerate(columns):
             is_text = index < text
             table.add_column(
@@ -136,6 +136,7 @@ class Output:
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         with console.capture() as printed:
+            console.print(Text(printable(title), style="table.title"), soft_wrap=True)
             console.print(table)
         lines = printed.get().rstrip("\n").split("\n")
         print("\n".join(line.rstrip(" ") for line in lines), file=console.file)

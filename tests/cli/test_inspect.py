@@ -56,7 +56,7 @@ def test_a_line_per_tensor_as_csv(pair: list[Path], tmp_path: Path) -> None:
     assert json.loads(rows[0]["rank_for"]) == changed[0]["rank_for"]
     invoke("inspect", pair[0], "--level", "values", "--csv", file)
     assert {row["nan"] for row in csv.DictReader(file.read_text().splitlines())} == {"0"}
-    assert invoke("inspect", *pair, "--csv", tmp_path / "no" / "x.csv").code == 5
+    assert invoke("inspect", *pair, "--csv", pair[0] / "config.json" / "x.csv").code == 5
 
 
 class Terminal(io.StringIO):
