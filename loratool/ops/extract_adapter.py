@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from loratool.adapter import Adapter, ModuleKind, Replacement, TokenRows, Update, module_of
 from loratool.formats import peft
@@ -57,8 +57,15 @@ def _new_rows(pair: Pair) -> TokenRows:
 
 
 def in_task_head(name: str, task_type: str | None) -> bool:
-    """Whether a parameter belongs to the head that PEFT saves whole for this task."""
-    return name.split(".")[0] in peft.TASK_HEADS.get(task_type or "", ())
+    """Whether a parameter belongs to what PEFT saves whole for this task: it takes a name's end for
+    the name (pre_classifier for classifier)."""
+    return is_saved_with(name, peft.TASK_HEADS.get(task_type or "", ()))
+
+
+def is_saved_with(name: str, saved: Collection[str]) -> bool:
+    """Whether PEFT saves a parameter when its config lists these modules: those inside them, and
+    inside modules whose names end like theirs (post_norm where a model has a norm of its own)."""
+    return any(owner.endswith(tuple(saved)) for owner in _owners(name))
 
 
 def _complete_ties(
@@ -74,14 +81,15 @@ def _complete_ties(
 
 
 def _complete_modules(updates: dict[str, Update], pairs: Mapping[str, Pair]) -> None:
-    """A module stored whole is stored with its unchanged parts too: PEFT copies whole modules."""
+    """A module stored whole is stored with its unchanged parts too, as PEFT copies modules whole,
+    and with its namesakes."""
     saved = {
         module_of(name)
         for name, update in updates.items()
         if isinstance(update, Replacement) and not _is_bias_alone(name, pairs)
     }
     for name, pair in pairs.items():
-        if any(owner in saved for owner in _owners(name)):
+        if is_saved_with(name, saved):
             updates.setdefault(name, Replacement(pair.whole))
 
 

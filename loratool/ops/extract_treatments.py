@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from loratool.adapter import ModuleKind, module_of
 from loratool.errors import UsageError
 from loratool.layouts.convolutions import is_grouped
 from loratool.layouts.pairs import Alignment, Pair
-from loratool.ops.extract_adapter import in_task_head
+from loratool.ops.extract_adapter import in_task_head, is_saved_with
 from loratool.ops.extract_jobs import Treatment
 from loratool.ops.extract_rules import Rules
 from loratool.ops.sources import Model
@@ -43,9 +43,29 @@ def treatments(
             for pair in members
             if found[pair.name] is Treatment.LOW_RANK and pair.kind is not ModuleKind.CONV
         ]
-        if owner and not apart:
+        if owner and not apart and not any(_is_namesake(pair.name, owner) for pair in members):
             found |= {pair.name: Treatment.WHOLE for pair in members}
-    return found
+    return found | _namesakes(alignment.pairs, found)
+
+
+def _is_namesake(name: str, owner: str) -> bool:
+    """Whether a module inside of ``owner`` has a name that ends like its: PEFT (0.21) would save
+    it twice, and find it once in the file."""
+    return is_saved_with(name.removeprefix(f"{owner}."), [owner])
+
+
+def _namesakes(pairs: Sequence[Pair], found: Mapping[str, Treatment]) -> dict[str, Treatment]:
+    """Matrices that PEFT saves whole because another module is, whose name is the end of theirs."""
+    whole = {
+        module_of(pair.name)
+        for pair in pairs
+        if found[pair.name] is Treatment.WHOLE and pair.kind is not ModuleKind.BIAS
+    }
+    return {
+        pair.name: Treatment.WHOLE
+        for pair in pairs
+        if found[pair.name] is Treatment.LOW_RANK and is_saved_with(pair.name, whole)
+    }
 
 
 def _refuse_whole_experts(pairs: Sequence[Pair], rules: Rules) -> None:

@@ -23,6 +23,7 @@ _SIZES: dict[str, Any] = {
 _ENCODER: dict[str, Any] = {"max_position_embeddings": 40, "pad_token_id": 0}
 _GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
 _VISION: dict[str, Any] = {"image_size": 16, "patch_size": 8, "num_channels": 3}
+_NO_MLP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _EXPERTS: dict[str, Any] = {
     "num_local_experts": 4,
     "num_experts": 4,
@@ -169,6 +170,9 @@ def _captions() -> Inputs:
 FAMILIES: dict[str, Family] = {
     "mamba": _causal("MambaForCausalLM", raw=("*.A_log", "*.D"), state_size=4, time_step_rank=4),
     "llama": _causal("LlamaForCausalLM", **_GROUPED, tie_word_embeddings=False),
+    "llama bare": Family(
+        _model("LlamaModel", "LlamaConfig", **_SIZES | _GROUPED), _tokens, "last_hidden_state"
+    ),
     "llama tied, with biases": _causal(
         "LlamaForCausalLM", **_GROUPED, tie_word_embeddings=True, attention_bias=True
     ),
@@ -219,6 +223,25 @@ FAMILIES: dict[str, Family] = {
         _model("BertForPreTraining", "BertConfig", **_SIZES | _ENCODER),
         _tokens,
         "prediction_logits",
+    ),
+    "distilbert classifier": Family(
+        _model(
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            vocab_size=64,
+            dim=32,
+            hidden_dim=48,
+            n_layers=2,
+            n_heads=4,
+            max_position_embeddings=40,
+        ),
+        _tokens,
+    ),
+    "dinov2 bare": Family(
+        _model("Dinov2Model", "Dinov2Config", **_NO_MLP | _VISION),
+        lambda: {"pixel_values": _pixels()},
+        "pooler_output",
+        raw=("embeddings.cls_token", "embeddings.mask_token", "embeddings.position_embeddings"),
     ),
     "modernbert": _encoder(
         "ModernBertForMaskedLM", "ModernBertConfig", sep_token_id=1, cls_token_id=0

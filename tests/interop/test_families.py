@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import loratool as lt
@@ -98,3 +99,19 @@ def test_parameters_without_a_place_are_refused_by_name(name: str, tmp_path: Pat
         rtol=1e-4,
         atol=2e-5,
     )
+
+
+def test_modules_whose_names_end_like_a_saved_one(tmp_path: Path) -> None:
+    """PEFT saves input_layernorm as well where the model's own norm is saved."""
+    family = FAMILIES["llama bare"]
+    base, tuned = save_pair(family, tmp_path)
+    before, after = (load_file(side / "model.safetensors") for side in (base, tuned))
+    layers = {name for name in before if "layernorm" in name}
+    assert layers
+    assert "norm.weight" in before
+    after |= {name: before[name] for name in layers}
+    save_file(after, tuned / "model.safetensors", {"format": "pt"})
+    report = lt.extract(base, tuned, tmp_path / "adapter", rank="full")
+    assert {row.name for row in report.rows if row.status == "unchanged"} == layers
+    peft = answer(family, under_peft(family, base, tmp_path / "adapter"))
+    torch.testing.assert_close(peft, answer(family, load(family, tuned)), rtol=1e-4, atol=2e-5)
