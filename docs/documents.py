@@ -371,7 +371,13 @@ COMBINE: Form = {
         "own_weights": [maybe(NUMBER)],
         "reach": [maybe(NUMBER)],
     },
-    "?search": by_name(either(NUMBER, TEXT, [NUMBER], [TEXT], {"type": "null"})),
+    "?search": {
+        "trials": WHOLE,
+        "penalty": NUMBER,
+        "start": {"weights": [NUMBER], "score": maybe(NUMBER)},
+        "best": {"weights": [NUMBER], "score": NUMBER},
+        "scores": [maybe(NUMBER)],
+    },
     **UPDATES,
 }
 PLANNED_UPDATE: Form = {"name": TEXT, "shape": [WHOLE], "rank_at_most": WHOLE}

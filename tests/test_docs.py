@@ -61,6 +61,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_every_page_is_in_the_table_of_contents() -> None:
+    linked = re.findall(r"\]\((docs/[^)#:]+)\)", PAGES[0].read_text(encoding="utf-8"))
+    assert {f"docs/{page.name}" for page in PAGES[1:]} <= set(linked)
+
+
 def test_public_names_are_documented() -> None:
     text = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
     for name in loratool.__all__:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,9 @@ def _commands(f: Path) -> Iterator[list[object]]:
     yield [*combining, "-o", f / "c1", "--dry-run"]
     yield [*combining, "-o", f / "c1"]
     yield ["combine", f / "a", f / "more", "-o", f / "c2", "--method", "ties", "--rank", "3"]
+    (f / "score.py").write_text("print(1)")
+    scoring = f"{sys.executable} {f / 'score.py'}"
+    yield [*combining, "-o", f / "c3", "--weights-from", scoring, "--trials", 2]
     yield ["resize", f / "a", "-o", f / "r1", "--rank", "2", "--dry-run"]
     yield ["resize", f / "a", "-o", f / "r1", "--rank", "2"]
     yield ["resize", f / "a", "-o", f / "r2", "--rank", "budget:50%"]

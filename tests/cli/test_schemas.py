@@ -7,6 +7,8 @@ schemas; one that went or has another meaning is a new version.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,29 @@ def test_reports_beside_adapters_keep_to_it_too(tmp_path: Path) -> None:
     assert len(reports) > 5
     for report in reports:
         assert not faults(json.loads(report.read_text())), report
+
+
+def names(schema: dict[str, Any]) -> Iterator[str]:
+    """Of all fields, at any depth."""
+    yield from schema.get("properties", {})
+    parts = [schema.get(key) for key in ("items", "additionalProperties")]
+    parts += [
+        *schema.get("properties", {}).values(),
+        *schema.get("anyOf", ()),
+        *schema.get("oneOf", ()),
+    ]
+    for part in parts:
+        if isinstance(part, dict):
+            yield from names(part)
+
+
+def test_every_field_is_described() -> None:
+    """In docs/json.md; what --dry-run prints is a matter of the schemas alone."""
+    text = (SCHEMAS.parent / "json.md").read_text(encoding="utf-8")
+    for path in SCHEMAS.glob("*.json"):
+        if not path.stem.endswith("-plan-1") and path.stem != "extract-ranks-1":
+            fields = set(names(json.loads(path.read_text())))
+            assert fields == {name for name in fields if re.search(rf"\b{name}\b", text)}, path
 
 
 @pytest.mark.parametrize("change", ["gone", "more", "another type"])
