@@ -21,6 +21,7 @@ from loratool.storage.dtypes import DType
 from loratool.storage.tensors import LazyTensor
 
 NAME = "loralib"
+STORES_ALPHA = False
 WEIGHTS_FILE = "lora.safetensors"
 
 _A, _B = ".lora_A", ".lora_B"

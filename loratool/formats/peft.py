@@ -13,6 +13,7 @@ __all__ = [
     "CONFIG_FILE",
     "NAME",
     "PREFIX",
+    "STORES_ALPHA",
     "TASK_HEADS",
     "WEIGHTS_FILE",
     "check_kinds",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 NAME = "PEFT"
+STORES_ALPHA = True
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _MARKS = (".lora_", ".hada_w", ".lokr_w", "trainable_tokens_delta")

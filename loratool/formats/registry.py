@@ -24,9 +24,10 @@ class AdapterFile:
 
 
 class Codec(Protocol):
-    """One format: recognise it, read it."""
+    """One format: recognise it, read it. STORES_ALPHA: whether its files say what alpha is."""
 
     NAME: str
+    STORES_ALPHA: bool
 
     def detect(self, keys: frozenset[str], side_files: Mapping[str, bytes]) -> bool:
         """Whether these look like this format's."""
@@ -69,10 +70,19 @@ def decode_adapter(file: AdapterFile, hints: Hints = NOTHING) -> Adapter:
     ``hints`` supplies what the file does not hold. Raises UnsupportedInput, MalformedFile,
     Unplaced, UsageError.
     """
+    return _codec_of(file).decode(file.label, file.tensors, file.side_files, hints)
+
+
+def stores_alpha(file: AdapterFile) -> bool:
+    """Whether an adapter's format says what alpha is. Raises UnsupportedInput."""
+    return _codec_of(file).STORES_ALPHA
+
+
+def _codec_of(file: AdapterFile) -> Codec:
     keys = frozenset(file.tensors)
     for codec in CODECS:
         if codec.detect(keys, file.side_files):
-            return codec.decode(file.label, file.tensors, file.side_files, hints)
+            return codec
     raise UnsupportedInput(
         f"{file.label}: no known adapter format",
         details=[f"first keys: {', '.join(sorted(keys)[:3])}"],

@@ -45,6 +45,7 @@ from loratool.storage.checkpoint import (
     open_weight_file,
     read_json_file,
 )
+from loratool.storage.hashing import sha256_of
 
 _POINTER = b"version https://git-lfs"
 _CONTAINERS = {
@@ -146,8 +147,7 @@ def content_hash(entry: Entry) -> str:
     """SHA-256 over the weight files. Raises OSError."""
     digest = hashlib.sha256()
     for path in entry.files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(sha256_of(path))
     return digest.hexdigest()
 
 

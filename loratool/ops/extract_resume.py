@@ -20,6 +20,7 @@ from loratool.ops.extract_jobs import ExtractJob, ExtractResult, parked_file
 from loratool.ops.extract_report import Status, TensorRow
 from loratool.provenance import loratool_version
 from loratool.storage.dtypes import BY_NAME
+from loratool.storage.hashing import sha256_of
 from loratool.storage.tensors import LazyTensor, TensorInfo
 from loratool.storage.views import files_of
 
@@ -94,8 +95,7 @@ def recall(job: ExtractJob) -> ExtractResult | None:
 
 
 def _digest(job: ExtractJob) -> str:
-    with open(parked_file(job), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(parked_file(job)).hex()
 
 
 def _described(update: Update | None) -> dict[str, object] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from loratool.storage.checkpoint import WEIGHT_SUFFIXES
 from loratool.storage.copying import copy_file, link_file
 from loratool.storage.disk import disk_errors
 from loratool.storage.dtypes import USER_NAMES, DType
+from loratool.storage.hashing import sha256_of
 
 _CONFIG = "config.json"
 _LEFT_BEHIND = (
@@ -99,12 +99,7 @@ def _is_of_weights(path: Path) -> bool:
 
 def hashes_of(files: Sequence[Path], folder: Path) -> dict[str, str]:
     """SHA-256 of small files, by their name in a folder."""
-    found = {}
-    for path in files:
-        with open(path, "rb") as file:
-            name = str(path.relative_to(folder))
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {str(path.relative_to(folder)): sha256_of(path).hex() for path in files}
 
 
 def _beside(model: Model) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from loratool.formats.registry import (
     decode_adapter,
     looks_like_adapter,
     refuse_unread_format,
+    stores_alpha,
 )
 from loratool.layouts.config import ModelConfig
 from loratool.storage.checkpoint import (
@@ -26,6 +27,7 @@ from loratool.storage.checkpoint import (
     read_json_file,
 )
 from loratool.storage.dtypes import DType
+from loratool.storage.hashing import sha256_of
 from loratool.storage.tensors import TensorInfo
 
 _ADAPTER_WEIGHTS = (peft.WEIGHTS_FILE, "adapter_model.bin", loralib.WEIGHTS_FILE)
@@ -84,15 +86,7 @@ def open_adapter(
 
     Raises InputMissing, MalformedFile, UnsupportedInput, Unplaced, UsageError.
     """
-    if not path.exists():
-        raise InputMissing(f"{path}: no such file or folder")
-    weights = _adapter_weights(path) if path.is_dir() else path
-    config = weights.parent / peft.CONFIG_FILE
-    side_files = {peft.CONFIG_FILE: _small_file(config)} if config.is_file() else {}
-    file = open_weight_file(weights)
-    return decode_adapter(
-        AdapterFile(str(path), file.tensors, side_files), Hints(alpha, fused_parts)
-    )
+    return decode_adapter(_adapter_file(path), Hints(alpha, fused_parts))
 
 
 def open_adapters(paths: Sequence[Path], alpha: float | None = None) -> list[Adapter]:
@@ -102,23 +96,24 @@ def open_adapters(paths: Sequence[Path], alpha: float | None = None) -> list[Ada
     """
     if alpha is None or len(paths) == 1:
         return [open_adapter(path, alpha) for path in paths]
-    lacking = [needs_alpha(path) for path in paths]
-    opened = [
-        open_adapter(path, alpha if lacks else None)
-        for path, lacks in zip(paths, lacking, strict=True)
-    ]
-    if not any(lacking):
+    files = [_adapter_file(path) for path in paths]
+    if all(stores_alpha(file) for file in files):
         raise UsageError("every adapter stores its own alpha; --alpha is for those that do not")
-    return opened
+    return [decode_adapter(file, Hints(None if stores_alpha(file) else alpha)) for file in files]
 
 
 def needs_alpha(path: Path) -> bool:
-    """Whether an adapter does not store its alpha. Raises what ``open_adapter`` raises."""
-    try:
-        open_adapter(path)
-    except UsageError:
-        return True
-    return False
+    """Whether an adapter's format does not store alpha. Raises InputMissing, UnsupportedInput."""
+    return not stores_alpha(_adapter_file(path))
+
+
+def _adapter_file(path: Path) -> AdapterFile:
+    if not path.exists():
+        raise InputMissing(f"{path}: no such file or folder")
+    weights = _adapter_weights(path) if path.is_dir() else path
+    config = weights.parent / peft.CONFIG_FILE
+    side_files = {peft.CONFIG_FILE: _small_file(config)} if config.is_file() else {}
+    return AdapterFile(str(path), open_weight_file(weights).tensors, side_files)
 
 
 def adapter_sha256(path: Path) -> str:
@@ -129,8 +124,7 @@ def adapter_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     for file in (weights, weights.parent / peft.CONFIG_FILE):
         if file.is_file():
-            with open(file, "rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+            digest.update(sha256_of(file))
     return digest.hexdigest()
 
 
