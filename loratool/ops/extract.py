@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratool.adapter import Adapter, Replacement
+from loratool.adapter import Adapter, ModuleKind, Replacement, module_of
 from loratool.algebra.budget import Allocation
 from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress, Progress
@@ -20,6 +20,7 @@ from loratool.ops.extract_early import Foreseen, foreseen
 from loratool.ops.extract_jobs import (
     ExtractJob,
     ExtractResult,
+    Treatment,
     extract_tensor,
     read_ahead,
     resolve_spectrum,
@@ -63,7 +64,7 @@ def run_extract(
             replace(_placed(result.row, plan), tied_to=tied.get(result.row.name))
             for result in results
         ]
-        _refuse_lost_changes(rows)
+        _refuse_lost_changes(rows, plan.jobs)
         adapter = build_adapter(
             plan.alignment,
             [replace(result, row=row) for result, row in zip(results, rows, strict=True)],
@@ -160,7 +161,7 @@ def _placed(row: TensorRow, plan: ExtractPlan) -> TensorRow:
     return row
 
 
-def _refuse_lost_changes(rows: Sequence[TensorRow]) -> None:
+def _refuse_lost_changes(rows: Sequence[TensorRow], jobs: Sequence[ExtractJob]) -> None:
     if all(row.status is Status.UNCHANGED for row in rows):
         raise NothingMatches(
             "base and tuned hold the same values: there is nothing to extract",
@@ -172,8 +173,20 @@ def _refuse_lost_changes(rows: Sequence[TensorRow]) -> None:
             f"{len(homeless)} changed tensors have no place in a PEFT adapter",
             details=[f"{row.name} {list(row.shape)}" for row in homeless[:12]],
             hint="--exclude takes a name or pattern to leave out; --drop-rest leaves out "
-            "everything that is not low-rank and states its share of the change",
+            "everything that is not low-rank and states its share of the change"
+            + _storing_whole(homeless, jobs),
         )
+
+
+def _storing_whole(homeless: Sequence[TensorRow], jobs: Sequence[ExtractJob]) -> str:
+    """How the first of these is stored that has a place once the matrices beside it are whole."""
+    for row in homeless:
+        owner = module_of(row.name)
+        inside = [job for job in jobs if owner and job.pair.name.startswith(f"{owner}.")]
+        beside = [job for job in inside if job.treatment is Treatment.LOW_RANK]
+        if beside and not any(job.pair.kind is ModuleKind.EXPERT for job in beside):
+            return f"; --rank-for {owner}=whole stores {row.name} with its whole module"
+    return ""
 
 
 def _refuse_nothing(adapter: Adapter, rows: Sequence[TensorRow]) -> None:

@@ -16,6 +16,7 @@ from loratool.engine.devices import resolve_device
 from loratool.errors import UsageError
 from loratool.layouts.config import is_hub_id
 from loratool.layouts.pairs import Alignment, align, check_floats
+from loratool.layouts.past_modules import is_read_past_its_module
 from loratool.layouts.patterns import select
 from loratool.layouts.scales import refuse_scaled
 from loratool.layouts.splitting import split_pairs
@@ -26,7 +27,11 @@ from loratool.ops.extract_forecast import Forecast, forecast
 from loratool.ops.extract_into import continue_from
 from loratool.ops.extract_jobs import ExtractJob, Treatment
 from loratool.ops.extract_rules import BUDGET, Rules, read_rules
-from loratool.ops.extract_treatments import is_grouped_convolution, treatments
+from loratool.ops.extract_treatments import (
+    LOW_RANK_KINDS,
+    is_grouped_convolution,
+    treatments,
+)
 from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.profiles import Profile, find_profile
 from loratool.storage.dtypes import BY_NAME, DType, dtype_named
@@ -208,7 +213,7 @@ def plan_extract(
     ]
     budget = _budget(str(rank), stored, base_side) if is_budget else None
     rules.check_used(jobs)
-    notes = [*alignment.notes, *_grouped_note(jobs, rules, base_side)]
+    notes = [*alignment.notes, *_whole_notes(jobs, rules, base_side)]
     if bias == LORA_BIAS:
         jobs, said = as_differences(jobs, alignment)
         notes += said
@@ -281,21 +286,33 @@ def _rounding_note(adapter: Adapter, stored: DType) -> tuple[str, ...]:
     return (f"the factors of --into, in {' and '.join(other)}, are rounded to {stored.name}",)
 
 
-def _grouped_note(jobs: Sequence[ExtractJob], rules: Rules, base: Model) -> tuple[str, ...]:
-    grouped = [
-        job.pair.name
-        for job in jobs
-        if job.treatment is Treatment.WHOLE
-        and rules.of(job.pair)
-        and is_grouped_convolution(job.pair, base)
+def _whole_notes(jobs: Sequence[ExtractJob], rules: Rules, base: Model) -> list[str]:
+    """Which matrices a rule asks to factorise and PEFT cannot adapt."""
+    names = {job.pair.name for job in jobs}
+    whole = [job.pair for job in jobs if job.treatment is Treatment.WHOLE and rules.of(job.pair)]
+    grouped = [pair.name for pair in whole if is_grouped_convolution(pair, base)]
+    past = [
+        pair.name
+        for pair in whole
+        if pair.kind in LOW_RANK_KINDS and is_read_past_its_module(pair.name, names, base.config)
     ]
-    if not grouped:
-        return ()
-    more = f" and {len(grouped) - 3} more" if len(grouped) > 3 else ""
-    return (
-        "convolutions that are grouped, or may be by their shape, are stored whole if changed, "
-        f"since PEFT merges no updates of grouped ones: {', '.join(grouped[:3])}{more}",
-    )
+    notes = []
+    if grouped:
+        notes.append(
+            "convolutions that are grouped, or may be by their shape, are stored whole if changed, "
+            f"since PEFT merges no updates of grouped ones: {_first_of(grouped)}"
+        )
+    if past:
+        notes.append(
+            "weights that the model reads without calling their modules, where no update of PEFT's "
+            f"would act, are stored whole if changed: {_first_of(past)}"
+        )
+    return notes
+
+
+def _first_of(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def _check_forms(bias: str, dora: bool, into: Path | None) -> None:

@@ -8,6 +8,7 @@ from loratool.adapter import ModuleKind, module_of
 from loratool.errors import UsageError
 from loratool.layouts.convolutions import is_grouped
 from loratool.layouts.pairs import Alignment, Pair
+from loratool.layouts.past_modules import is_read_past_its_module
 from loratool.ops.extract_adapter import in_task_head, is_saved_with
 from loratool.ops.extract_jobs import Treatment
 from loratool.ops.extract_rules import Rules
@@ -19,10 +20,6 @@ LOW_RANK_KINDS = (
     ModuleKind.EMBEDDING,
     ModuleKind.EXPERT,
 )
-_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-_READ_BY_KERNELS = frozenset({"conv1d", "dt_proj", "out_proj", "x_proj"})
-"""Their modules whose weights transformers reads directly, on some device at least; PEFT (0.21)
-refuses to adapt two of them and says nothing of the others."""
 _PARAMETRISED = ".parametrizations."
 """In the names of what torch computes a weight from: weight norms. PEFT wraps no such module."""
 _STORABLE = (ModuleKind.NORM, ModuleKind.BIAS, ModuleKind.POSITION)
@@ -36,7 +33,8 @@ def treatments(
     Raises UsageError for experts that are asked to be stored whole.
     """
     _refuse_whole_experts([pair for pair in alignment.pairs if pair.name in chosen], rules)
-    found = {pair.name: _treatment(pair, alignment, base, rules) for pair in alignment.pairs}
+    names = {pair.name for pair in alignment.pairs}
+    found = {pair.name: _treatment(pair, names, alignment, base, rules) for pair in alignment.pairs}
     for owner, members in _owners_of_bare_parameters(alignment.pairs, chosen):
         apart = [
             pair
@@ -86,7 +84,9 @@ def is_grouped_convolution(pair: Pair, base: Model) -> bool:
     return kind is ModuleKind.CONV and is_grouped(pair.name, shape, base.config)
 
 
-def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> Treatment:
+def _treatment(
+    pair: Pair, names: Collection[str], alignment: Alignment, base: Model, rules: Rules
+) -> Treatment:
     if not pair.base.dtype.is_float or not module_of(pair.name) or _PARAMETRISED in pair.name:
         return Treatment.NO_PLACE
     if in_task_head(pair.name, base.config.task_type):
@@ -97,15 +97,9 @@ def _treatment(pair: Pair, alignment: Alignment, base: Model, rules: Rules) -> T
         return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
     if pair.kind in (*LOW_RANK_KINDS, ModuleKind.CONV):
         whole = alignment.experts.is_router(pair.name) or is_grouped_convolution(pair, base)
-        whole |= _is_read_past_its_module(pair.name, base)
+        whole |= is_read_past_its_module(pair.name, names, base.config)
         return Treatment.WHOLE if whole or rules.of(pair) is None else Treatment.LOW_RANK
     return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
-
-
-def _is_read_past_its_module(name: str, base: Model) -> bool:
-    """Whether the model reads a weight without calling its module, where no update would act."""
-    last = module_of(name).rpartition(".")[2]
-    return base.config.model_type in _MAMBA and last in _READ_BY_KERNELS
 
 
 def _owners_of_bare_parameters(
