@@ -2,7 +2,13 @@
 
 The smallest r is the answer for which the rest of D looks like rounding and nothing else:
 σ_{r+1} is below the noise floor, and ‖D − D_r‖² is no more than the rounding's expected energy
-less what r components can absorb of it, r·(m+n)/(m·n), within a margin.
+less what r components can absorb of it, within a margin. Components that rise above the floor are
+the update's, and absorb r·(m+n)/(m·n); those below may be the rounding's own largest, which are
+(√m+√n)²/(m·n) each. An update's may be below as well, where a few rows or columns make the floor
+high; so with them the answer is only that it may be a LoRA.
+
+PEFT rounds the update to the weights' dtype before it adds it, which errs by half an ulp of each
+entry of D at most. So much is allowed besides.
 
 Rounding is a function of the change, entry by entry. Where entries differ much in size, as they do
 in an update of rank below eight or so, that function of a matrix of rank r has further components
@@ -13,6 +19,7 @@ gives the least rank that explains the change, and both together the largest.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from loratool.algebra.noise import NoiseFloor
@@ -32,7 +39,7 @@ MOSTLY_UNCHANGED = 0.6
 
 @dataclass(frozen=True)
 class LoraAnswer:
-    """rank: of the LoRA that explains the change, None if none of the resolved ranks does.
+    """rank: of the LoRA that explains the change, None if none of the resolved ranks does for sure.
 
     tail: the largest further change, as a share of ‖D‖, that would have gone unnoticed. least: the
     rank from which on less is left than rounding's energy; below ``rank`` where what lies between
@@ -55,16 +62,23 @@ def lora_rank(spectrum: Spectrum, noise: NoiseFloor, changed_share: float) -> Lo
         return None
     if spectrum.total_energy <= noise.energy * (1 + MARGIN):
         return None
-    unseen = ARITHMETIC * spectrum.total_energy
-    tail = ((MARGIN * noise.energy + unseen) / spectrum.total_energy) ** 0.5
+    unseen = (ARITHMETIC + noise.half_ulp**2) * spectrum.total_energy
     above = spectrum.above(noise.threshold).tolist()
-    rest = spectrum.total_energy - spectrum.values.square().cumsum(0)
-    least = None
-    for rank in range(1, len(spectrum.values)):
-        absorbed = rank * (rows + columns) / (rows * columns)
-        if float(rest[rank - 1]) <= noise.energy * (1 - absorbed + MARGIN) + unseen:
+    rest = (spectrum.total_energy - spectrum.values.square().cumsum(0)).tolist()
+    strong, mean = sum(above), (rows + columns) / (rows * columns)
+    most = (math.sqrt(rows) + math.sqrt(columns)) ** 2 / (rows * columns)
+    hidden, least = MARGIN * noise.energy + unseen, None
+    for rank in range(1, len(rest)):
+        absorbed = min(rank, strong) * mean + max(0, rank - strong) * most
+        left = noise.energy * (1 - absorbed + MARGIN) + unseen - rest[rank - 1]
+        if left >= 0:
             least = least or rank
-        if not above[rank]:
-            return LoraAnswer(rank if least else None, tail, least)
+            if not above[rank]:
+                certain = rank if least <= strong else None
+                return LoraAnswer(certain, _share(max(left, hidden), spectrum), least)
     # with every value above the floor it is of full rank, whatever little the last ones hold
-    return LoraAnswer(None, tail, None if spectrum.is_complete else least)
+    return LoraAnswer(None, _share(hidden, spectrum), None if spectrum.is_complete else least)
+
+
+def _share(energy: float, spectrum: Spectrum) -> float:
+    return math.sqrt(energy / spectrum.total_energy)

@@ -34,10 +34,12 @@ _EXPONENT = torch.tensor(0x7F800000, dtype=torch.int32)
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """threshold: τ, in the units of singular values. energy: Σ ulp²/12, the expected ‖noise‖²_F."""
+    """threshold: τ, in the units of singular values. energy: Σ ulp²/12, the expected ‖noise‖²_F.
+    half_ulp: of 1, in the dtype: what rounding a value to it errs by at most, as a share."""
 
     threshold: float
     energy: float
+    half_ulp: float = 0.0
 
     def share_of(self, change_energy: float) -> float:
         """√(Σ ulp²/12) / ‖D‖_F: how much of a change of this ‖D‖²_F rounding may have made."""
@@ -65,7 +67,7 @@ class NoiseSums:
         rows = np.concatenate([np.zeros(1), *self._rows])
         largest = float(rows.max()), max(self._columns.tolist(), default=0.0)
         threshold = sum(math.sqrt(side / 12) for side in largest) * self._unit
-        return NoiseFloor(threshold, total(rows) * self._unit**2 / 12)
+        return NoiseFloor(threshold, total(rows) * self._unit**2 / 12, self._unit / 2)
 
 
 def has_rounding(dtype: torch.dtype) -> bool:

@@ -109,7 +109,7 @@ def _patterned(matrices: Sequence[MatrixFindings]) -> str | None:
     least, most = ranges[0]
     return (
         f"of {len(ranges)} of {len(matrices)} matrices the rank is not certain (the first: from "
-        f"{least} to {most or 'beyond those extracted'}): the rounding of a change of few "
-        "components follows a pattern, which has components above the noise floor itself; "
-        "--rank auto counts them"
+        f"{least} to {most or 'beyond those extracted'}): components about the noise floor may be "
+        "the update's or a pattern that the rounding of few components follows; --rank auto counts "
+        "those above it"
     )

@@ -205,3 +205,67 @@ def test_the_stated_power_is_true() -> None:
     noticed = answer(torch.bfloat16, 0.02, tail=1.3 * plain.tail)
     assert noticed is not None
     assert noticed.rank is None
+
+
+def merged(
+    base: torch.Tensor, relative: float, *, rank: int, tail: float = 0.0, rounded: bool = False
+) -> tuple[torch.Tensor, NoiseFloor, float]:
+    """As ``change``, for a base of one's own. rounded: the update first, as PEFT merges."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns = base.shape
+    b = torch.randn(rows, rank, generator=generator)
+    update = b @ torch.randn(rank, columns, generator=generator)
+    update *= relative * base.float().norm() / update.norm()
+    rest = torch.randn(rows, columns, generator=generator)
+    update += rest * tail * update.norm() / rest.norm()
+    tuned = base + update.to(base.dtype) if rounded else (base.float() + update).to(base.dtype)
+    d = tuned.float() - base.float()
+    return d, noise_floor(tuned), float((d != 0).float().mean())
+
+
+def said_of(found: tuple[torch.Tensor, NoiseFloor, float]) -> LoraAnswer:
+    d, floor, changed = found
+    said = lora_rank(factorize(d, parse_rank_rule("32"), key="k").spectrum, floor, changed)
+    assert said is not None
+    return said
+
+
+def uneven(columns: bool) -> torch.Tensor:
+    """A bf16 base of rows, or columns, of very different sizes."""
+    generator = torch.Generator().manual_seed(6)
+    weights = torch.randn(600, 800, generator=generator) * 0.02
+    sizes = torch.randn((1, 800) if columns else (600, 1), generator=generator)
+    return (weights * torch.exp(1.5 * sizes)).bfloat16()
+
+
+@pytest.mark.parametrize("relative", [0.3, 1.0])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_a_large_lora_merged_by_peft_is_recognised(relative: float, rank: int) -> None:
+    """PEFT rounds the update too, which was taken for a tail."""
+    base = random_base()
+    assert said_of(merged(base, relative, rank=rank, rounded=True)).least == rank
+    tailed = merged(base, relative, rank=rank, rounded=True, tail=0.01)
+    assert said_of(tailed).least is None
+
+
+def random_base() -> torch.Tensor:
+    return (torch.randn(600, 800, generator=torch.Generator().manual_seed(7)) * 0.02).bfloat16()
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_what_would_go_unnoticed_is_more_where_weights_differ_in_size(columns: bool) -> None:
+    """Of the large ones many did not change, and so were rounded less than is expected of them."""
+    said = said_of(merged(uneven(columns), 0.01, rank=8))
+    assert said.rank == said.least == 8
+    unnoticed = said_of(merged(uneven(columns), 0.01, rank=8, tail=0.9 * said.tail))
+    noticed = said_of(merged(uneven(columns), 0.01, rank=8, tail=1.3 * said.tail))
+    assert unnoticed.least == 8
+    assert noticed.least is None
+
+
+def test_components_below_the_floor_may_be_the_updates() -> None:
+    """A few large columns make the floor high: that no LoRA explains the change was wrong."""
+    said = said_of(merged(uneven(True), 0.003, rank=8))
+    assert said.rank is None
+    assert said.least is not None
+    assert said.least <= 8

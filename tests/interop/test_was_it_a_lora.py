@@ -29,8 +29,8 @@ def model(dtype: torch.dtype) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(dtype)
 
 
-def merged_by_peft_and_by_us(dtype: torch.dtype, folder: Path) -> list[Path]:
-    """The base, and what both make of one adapter on it."""
+def merged_by_peft_and_by_us(dtype: torch.dtype, folder: Path, size: float = 2e-3) -> list[Path]:
+    """The base, and what both make of one adapter on it. size: of lora_B's entries."""
     base = model(dtype)
     base.save_pretrained(folder / "base")
     config = LoraConfig(r=RANK, lora_alpha=8, target_modules=["q_proj", "up_proj", "down_proj"])
@@ -39,7 +39,7 @@ def merged_by_peft_and_by_us(dtype: torch.dtype, folder: Path) -> list[Path]:
     with torch.no_grad():
         for name, value in adapted.named_parameters():
             if "lora_B" in name:
-                value.copy_(torch.randn(value.shape, generator=generator) * 2e-3)
+                value.copy_(torch.randn(value.shape, generator=generator) * size)
     adapted.save_pretrained(folder / "adapter")
     adapted.merge_and_unload().save_pretrained(folder / "peft")
     lt.merge(folder / "base", folder / "adapter", folder / "ours")
@@ -47,8 +47,9 @@ def merged_by_peft_and_by_us(dtype: torch.dtype, folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_merged_lora_is_one_of_its_rank(dtype: torch.dtype, tmp_path: Path) -> None:
-    base, *merged = merged_by_peft_and_by_us(dtype, tmp_path)
+@pytest.mark.parametrize("size", [2e-3, 3e-2])
+def test_a_merged_lora_is_one_of_its_rank(dtype: torch.dtype, size: float, tmp_path: Path) -> None:
+    base, *merged = merged_by_peft_and_by_us(dtype, tmp_path, size)
     for tuned in merged:
         report = lt.extract(base, tuned, tmp_path / f"from {tuned.name}", rank=8)
         changed = [row for row in report.rows if row.rank]
