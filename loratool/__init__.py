@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":  # pragma: no cover
@@ -121,8 +120,6 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'loratool' has no attribute {name!r}")
     value = getattr(import_module(_WHERE[name]), name)
-    if isinstance(value, FunctionType):
-        value = import_module("loratool.api.wording").in_python_words(value)
     globals()[name] = value
     return value
 

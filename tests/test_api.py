@@ -1,9 +1,8 @@
-"""The Python API as such: what its arguments may be, and how its errors speak."""
+"""The Python API as such: what its arguments may be."""
 
 from __future__ import annotations
 
 import inspect
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,9 @@ from typing import Any
 import pytest
 
 import loratool as lt
-from loratool.cli.main import main
-from loratool.errors import InputError, OutputError, UsageError
+from loratool.errors import UsageError
 from tests.conftest import REPOSITORY
 
-OPTION = re.compile(r"(?<![\w-])(--[a-z]|-o\b)")
 FUNCTIONS = [name for name in lt.__all__ if not isinstance(getattr(lt, name), type)]
 
 
@@ -35,63 +32,6 @@ def error_of(call: Callable[[], Any]) -> lt.LoratoolError:
     with pytest.raises(lt.LoratoolError) as raised:
         call()
     return raised.value
-
-
-def text_of(error: lt.LoratoolError) -> str:
-    return "\n".join([error.message, *error.details, error.hint or ""])
-
-
-def test_errors_name_parameters(pair: tuple[str, str], adapter: str, tmp_path: Path) -> None:
-    base, tuned = pair
-    out = tmp_path / "out"
-    for said, call in (
-        ("overwrite=True to replace it, or another output", lambda: lt.extract(*pair, adapter)),
-        ("min_rank 9 is above max_rank 3", lambda: lt.extract(*pair, out, min_rank=9, max_rank=3)),
-        ("dora=True does not go with into", lambda: lt.extract(*pair, out, dora=True, into=base)),
-        ("targets 'zz' matches nothing", lambda: lt.extract(*pair, out, targets="zz")),
-        ("name it with adapters", lambda: lt.verify(base, base, [])),
-        ("leave base out", lambda: lt.inspect(adapter, base=base, level="headers")),
-        (
-            "exact=True: goes with level",
-            lambda: lt.inspect(base, tuned, level="values", exact=True),
-        ),
-        ("top 0", lambda: lt.intruders(base, tuned, top=0)),
-        ("factor 1", lambda: lt.mitigate(base, tuned, out, factor=1)),
-        ("takes no rank\nuse method svd", lambda: lt.combine([adapter], out, method="cat", rank=3)),
-        ("components sets its", lambda: lt.combine([adapter], out, method="iso_c", rank=3)),
-        ("weight_rules 'x'", lambda: lt.combine([adapter], out, weight_rules="x")),
-        ("residual DIR says", lambda: lt.init(base, out, method="pissa")),
-        ("fused_parts 'x'", lambda: lt.convert(adapter, out, fused_parts="x")),
-        ("pass base_model", lambda: lt.push(adapter, "a/b")),
-    ):
-        error = error_of(call)
-        assert said in text_of(error)
-        assert not OPTION.search(text_of(error))
-        assert str(error) == error.message
-
-
-def test_what_the_system_says_is_an_error_of_ours(pair: tuple[str, str], tmp_path: Path) -> None:
-    far = "a" * 300
-    assert isinstance(error_of(lambda: lt.inspect(far)), InputError)
-    assert isinstance(error_of(lambda: lt.extract(*pair, tmp_path / far)), OutputError)
-
-
-def test_options_of_other_commands_stay(pair: tuple[str, str], adapter: str) -> None:
-    """They are no parameters of the function that failed."""
-    error = error_of(lambda: lt.inspect(pair[0], adapter))
-    assert f"loratool inspect {adapter} --base {pair[0]}" in text_of(error)
-    error = error_of(lambda: lt.unmerge(*pair[:1], adapter, "out", receipt=f"{adapter}/nothing"))
-    assert "no such receipt" in text_of(error)
-
-
-def test_the_command_line_names_options(
-    pair: tuple[str, str], adapter: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also after the same functions have spoken of parameters."""
-    error_of(lambda: lt.verify(pair[0], pair[0], []))
-    with pytest.raises(SystemExit):
-        main(["verify", pair[0], "--base", pair[0]])
-    assert "--adapter PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("jobs", [0, -1])
@@ -121,12 +61,6 @@ def test_a_string_is_one_pattern(pair: tuple[str, str], adapter: str, tmp_path: 
     assert one.to_json()["tensors"] == same.to_json()["tensors"]
     assert "'hh'" in error_of(lambda: lt.inspect(pair[0], only="hh")).message
     assert "one adapter cannot" in error_of(lambda: lt.compare(adapter)).message
-
-
-def test_functions_can_be_pickled() -> None:
-    for name in FUNCTIONS:
-        function = getattr(lt, name)
-        assert pickle.loads(pickle.dumps(function)) is function
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
