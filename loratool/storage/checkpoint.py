@@ -112,7 +112,8 @@ def open_weight_file(path: Path) -> WeightFile:
     changed in place.
     """
     if not path.is_file():
-        raise InputMissing(f"{path}: no such file")
+        what = "is no regular file" if path.exists() else "no such file"
+        raise InputMissing(f"{path}: {what}")
     refuse_unfinished(path)
     if path.suffix == ".safetensors":
         header = read_header(path)

@@ -169,8 +169,10 @@ def test_nothing_to_open(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "empty")
     with pytest.raises(InputMissing, match="no such file or folder"):
         open_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(InputMissing, match="no such file"):
+    with pytest.raises(InputMissing, match="is no regular file"):
         open_weight_file(tmp_path / "empty")
+    with pytest.raises(InputMissing, match="no such file"):
+        open_weight_file(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model.h5", "notes.txt", "model"])
