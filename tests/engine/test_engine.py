@@ -105,14 +105,20 @@ def test_devices() -> None:
 def test_the_job_after_those_that_run_is_announced_first(workers: int, waiting: int) -> None:
     order: list[tuple[str, int]] = []
     lock = threading.Lock()
+    in_step = threading.Barrier(workers + waiting)
 
     def note(what: str, job: int) -> None:
         with lock:
             order.append((what, job))
 
-    jobs = list(range(9, 0, -1))
+    def work(job: int) -> None:
+        in_step.wait()
+        note("work", job)
+        in_step.wait()
+
+    jobs = list(range(6, 0, -1))
     Engine(workers).map(
-        lambda job: note("work", job),
+        work,
         jobs,
         cost=lambda job: job,
         progress=NoProgress(),

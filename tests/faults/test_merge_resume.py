@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_done_afresh(
         touched = base / "config.json" if change == "base" else adapter / "adapter_config.json"
         os.utime(touched, ns=(1, 1))
     done = jobs_of(inputs, out, **options)
-    assert done == jobs_of(inputs, tmp_path / "whole", **options)
+    assert sorted(done) == sorted(jobs_of(inputs, tmp_path / "whole", **options))
     assert snapshot(out) == snapshot(tmp_path / "whole")
     assert leftovers(tmp_path) == []
 
