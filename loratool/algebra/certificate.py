@@ -36,7 +36,7 @@ POWER_STEPS = (2, 3, 5, 10)
 LOOSE = 5e-3
 """A bound up to this is taken; a tighter one would cost further passes."""
 
-_LOOKED_AT = 64
+_LOOKED_AT = 16
 _JITTER = 1e-13
 _TINY = 1e-32
 
