@@ -311,5 +311,6 @@ def _nothing_matches(
     return NothingMatches(
         f"{len(missing)} of the adapter's {total} updates match no tensor of the base",
         details=details,
-        hint="is this the base that the adapter was made for? --exclude leaves updates out",
+        hint="is this the base that the adapter was made for? merge, unmerge and verify leave out "
+        "what --exclude names",
     )

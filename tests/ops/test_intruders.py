@@ -13,7 +13,7 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from torch import Tensor, nn
 
 import loratool as lt
-from loratool.errors import NothingMatches, OutputExists, UsageError
+from loratool.errors import NothingMatches, OutputExists, RangeOverflow, UsageError
 from tests.builders import snapshot
 from tests.cli.invoke import invoke
 from tests.ops.builders import (
@@ -211,3 +211,11 @@ def test_nothing_to_mitigate_writes_nothing(pair: list[Path], tmp_path: Path) ->
         lt.intruders(pair[0], pair[1], alpha=1.0)
     assert lt.intruders(pair[0], adapter).rows[0].directions
     assert {k: v for k, v in snapshot(tmp_path).items() if not k.startswith("a")} == before
+
+
+def test_an_update_beyond_float32(tmp_path: Path) -> None:
+    base = save_folder(llama_like(), tmp_path / "base", LLAMA)
+    far = torch.full((2, 24), 1e30), torch.full((24, 2), 1e30)
+    adapter = save_peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": far})
+    with pytest.raises(RangeOverflow, match="q_proj"):
+        lt.intruders(base, adapter)
