@@ -52,6 +52,11 @@ _MODEL_PREFIXES = {
 }
 """transformers' base_model_prefix: what a head model's names start with and a bare one's lack."""
 
+_WITH_TRANSFORMER = frozenset(
+    f"{name}ForQuestionAnswering" for name in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe")
+)
+"""Architectures whose prefix is another than their model_type's."""
+
 _WRAPPERS = (
     "module.",
     "_orig_mod.",
@@ -177,7 +182,7 @@ def model_name(ours: str, theirs: str, names: Collection[str], config: ModelConf
     """
     shorter, longer = sorted((ours, theirs), key=len)
     prefix = longer.removesuffix(shorter)
-    known = _MODEL_PREFIXES.get(config.model_type or "")
+    known = _prefix_of(config)
     possible = (known,) if known else tuple(_MODEL_PREFIXES.values())
     if prefix not in possible:
         return ours
@@ -186,12 +191,18 @@ def model_name(ours: str, theirs: str, names: Collection[str], config: ModelConf
     return shorter if any(name.startswith(prefix) for name in names) else ours
 
 
+def _prefix_of(config: ModelConfig) -> str:
+    if config.architecture in _WITH_TRANSFORMER:
+        return "transformer."
+    return _MODEL_PREFIXES.get(config.model_type or "", "")
+
+
 def head_model_prefix(names: Collection[str], config: ModelConfig) -> str:
     """The prefix that the head model of the config has and these names lack, or ''.
 
     transformers adds it on loading, so PEFT sees names with it.
     """
-    prefix = _MODEL_PREFIXES.get(config.model_type or "", "")
+    prefix = _prefix_of(config)
     architecture = config.architecture or ""
     is_head_model = bool(architecture) and not (
         architecture.endswith("Model") and not architecture.endswith("LMHeadModel")

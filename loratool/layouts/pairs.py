@@ -18,7 +18,7 @@ from loratool.layouts.names import (
     near_misses,
     unwrapped,
 )
-from loratool.layouts.renames import module_names
+from loratool.layouts.renames import has_unknown_names, module_names
 from loratool.layouts.ties import Tie, find_ties, same_values
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.views import Stored, rows_of
@@ -131,6 +131,11 @@ def _as_loaded(
     notes = []
     if renamed is not None:
         notes.append(f"modules are named as transformers 5 does ({renamed[1]} for {renamed[0]})")
+    if has_unknown_names(config):
+        notes.append(
+            f"transformers 5 has other names for modules of {config.model_type} than files have, "
+            "not all of them known here; PEFT ignores what it finds no module for: compare outputs"
+        )
     return by_expert({modules[name]: info for name, info in tensors.items()}, config), notes
 
 

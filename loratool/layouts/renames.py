@@ -66,6 +66,7 @@ _SEGFORMER: Rules = (
     (r"\.mlp\.dense(1|2)\.", r".mlp.fc\1."),
     (r"\.layer_norm_1\.", ".layernorm_before."),
     (r"\.layer_norm_2\.", ".layernorm_after."),
+    (r"^\.decode_head\.linear_c\.", ".decode_head.linear_projections."),
 )
 _BLOCK_SPARSE: Rules = ((r"\.block_sparse_moe\.", ".mlp."),)
 _GRANITE: Rules = (
@@ -102,6 +103,13 @@ _RENAMES: dict[str, Rules] = {
     "exaone_moe": ((r"(\.mlp)(\.e_score_correction_bias)$", r"\1.gate\2"),),
     "ernie4_5_moe": ((r"(\.mlp)(\.moe_statics\.)", r"\1.gate\2"),),
     "nemotron_h": ((r"^\.backbone\.", ".model."),),
+    "hy_v3": (
+        (r"\.mlp\.router\.gate\.weight$", ".mlp.gate.weight"),
+        (r"\.mlp\.expert_bias$", ".mlp.e_score_correction_bias"),
+        (r"\.mlp\.shared_mlp\.", ".mlp.shared_experts."),
+    ),
+    "dinov3_convnext": ((r"^\.stages\.", ".model.stages."),),
+    "dinov3_vit": ((r"(?<!\.model)\.layer\.", ".model.layer."),),
 }
 """model_type → (pattern, replacement), applied in turn to the name with a dot before it."""
 
@@ -114,6 +122,16 @@ _LLAVA: Rules = (
 _QWEN_VL: Rules = (
     (r"^\.visual\.", ".model.visual."),
     (r"^\.model\.(?!language_model\.|visual\.)", ".model.language_model."),
+)
+_THINKER: Rules = (
+    (r"^\.(audio_tower|visual)\.", r".model.\1."),
+    (r"^\.model\.(?!language_model\.|visual\.|audio_tower\.)", ".model.language_model."),
+)
+_BEHIND_MODEL: Rules = (
+    (r"^\.language_model\.lm_head\.", ".lm_head."),
+    (r"^\.(?!lm_head\.|model\.)", ".model."),
+    (r"^(\.model\.language_model)\.model\.", r"\1."),
+    (r"^(\.model\.\w+)\.vision_model\.", r"\1."),
 )
 _HEAD_RENAMES: dict[str, Rules] = {
     **dict.fromkeys(
@@ -132,11 +150,147 @@ _HEAD_RENAMES: dict[str, Rules] = {
         ),
         _LLAVA,
     ),
+    **dict.fromkeys(
+        (
+            "aria",
+            "audioflamingo3",
+            "fuyu",
+            "glmasr",
+            "granite_speech",
+            "granite_speech_plus",
+            "mllama",
+            "musicflamingo",
+            "qwen2_audio",
+            "vibevoice_asr",
+            "video_llava",
+            "voxtral",
+            "voxtral_realtime",
+        ),
+        _BEHIND_MODEL,
+    ),
+    "qwen2_5_omni": tuple((old.replace("^", r"(?<=^\.thinker)"), new) for old, new in _THINKER),
+    "qwen2_5_omni_thinker": _THINKER,
+    "qwen3_omni_moe_thinker": _THINKER,
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
     "vit_msn": ((r"^\.encoder\.", ".vit.encoder."),),
 }
 """The same, of models with a head: those without one have no name for what holds the rest."""
+_BARE: Rules = (
+    (r"^(\.language_model)\.model\.", r"\1."),
+    (r"^(\.vision_tower)\.vision_model\.", r"\1."),
+)
+_BARE_RENAMES = {
+    kind: _BARE for kind, rules in _HEAD_RENAMES.items() if rules in (_LLAVA, _BEHIND_MODEL)
+}
+"""The same, of models without a head."""
+
+
+_PARTLY_KNOWN = frozenset(
+    {
+        "altclip",
+        "axk1",
+        "axk2",
+        "bailing_hybrid",
+        "chmv2",
+        "cohere_asr",
+        "colpali",
+        "conditional_detr",
+        "cosmos3_edge",
+        "cosmos3_omni",
+        "csm",
+        "d_fine",
+        "dab-detr",
+        "deepseek_v4",
+        "deformable_detr",
+        "depth_anything",
+        "depth_pro",
+        "detr",
+        "dino",
+        "dory",
+        "dots3_note",
+        "ernie4_5_vl_moe",
+        "flint",
+        "glm5_next",
+        "glm5_next_text",
+        "gradium_phonon_tts",
+        "grounding-",
+        "gte",
+        "hrm_text",
+        "hy_v4",
+        "hy_v4_vl",
+        "hy_v4_vl_text",
+        "hyperclovax_vision_v2",
+        "inkling2",
+        "inkling2_loop",
+        "inkling2_loop_text",
+        "inkling2_text",
+        "inkling_mm_model",
+        "jina_embeddings_v3",
+        "kimi_k25",
+        "kimi_linear",
+        "kolibri1",
+        "kyutai_speech_to_text",
+        "laguna",
+        "lara_mini",
+        "lfm3",
+        "lfm3_vl",
+        "lfm3_vl_vision",
+        "lw_detr",
+        "mask2former",
+        "maskformer",
+        "mimi",
+        "mimi_decoder",
+        "mimi_encoder",
+        "mimo_v2_flash",
+        "minimax_m3_vl",
+        "mistral_large4",
+        "mistral_large4_text",
+        "mm-grounding-dino",
+        "molmo2",
+        "molmo2_text",
+        "nemo_speechlm",
+        "nemotron_h_omni",
+        "nomic_bert",
+        "olmo_hybrid",
+        "oneformer",
+        "paddleocr_vl",
+        "pi0",
+        "pixio",
+        "pp_doclayout_v2",
+        "pp_doclayout_v3",
+        "pp_doclayout_v4",
+        "prompt_depth_anything",
+        "qianfan_ocr",
+        "radio",
+        "rf_detr",
+        "rt_detr",
+        "rt_detr_v2",
+        "sam3_tracker",
+        "sam3_tracker_video",
+        "sam3_video",
+        "sapiens2",
+        "shieldgemma2",
+        "step3p7",
+        "t5gemma2",
+        "timesfm2_5",
+        "tipsv2",
+        "tipsv2_dpt",
+        "tipsv2_text_model",
+        "tipsv2_vision_model",
+        "ultrabert",
+        "ultravbert",
+        "unlimited_ocr",
+        "zoedepth",
+    }
+)
+"""model_type of models that transformers 5.24 loads under names of which these rules lack some."""
+
+
+def has_unknown_names(config: ModelConfig) -> bool:
+    """Whether the model has modules under names that ``module_names`` does not give."""
+    kinds = [config.model_type, *(part.model_type for part in config.parts.values())]
+    return any(kind in _PARTLY_KNOWN for kind in kinds)
 
 
 def module_names(names: Iterable[str], config: ModelConfig) -> dict[str, str]:
@@ -145,8 +299,8 @@ def module_names(names: Iterable[str], config: ModelConfig) -> dict[str, str]:
         return _names_by_part(list(names), config)
     kind = config.model_type or ""
     rules = _RENAMES.get(kind, ())
-    if not (config.architecture or "Model").endswith("Model"):
-        rules = (*_HEAD_RENAMES.get(kind, ()), *rules)
+    bare = (config.architecture or "Model").endswith("Model")
+    rules = (*(_BARE_RENAMES if bare else _HEAD_RENAMES).get(kind, ()), *rules)
     compiled = [(re.compile(old), new) for old, new in (*_LEGACY, *rules)]
     renamed = {}
     for name in names:

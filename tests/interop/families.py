@@ -178,6 +178,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": _causal("Qwen2ForCausalLM", **_GROUPED, tie_word_embeddings=True),
     "qwen2 untied": _causal("Qwen2ForCausalLM", **_GROUPED, tie_word_embeddings=False),
+    "qwen2 answers": Family(
+        _model("Qwen2ForQuestionAnswering", "Qwen2Config", **_SIZES | _GROUPED),
+        _tokens,
+        "start_logits",
+    ),
     "gemma": _causal("GemmaForCausalLM", **_GROUPED, head_dim=8),
     "mistral": _causal("MistralForCausalLM", **_GROUPED),
     "phi": _causal("PhiForCausalLM", **_GROUPED),

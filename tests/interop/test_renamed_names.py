@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+import loratool as lt
 from loratool.layouts.config import ModelConfig
 from loratool.layouts.experts import stacks_experts
 from loratool.layouts.renames import module_names
@@ -39,6 +41,8 @@ _DINO = {name: value for name, value in _VISION.items() if name != "intermediate
 _ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
 _QWEN_TEXT = _TEXT | {"rope_parameters": _ROPE}
 _EYES = {"depth": 1, "num_heads": 4, "hidden_size": 32, "patch_size": 4}
+_EARS = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "num_mel_bins": 8}
+_EARS |= {"encoder_ffn_dim": 48, "max_source_positions": 16}
 _MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -119,6 +123,41 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral3": pair(
         "Mistral3", tf.PixtralVisionConfig(**_VISION, head_dim=8), tf.MistralConfig(**_TEXT)
     ),
+    "llava bare": lambda: tf.LlavaModel(
+        tf.LlavaConfig(
+            vision_config=tf.CLIPVisionConfig(**_VISION), text_config=tf.LlamaConfig(**_TEXT)
+        )
+    ),
+    "dinov3_vit": made("DINOv3ViTModel", "DINOv3ViTConfig", **_VISION),
+    "segformer semantic": made(
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[8, 16],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+    ),
+    "qwen2_audio": lambda: tf.Qwen2AudioForConditionalGeneration(
+        tf.Qwen2AudioConfig(audio_config=_EARS, text_config=tf.Qwen2Config(**_TEXT))
+    ),
+    "voxtral": lambda: tf.VoxtralForConditionalGeneration(
+        tf.VoxtralConfig(
+            audio_config=_TEXT | {"intermediate_size": 128, "num_mel_bins": 8},
+            text_config=tf.LlamaConfig(**_TEXT),
+        )
+    ),
+    "mllama": lambda: tf.MllamaForConditionalGeneration(
+        tf.MllamaConfig(
+            vision_config=_VISION
+            | {"num_global_layers": 1, "attention_heads": 4, "intermediate_layers_indices": [0]}
+            | {"vision_output_dim": 64, "supported_aspect_ratios": [[1, 1]]},
+            text_config=_TEXT | {"cross_attention_layers": [1]},
+        )
+    ),
     "qwen2_vl": pair("Qwen2VL", _EYES | {"embed_dim": 32, "mlp_ratio": 2}, _QWEN_TEXT),
     "qwen2_5_vl": pair(
         "Qwen2_5_VL", _EYES | {"out_hidden_size": 32, "intermediate_size": 48}, _QWEN_TEXT
@@ -158,3 +197,16 @@ def test_architectures_whose_experts_are_stacked_on_loading() -> None:
         )
         if kind not in ("dots3_note_vision_encoder", "UnlimitedOcrTextModel"):
             assert stacks_experts(ModelConfig({"model_type": kind})) is merges, kind
+
+
+def test_names_that_are_not_known_are_said(tmp_path: Path) -> None:
+    values = {name: value for name, value in _TEXT.items() if name != "num_key_value_heads"}
+    values["pad_token_id"] = 0
+    model = made("NomicBertModel", "NomicBertConfig", **values)()
+    for side, step in (("base", 0.0), ("tuned", 0.05)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += step * torch.randn(parameter.shape)
+        model.save_pretrained(tmp_path / side)
+    report = lt.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=2)
+    assert any("names for modules of nomic_bert" in note for note in report.notes)
