@@ -360,33 +360,24 @@ def _directions(found: Examined) -> tuple[Direction, ...]:
 
 
 def _both(job: WeightJob) -> tuple[Tensor, Tensor, float] | None:
-    """W0 and W as (out, in), float32, with ‖W − W0‖₂; None where they are equal, or W is zero.
-
-    Raises RangeOverflow where W, or what changed, is beyond float32.
-    """
+    """W0 and W as (out, in), float32, with ‖W − W0‖₂; None where they are equal, or W is zero."""
     if isinstance(job.of, Pair):
         base, tuned = (
             pair_matrix(job.of, side, job.device) for side in (job.of.base, job.of.tuned)
         )
         if torch.equal(base, tuned) or not bool(tuned.any()):
             return None
-        change = _in_range(job.name, tuned - base)
-        value = resolve_spectrum(change, parse_rank_rule("1"), key=f"0:{job.name}:change")
+        value = resolve_spectrum(tuned - base, parse_rank_rule("1"), key=f"0:{job.name}:change")
         return base, tuned, float(value.values[0])
     placed, info = job.of
     base, update = on_weight(placed, info, job.device)
-    product = torch.addmm(base, update.b.float(), update.a.float(), alpha=update.scale)
-    tuned = _in_range(job.name, product)
+    tuned = torch.addmm(base, update.b.float(), update.a.float(), alpha=update.scale)
+    if not all_finite(tuned):
+        raise RangeOverflow(f"{job.name}: the update is too large to be examined")
     values = update.svd().values
     if not len(values) or not bool(tuned.any()):
         return None
     return base, tuned, float(values[0])
-
-
-def _in_range(name: str, matrix: Tensor) -> Tensor:
-    if not all_finite(matrix):
-        raise RangeOverflow(f"{name}: the change is too large to be examined")
-    return matrix
 
 
 def pair_matrix(pair: Pair, side: Stored, device: torch.device) -> Tensor:
