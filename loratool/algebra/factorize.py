@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,8 +40,10 @@ EXACT_SIDE = 512
 _LEAST_ROWS = 64
 """Of a block: with fewer, a product spends its time on getting the other factor into cache."""
 
-_CHECKED = 16
-_AGREEMENT = 1e-7
+_CHECKED = 17
+"""One row of so many: odd, since what rows hold may go by multiples of 16."""
+_AGREEMENT, _FAR_FROM_IT = 1e-7, 2e-6
+"""Of the energy of the rows that are checked: of all, and of so few that chance plays a part."""
 _SMALL = 1e-3
 """Missed less than this share of an update, its float32 rounding might be seen in a millionth."""
 
@@ -301,28 +304,36 @@ def identity_factors(d: Tensor) -> LowRank:
 def residual_norm(d: Tensor, update: LowRank) -> float:
     """‖D − s·B·A‖_F with the factors as stored, to a millionth of itself.
 
-    Squares and their sum are in float64; so is the product, of the first block of rows and of
-    every sixteenth. In between it is in float32, as long as the two agree to 10⁻⁷ on the blocks
-    that have both: where rounding is no longer small beside what is missed, or not independent of
-    it, they do not, and all is done in float64. So it is where little is missed of a large update,
-    since the blocks looked at may not be those whose rounding counts.
+    Squares and their sum are in float64; so is the product of one row in seventeen. In the others
+    it is in float32, as long as the two agree to 10⁻⁷ on the rows that have both: where rounding
+    is no longer small beside what is missed, or not independent of it, they do not, and all is
+    done in float64. So it is where little is missed of a large update, or little of what is missed
+    lies in the rows looked at: they may not be those whose rounding counts.
     """
-    rows, columns = d.shape
-    step = max(_LEAST_ROWS, block_rows(columns))
+    step = max(_LEAST_ROWS, block_rows(d.shape[1]))
     exact, single = (_Missed(d, update, dtype, step) for dtype in (torch.float64, torch.float32))
-    missed = 0.0
-    for index, start in enumerate(range(0, rows, step)):
-        if index % _CHECKED:
-            missed += single.energy(start)
-            continue
-        energy = exact.energy(start)
-        if rows > step and not abs(single.energy(start) - energy) <= _AGREEMENT * energy:
-            break
-        missed += energy
-    else:
-        if missed >= _SMALL**2 * exact.update_energy:
-            return math.sqrt(missed)
-    return math.sqrt(math.fsum(exact.energy(start) for start in range(0, rows, step)))
+    energy = _mostly_single(exact, single) if len(d) > step else None
+    if energy is None:
+        energy = math.fsum(total(exact.energies(start)) for start in exact.starts)
+    return math.sqrt(energy)
+
+
+def _mostly_single(exact: _Missed, single: _Missed) -> float | None:
+    """The squared norm from ``single`` alone; None where rows of ``exact`` speak against it."""
+    missed, checked, seen = 0.0, 0.0, 0.0
+    for start in exact.starts:
+        some = slice(-start % _CHECKED, None, _CHECKED)
+        energies, true = single.energies(start), total(exact.energies(start, some))
+        missed, checked, seen = (
+            missed + total(energies),
+            checked + true,
+            seen + total(energies[some]),
+        )
+        if not abs(seen - checked) <= _FAR_FROM_IT * checked:
+            return None
+    agree = abs(seen - checked) <= _AGREEMENT * checked
+    representative = 4 * _CHECKED * checked >= missed >= _SMALL**2 * exact.update_energy
+    return missed if agree and representative else None
 
 
 class _Missed:
@@ -334,17 +345,19 @@ class _Missed:
         self._buffer = torch.empty(min(step, len(d)), d.shape[1], dtype=dtype, device=d.device)
 
     @property
+    def starts(self) -> range:
+        """The first rows of the blocks."""
+        return range(0, len(self._d), self._step)
+
+    @property
     def update_energy(self) -> float:
         """‖s·B·A‖², through the Gram matrices of the factors."""
         return float(((self._b.T @ self._b) * (self._a @ self._a.T)).sum())
 
-    def energy(self, start: int) -> float:
-        """Of ``step`` rows from ``start`` on."""
-        part = self._d[start : start + self._step]
-        product = torch.mm(
-            self._b[start : start + self._step], self._a, out=self._buffer[: len(part)]
-        )
-        return total(row_energies(part, minus=product))
+    def energies(self, start: int, some: slice = slice(None)) -> np.ndarray:
+        """Of each of ``step`` rows from ``start`` on, or of some of these."""
+        part, b = (x[start : start + self._step][some] for x in (self._d, self._b))
+        return row_energies(part, minus=torch.mm(b, self._a, out=self._buffer[: len(part)]))
 
 
 def _gram_eigenvectors(d: Tensor) -> _Right:

@@ -79,6 +79,27 @@ def test_the_stated_error_is_true_of_many_rows(
     assert abs(stated - true) <= 1e-6 * true + 1e-12 * norm
 
 
+@pytest.mark.parametrize("others", [0.0, 1e-3])
+@pytest.mark.parametrize(
+    ("shape", "alike", "scale", "dtype"),
+    [
+        ((4096, 2048), slice(300, 1500), 0.7, torch.bfloat16),
+        ((4096, 600), slice(1000, 3000), 0.7, torch.float16),
+        ((2000, 600), slice(873, 2000), 1 / 3, torch.bfloat16),
+    ],
+)
+def test_the_stated_error_is_true_where_some_rows_are_alike(
+    shape: tuple[int, int], alike: slice, scale: float, dtype: torch.dtype, others: float
+) -> None:
+    """Their products round alike; whole blocks of rows that were checked had none of them."""
+    d = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * others * 0.37
+    d[alike] = 0.37
+    value = factorize(d, parse_rank_rule("1"), key="k").low_rank()
+    stored = LowRank((value.b / scale).to(dtype), value.a.to(dtype), scale)
+    true, stated = distance(d.double().numpy(), stored), residual_norm(d, stored)
+    assert abs(stated - true) <= 1e-6 * true + 1e-12 * float(d.double().norm())
+
+
 def distance(dense: np.ndarray, value: LowRank) -> float:
     """‖D − s·B·A‖ in float64, not by the package."""
     b, a = value.b.double().numpy(), value.a.double().numpy()

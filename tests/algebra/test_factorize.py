@@ -82,7 +82,7 @@ def test_exact_flag_forbids_the_sketch() -> None:
 
 
 def test_rounding_is_not_stated_as_missed_where_few_rows_changed() -> None:
-    """The blocks on which products are compared hold nothing here; the others hold a LoRA."""
+    """Whole blocks of rows hold nothing here; the others hold a LoRA."""
     generator = torch.Generator().manual_seed(0)
     b = torch.zeros(1500, 64)
     b[600:] = torch.randn(900, 64, generator=generator)
