@@ -27,6 +27,7 @@ from loratool.algebra.exact_matrix import (
     matrix_product,
 )
 from loratool.algebra.lowrank import LowRank
+from loratool.plural import counted
 from loratool.storage.tensors import LazyTensor
 
 
@@ -283,7 +284,7 @@ class TokenRows:
         return (self.value,)
 
     def describe(self, weight: float = 1.0) -> str:
-        return f"{len(self.indices)} rows replaced"
+        return f"{counted(len(self.indices), 'row')} replaced"
 
 
 @dataclass(frozen=True)

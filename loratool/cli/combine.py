@@ -16,6 +16,7 @@ from loratool.combining.method import Method, Parameter
 from loratool.combining.registry import DEFAULT, METHODS, parameters
 from loratool.errors import UsageError
 from loratool.layouts.families import by_name
+from loratool.plural import counted
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -220,10 +221,12 @@ def combine_command(
         out.document(result.to_json())
         return
     count = len(plan.adapters)
-    show_updates(out, result, f"{output}: {plan.method.name} of {count} adapters", output)
+    show_updates(
+        out, result, f"{output}: {plan.method.name} of {counted(count, 'adapter')}", output
+    )
     if found is not None:
         weights = ", ".join(f"{s.label} {s.weight:g}" for s in asked.sources)
-        out.line(f"weights after {found['trials']} trials: {weights}")
+        out.line(f"weights after {counted(found['trials'], 'trial')}: {weights}")
         start = found["start"]["score"]
         before = "none" if start is None else f"{start:g}"
         out.line(f"score {found['best']['score']:g}, at the start {before}")
@@ -268,8 +271,8 @@ def _show_plan(out: Output, plan: CombinePlan, engine: Engine) -> None:
         out.document(document("combine-plan", 1, body))
         return
     out.line(
-        f"would combine {len(plan.adapters)} adapters by {plan.method.name}, rank {plan.rank}, "
-        f"in {plan.dtype.name} on {plan.device}"
+        f"would combine {counted(len(plan.adapters), 'adapter')} by {plan.method.name}, rank "
+        f"{plan.rank}, in {plan.dtype.name} on {plan.device}"
     )
     out.table(
         "adapters",

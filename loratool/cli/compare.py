@@ -13,6 +13,7 @@ from loratool.cli import options
 from loratool.cli.output import Output, spark
 from loratool.cli.pictures import Pictures, picture_options
 from loratool.layouts.families import by_name, family_of, layer_of, natural
+from loratool.plural import counted
 from loratool.report.page import letter
 from loratool.report.text import percent
 
@@ -204,7 +205,7 @@ def _show_modules(out: Output, report: CompareReport, pair: PairTotals) -> None:
     first, second = map(letter, pair.pair)
     columns[4] = f"‖{second}‖/‖{first}‖"
     columns += [f"{first} in {second}", "signs agree", "joint rank"]
-    out.table(f"{pair.shared} modules in both {first} and {second}", columns, cells)
+    out.table(f"{counted(pair.shared, 'module')} in both {first} and {second}", columns, cells)
 
 
 def _mean(values: Sequence[float | None]) -> str:
@@ -258,8 +259,8 @@ def _show_legend(out: Output, report: CompareReport) -> None:
         looked_at = sum(row.entries for row in sampled)
         total = sum(row.shape[0] * row.shape[1] for row in sampled)
         out.line(
-            f"signs and TIES: from random rows of {len(sampled)} modules, {looked_at:,} of "
-            f"{total:,} entries; --sample takes more"
+            f"signs and TIES: from random rows of {counted(len(sampled), 'module')}, {looked_at:,} "
+            f"of {total:,} entries; --sample takes more"
         )
 
 
@@ -303,4 +304,6 @@ def _show_alone(out: Output, report: CompareReport) -> None:
         names = sorted(alone, key=natural)
         shown = ", ".join(name.removesuffix(".weight") for name in names[:8])
         more = f", … {len(names) - 8} more" if len(names) > 8 else ""
-        out.line(f"only in {letter(position)}: {len(adapter.alone)} modules: {shown}{more}")
+        out.line(
+            f"only in {letter(position)}: {counted(len(adapter.alone), 'module')}: {shown}{more}"
+        )

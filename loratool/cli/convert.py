@@ -10,6 +10,7 @@ import click
 from loratool.cli import options
 from loratool.cli.output import Output
 from loratool.layouts.families import natural
+from loratool.plural import counted
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def _show_plan(out: Output, plan: ConvertPlan) -> None:
         out.document(document("convert-plan", 1, body))
         return
     out.line(
-        f"would write {len(body['updates'])} updates from {body['from']} as {body['to']}, about "
-        f"{size_text(plan.adapter_bytes)}"
+        f"would write {counted(len(body['updates']), 'update')} from {body['from']} as "
+        f"{body['to']}, about {size_text(plan.adapter_bytes)}"
     )
 
 
@@ -100,9 +101,9 @@ def _show(out: Output, report: ConvertReport, output: Path) -> None:
         out.table("updates", ["parameter", "update"], updates, text=2)
     without = f", without its start {report.facts['start']}" if report.facts["start"] else ""
     out.line(
-        f"converted to {output}: {len(report.updates)} updates from {report.facts['from']} as "
-        f"{report.facts['to']}{without}; {report.parameters:,} parameters, "
-        f"{size_text(report.nbytes)}"
+        f"converted to {output}: {counted(len(report.updates), 'update')} from "
+        f"{report.facts['from']} as {report.facts['to']}{without}; "
+        f"{counted(report.parameters, 'parameter')}, {size_text(report.nbytes)}"
     )
     if report.facts["base_model"] is None and report.facts["to"] == "PEFT":
         out.line("it names no base; --base-model OWNER/NAME does")

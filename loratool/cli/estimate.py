@@ -9,6 +9,7 @@ import click
 
 from loratool.cli import options
 from loratool.cli.output import Output
+from loratool.plural import counted
 from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
@@ -51,9 +52,8 @@ def estimate_command(out: Output, model: str, rank: int, targets: str, report: P
 
 def _show(out: Output, report: EstimateReport) -> None:
     kind = f" ({report.model_type})" if report.model_type else ""
-    out.line(
-        f"{report.model}{kind}: {report.parameters:,} parameters, {size_text(report.model_bytes)}"
-    )
+    parameters = counted(report.parameters, "parameter")
+    out.line(f"{report.model}{kind}: {parameters}, {size_text(report.model_bytes)}")
     out.table(
         f"LoRA of rank {report.rank} on {report.targets}",
         ["module", "matrices", "shape", "rank", "parameters"],
@@ -69,7 +69,7 @@ def _show(out: Output, report: EstimateReport) -> None:
         ],
     )
     share = report.trained / report.parameters
-    out.line(f"trained: {report.trained:,} parameters, {percent(share)} of the model's")
+    out.line(f"trained: {counted(report.trained, 'parameter')}, {percent(share)} of the model's")
     sizes = report.adapter_bytes
     out.line(
         f"adapter: {size_text(sizes['float16'])} in 16 bits, {size_text(sizes['float32'])} in 32; "

@@ -12,6 +12,7 @@ from loratool.cli import options
 from loratool.cli.output import Output
 from loratool.inits.registry import INITS
 from loratool.layouts.families import by_name
+from loratool.plural import counted
 from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ def _show_plan(out: Output, plan: InitPlan) -> None:
         out.document(document("init-plan", 1, plan.to_json()))
         return
     out.line(
-        f"would start {len(plan.jobs)} modules{_of_parts(plan.fused_parts)} at rank {plan.rank} "
-        f"with {plan.method}: an adapter of {size_text(plan.adapter_bytes)}"
+        f"would start {counted(len(plan.jobs), 'module')}{_of_parts(plan.fused_parts)} at rank "
+        f"{plan.rank} with {plan.method}: an adapter of {size_text(plan.adapter_bytes)}"
         + (
             f" and a residual base of {size_text(plan.base.checkpoint.size_bytes)}"
             if plan.residual
@@ -168,9 +169,9 @@ def _show(out: Output, report: InitReport, output: Path, residual: Path | None) 
         )
     parts = report.facts["fused_parts"]
     out.line(
-        f"started {output}: {len(report.rows)} modules{_of_parts(parts)}, "
-        f"{report.parameters:,} parameters, {report.facts['method']}, "
-        f"rank {report.facts['rank']}, alpha {report.facts['alpha']:g}"
+        f"started {output}: {counted(len(report.rows), 'module')}{_of_parts(parts)}, "
+        f"{counted(report.parameters, 'parameter')}, {report.facts['method']}, rank "
+        f"{report.facts['rank']}, alpha {report.facts['alpha']:g}"
     )
     if residual is None:
         out.line("B is zero: on the base it changes nothing yet")

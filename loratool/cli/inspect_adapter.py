@@ -10,6 +10,7 @@ from loratool.cli.output import Output, fitting, span, spark
 from loratool.cli.spectra import SHARES, known_ranks, show_sizes
 from loratool.cli.tables import Sorts, in_order
 from loratool.layouts.families import family_of, natural
+from loratool.plural import counted
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ def show_adapter(out: Output, report: AdapterReport, sort: str | None = None) ->
     for other in sorted(report.others, key=lambda row: natural(row["name"]))[:12]:
         out.line(f"{other['name']}: {other['update']}")
     if len(report.others) > 12:
-        out.line(f"… {len(report.others) - 12} more updates that are not low-rank")
+        out.line(f"… {counted(len(report.others) - 12, 'more update')} not of low rank")
     if report.replaced:
         names = ", ".join(sorted((row["name"] for row in report.replaced), key=natural)[:4])
         more = len(report.replaced) - 4
         out.line(
-            f"replaces {len(report.replaced)} parameters whole: {names}"
+            f"replaces {counted(len(report.replaced), 'parameter')} whole: {names}"
             + (f", … {more} more" if more > 0 else "")
         )
     out.line(f"{report.parameters:,} values, {size_text(report.nbytes)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from loratool.cli.output import Output, fitting, span
 from loratool.cli.tables import Sorts, in_order
 from loratool.layouts.families import natural
+from loratool.plural import counted
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def show_side_by_side(out: Output, report: AdaptersReport, sort: str | None = No
     lines = [_line(report) for report in reports]
     columns = fitting(out.width, lines, _ORDER, ("adapter", "rank"), _BY_WORTH)
     out.table(
-        f"{len(reports)} adapters",
+        f"{counted(len(reports), 'adapter')}",
         columns,
         [[line.get(column, "") for column in columns] for line in lines],
     )

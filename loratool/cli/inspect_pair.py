@@ -70,7 +70,7 @@ def _headers(out: Output, report: PairReport) -> None:
         out.line(f"{counted(count, 'tensor')} went from {before} to {after}")
     for row in report.paired:
         if row.added_rows:
-            out.line(f"{row.name}: {row.added_rows} tokens added")
+            out.line(f"{row.name}: {counted(row.added_rows, 'token')} added")
 
 
 def _summary(out: Output, report: PairReport) -> None:
@@ -154,7 +154,7 @@ def _table(out: Output, report: PairReport, sort: str | None) -> None:
         [[line.get(column, "") for column in columns] for line in lines],
     )
     if len(lines) < len(ordered):
-        out.line(f"… {len(ordered) - len(lines)} more modules: -v shows all")
+        out.line(f"… {counted(len(ordered) - len(lines), 'more module')}: -v shows all")
     _legend(out, columns)
     if report.unchanged:
         out.line(f"unchanged: {counted(len(report.unchanged), 'tensor')}")

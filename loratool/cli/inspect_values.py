@@ -37,4 +37,4 @@ def show_values(
     for names in equal if out.verbose else equal[:_SHOWN]:
         out.line(f"equal values: {' = '.join(names)}")
     if not out.verbose and len(equal) > _SHOWN:
-        out.line(f"… {len(equal) - _SHOWN} more groups of equal tensors: -v shows all")
+        out.line(f"… {counted(len(equal) - _SHOWN, 'more group')} of equal tensors: -v shows all")

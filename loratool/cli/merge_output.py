@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.cli.output import Output
 from loratool.layouts.families import by_name, natural
+from loratool.plural import counted
 from loratool.provenance import document
 from loratool.report.text import percent, size_text
 
@@ -25,7 +26,7 @@ def shown_as_json(out: Output, body: dict[str, Any]) -> bool:
 def show_changes(out: Output, merging: Merging, body: dict[str, Any], total_bytes: int) -> None:
     """Which tensors a plan would change."""
     out.line(
-        f"would change {len(merging.updates)} of {len(merging.base.checkpoint)} tensors "
+        f"would change {len(merging.updates)} of {counted(len(merging.base.checkpoint), 'tensor')} "
         f"({size_text(merging.changed_bytes)} of {size_text(total_bytes)}) on {merging.device}"
     )
     if out.verbose:
@@ -78,7 +79,7 @@ def _show_left_out(
     out: Output, updates: tuple[str, ...] | list[str], files: tuple[str, ...] | list[str]
 ) -> None:
     if updates:
-        out.line(f"left out of the adapter as asked: {len(updates)} updates")
+        out.line(f"left out of the adapter as asked: {counted(len(updates), 'update')}")
     if files:
         out.complain(f"note: other weight files were not carried along: {', '.join(files)}")
 
@@ -104,9 +105,10 @@ def show(out: Output, report: MergeReport, output: Path) -> None:
             text=2,
         )
     elements, changed = report.total("elements"), report.total("changed")
+    total = counted(report.facts["tensors_total"], "tensor")
     out.line(
-        f"merged into {output}: {len(report.rows)} of {report.facts['tensors_total']} tensors, "
-        f"scale {report.facts['scale']:g}, on {report.facts['device']}"
+        f"merged into {output}: {len(report.rows)} of {total}, scale {report.facts['scale']:g}, on "
+        f"{report.facts['device']}"
     )
     out.line(
         f"{changed:,} of {elements:,} weights in them changed "
@@ -114,7 +116,8 @@ def show(out: Output, report: MergeReport, output: Path) -> None:
     )
     if report.lost_share is not None:
         out.line(f"rounding swallowed {percent(report.lost_share)} of the update's energy")
-    if report.total("overflowed"):
-        out.complain(f"note: {report.total('overflowed'):,} values overflowed and are infinite")
+    if overflowed := report.total("overflowed"):
+        values = counted(overflowed, "value")
+        out.complain(f"note: infinite, since beyond the dtype's range: {values}")
     _show_left_out(out, report.facts["left_out"], report.facts["skipped_files"])
     out.notes(report.facts["notes"])

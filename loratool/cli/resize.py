@@ -10,6 +10,7 @@ import click
 from loratool.cli import options
 from loratool.cli.output import Output
 from loratool.cli.updates import show_updates
+from loratool.plural import counted
 from loratool.report.text import size_text
 
 if TYPE_CHECKING:
@@ -125,7 +126,9 @@ def _show_plan(out: Output, plan: ResizePlan) -> None:
     if out.as_json:
         out.document(document("resize-plan", 1, plan.to_json()))
         return
-    out.line(f"would resize {len(plan.jobs)} updates to rank {plan.rank} in {plan.dtype.name}")
+    out.line(
+        f"would resize {counted(len(plan.jobs), 'update')} to rank {plan.rank} in {plan.dtype.name}"
+    )
     out.line(f"reads {size_text(plan.read_bytes)}")
     out.line(f"adapter: at most {size_text(plan.adapter_bytes_at_most)} of updates")
     out.notes(plan.notes)

@@ -8,6 +8,7 @@ import click
 
 from loratool.cli import options
 from loratool.cli.output import Output
+from loratool.plural import counted
 from loratool.report.text import size_text
 
 
@@ -94,9 +95,9 @@ def swap_command(
             out.document(document("swap-plan", 1, plan.to_json()))
             return
         out.line(
-            f"would restore {len(plan.unmerge.updates)} tensors and change "
-            f"{len(plan.merging.placement.updates)} ({size_text(plan.unmerge.output_bytes)}) "
-            f"on {plan.merging.device}"
+            f"would restore {counted(len(plan.unmerge.updates), 'tensor')} and change "
+            f"{len(plan.merging.placement.updates)} ({size_text(plan.unmerge.output_bytes)}) on "
+            f"{plan.merging.device}"
         )
         out.notes(plan.notes)
         return
@@ -107,8 +108,9 @@ def swap_command(
         return
     facts = result.facts
     out.line(
-        f"swapped into {output}: {facts['restored']} of {facts['tensors_total']} tensors restored, "
-        f"{len(result.merged.rows)} changed, on {facts['device']}"
+        f"swapped into {output}: {facts['restored']} of "
+        f"{counted(facts['tensors_total'], 'tensor')} restored, {len(result.merged.rows)} changed, "
+        f"on {facts['device']}"
     )
     out.line(
         f"receipt: {facts['receipt']['name']}, {size_text(facts['receipt']['bytes'])}, "

@@ -10,6 +10,7 @@ import click
 from loratool.cli import options
 from loratool.cli.output import Output
 from loratool.layouts.families import by_name
+from loratool.plural import counted
 from loratool.report.text import percent, size_text
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def unmerge_command(
 def _show_plan(out: Output, plan: UnmergePlan) -> None:
     how = f"exactly, by {plan.receipt_path}" if plan.receipt else "to the nearest: no receipt"
     out.line(
-        f"would restore {len(plan.updates)} tensors {how} "
+        f"would restore {counted(len(plan.updates), 'tensor')} {how} "
         f"({size_text(plan.output_bytes)}) on {plan.device}"
     )
     out.notes(plan.notes)
@@ -113,7 +114,7 @@ def _show(out: Output, report: UnmergeReport, output: Path) -> None:
                 for row in by_name(report.rows)
             ],
         )
-    tensors = f"{len(report.rows)} of {report.facts['tensors_total']} tensors"
+    tensors = f"{len(report.rows)} of {counted(report.facts['tensors_total'], 'tensor')}"
     if report.exact:
         out.line(f"{output} is the base, bit for bit: {tensors} restored, all hashes agree")
     else:

@@ -12,6 +12,7 @@ from loratool.cli import options
 from loratool.cli.output import Output
 from loratool.errors import UsageError
 from loratool.layouts.families import by_name
+from loratool.plural import counted
 from loratool.report.text import percent
 
 if TYPE_CHECKING:
@@ -127,17 +128,18 @@ def _show(out: Output, report: VerifyReport) -> None:
     updated, total = len(report.updated), len(report.rows)
     if report.verdict == EXACT:
         out.line(
-            f"equal: {total} tensors are as they should be to the last bit, {updated} of them with "
-            "the update"
+            f"equal: {counted(total, 'tensor is as it', 'tensors are as they')} should be to the "
+            f"last bit, {updated} of them with the update"
         )
     elif report.verdict == DIFFERS:
         out.line(
-            f"differs: {total - report.count(Status.EQUAL, Status.ROUNDING)} of {total} tensors"
+            f"differs: {total - report.count(Status.EQUAL, Status.ROUNDING)} of "
+            f"{counted(total, 'tensor')}"
         )
     else:
         out.line(
-            f"within rounding: the update is in all {updated} tensors; "
-            f"{report.count(Status.ROUNDING)} are rounded otherwise than correctly"
+            f"within rounding: the update is in {counted(updated, 'tensor')}, all of them; rounded "
+            f"otherwise than correctly: {report.count(Status.ROUNDING)}"
         )
     for line in report.diagnosis:
         out.line(f"  {line}")
@@ -207,8 +209,8 @@ def _show_claim(out: Output, report: ClaimReport) -> None:
     for status in (*NOT_AS_STATED, ClaimStatus.LEFT_OUT):
         if report.count(status):
             out.line(
-                f"  {report.count(status)} tensors {status} ({percent(report.share(status))} of "
-                "the change's energy)"
+                f"  {counted(report.count(status), 'tensor')} {status} "
+                f"({percent(report.share(status))} of the change's energy)"
             )
     rows = sorted(by_name(report.rows), key=lambda row: -row.missed_norm)
     if not out.verbose:

@@ -36,6 +36,7 @@ from loratool.formats.peft_keys import (
     TOKENS,
 )
 from loratool.formats.peft_lycoris import lycoris_updates
+from loratool.plural import counted
 from loratool.storage.tensors import LazyTensor
 from loratool.storage.views import Flattened
 
@@ -84,8 +85,8 @@ class _Reader:
             self._sort(key)
         if self.unplaced:
             raise Unplaced(
-                f"{self.label}: {len(self.unplaced)} tensors have no known meaning in a PEFT "
-                f"{self.config['peft_type']} adapter",
+                f"{self.label}: {counted(len(self.unplaced), 'tensor has', 'tensors have')} no "
+                f"known meaning in a PEFT {self.config['peft_type']} adapter",
                 details=self.unplaced[:12],
             )
         if self.factors or self.lycoris:

@@ -20,6 +20,7 @@ from loratool.layouts.names import (
 )
 from loratool.layouts.renames import has_unknown_names, module_names
 from loratool.layouts.ties import Tie, find_ties, same_values
+from loratool.plural import counted
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.views import Stored, rows_of
 
@@ -194,7 +195,7 @@ def _one_sided(lost: list[str], lost_base: list[str], base: Mapping[str, Stored]
     if total > shown:
         details.append(f"… {total - shown} more")
     return NothingMatches(
-        f"{total} tensors are in one checkpoint only",
+        f"{counted(total, 'tensor is', 'tensors are')} in one checkpoint only",
         details=details,
         hint="base and tuned must be the same architecture; is this the right base?",
     )
@@ -307,7 +308,8 @@ def _check_shapes(pairs: list[Pair]) -> None:
     wrong = [pair for pair in pairs if pair.base.shape != pair.tuned.shape]
     if wrong:
         raise ShapeMismatch(
-            f"{len(wrong)} tensors differ in shape between base and tuned",
+            f"{counted(len(wrong), 'tensor differs', 'tensors differ')} in shape between base and "
+            "tuned",
             details=[
                 f"{pair.name}: base {list(pair.base.shape)}, tuned {list(pair.tuned.shape)}"
                 for pair in wrong[:12]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from loratool.adapter import Update
+from loratool.plural import counted
 from loratool.storage.tensors import LazyTensor
 
 
@@ -35,7 +36,7 @@ class PlacedUpdate:
         text = self.update.describe(self.weight)
         if self.places is not None:
             rows = sum(place >= 0 for place in self.places)
-            text += f" on {rows} of {len(self.places)} rows"
+            text += f" on {rows} of {counted(len(self.places), 'row')}"
         if self.member is not None:
             text += f" of matrix {self.member}"
         return text + (", transposed" if self.transposed else "")
@@ -45,7 +46,8 @@ def describe(updates: Sequence[PlacedUpdate]) -> str:
     """What is done to one tensor, in a few words."""
     members = {update.member for update in updates} - {None}
     if len(members) > 1:
-        return f"{updates[0].update.describe(updates[0].weight)} on {len(members)} matrices"
+        matrices = counted(len(members), "matrix", "matrices")
+        return f"{updates[0].update.describe(updates[0].weight)} on {matrices}"
     return " + ".join(update.describe() for update in updates)
 
 

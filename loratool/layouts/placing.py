@@ -32,6 +32,7 @@ from loratool.layouts.renames import module_names
 from loratool.layouts.tied_updates import settle_tie, share_token_rows, without_head
 from loratool.layouts.ties import find_ties
 from loratool.layouts.vocabulary import grown_tables
+from loratool.plural import counted
 from loratool.storage.tensors import LazyTensor, TensorInfo
 
 _LARGEST_WEIGHT = 1e100
@@ -152,9 +153,10 @@ def _place_one(
     found = {name: matched.found[asked[name]] for name in adapter.updates if name not in missing}
     new_biases = _new_biases(adapter, missing, found, stored_as)
     if new_biases and not add_bias:
+        bare = counted(len(new_biases), "module that has", "modules that have")
         raise DisagreementError(
-            f"the adapter trained biases (lora_bias) for {len(new_biases)} modules that have none "
-            f"in the base: {next(iter(new_biases.values())).target}",
+            f"the adapter trained biases (lora_bias) for {bare} none in the base: "
+            f"{next(iter(new_biases.values())).target}",
             hint="--add-bias adds them, --exclude '*.bias' leaves them out",
         )
     missing = [name for name in missing if name not in new_biases]
@@ -308,8 +310,9 @@ def _nothing_matches(
         details.append(f"{name}   closest: {alike[0]}" if alike else name)
     if len(missing) > len(details):
         details.append(f"… {len(missing) - len(details)} more")
+    updates = f"of the adapter's {counted(total, 'update')}"
     return NothingMatches(
-        f"{len(missing)} of the adapter's {total} updates match no tensor of the base",
+        f"{counted(len(missing), f'{updates} matches', f'{updates} match')} no tensor of the base",
         details=details,
         hint="is this the base that the adapter was made for? merge, unmerge and verify leave out "
         "what --exclude names",

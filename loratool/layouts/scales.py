@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loratool.errors import UnsupportedInput
 from loratool.layouts.config import ModelConfig
+from loratool.plural import counted
 from loratool.storage.dtypes import BF16, F16, F32
 from loratool.storage.tensors import LazyTensor, TensorInfo
 from loratool.storage.views import stored_in
@@ -84,8 +85,8 @@ def refuse_scaled(
     ]
     if scaled:
         raise UnsupportedInput(
-            f"{side}: {len(scaled)} weights are stored in 8 bits with scales beside them, and such "
-            "checkpoints are not compared",
+            f"{side}: {counted(len(scaled), 'weight is', 'weights are')} stored in 8 bits with "
+            "scales beside them, and such checkpoints are not compared",
             details=scaled[:3],
             hint=f"convert {side} to 16 bits first",
         )

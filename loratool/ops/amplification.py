@@ -29,6 +29,7 @@ from loratool.layouts.patterns import select
 from loratool.layouts.placing import PlacedUpdate, TieChoice, place
 from loratool.ops.adapter_folder import load_update
 from loratool.ops.sources import measurable, open_adapter, open_model
+from loratool.plural import counted
 from loratool.provenance import document
 from loratool.storage.dtypes import FLOATS
 from loratool.storage.tensors import TensorInfo
@@ -151,7 +152,7 @@ def amplification(
             f"{adapter}: holds no low-rank update", hint="other kinds have no directions to compare"
         )
     others = len(looked_at) - len(jobs)
-    left_out = f"{others} updates that are not low-rank are left out"
+    left_out = f"left out: {counted(others, 'update')} not of low rank"
     rows = (engine or Engine()).map(
         _measure,
         jobs,

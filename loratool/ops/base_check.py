@@ -10,6 +10,7 @@ from loratool.adapter import Adapter
 from loratool.errors import DisagreementError, MalformedFile
 from loratool.ops.receipt_match import receipt_beside, recorded_in
 from loratool.ops.sources import Model
+from loratool.plural import counted
 from loratool.provenance import REPORT_FILE, fingerprint
 from loratool.storage.checkpoint import read_json_file
 from loratool.storage.tensors import LazyTensor, TensorInfo, read_into
@@ -63,8 +64,8 @@ def check_base(
         compared += bool(looked)
         if other:
             differing.append(
-                f"{len(other)} of {looked} tensors that it changes hold other values than in the "
-                f"base it was made for ({', '.join(other[:3])})"
+                f"other values than in the base it was made for in {len(other)} of "
+                f"{counted(looked, 'tensor')} that it changes ({', '.join(other[:3])})"
             )
     receipt = receipt_beside(model.checkpoint.path) if values else None
     if receipt is not None and receipt.is_file() and adapter.updates:

@@ -36,6 +36,7 @@ from loratool.formats.unread import unread_format
 from loratool.layouts.config import ModelConfig
 from loratool.ops.catalogue_finding import Found
 from loratool.ops.sources import open_adapter
+from loratool.plural import counted
 from loratool.provenance import fingerprint_of
 from loratool.storage.checkpoint import (
     INDEX_SUFFIX,
@@ -196,7 +197,7 @@ def _stages(found: Found, entry: Entry) -> Iterator[Entry]:
         yield (entry := _with_model_config(entry, first.parent))
         if found.shards is not None:
             missing = found.shards - len(found.files)
-            why = f"{missing} of {found.shards} shards are missing, and " if missing else ""
+            why = f"{missing} of {counted(found.shards, 'shard')} missing, and " if missing else ""
             raise InputMissing(f"{found.path}: {why}no index names the shards")
 
 

@@ -19,6 +19,7 @@ from loratool.ops.combine_report import UpdateRow, UpdatesReport
 from loratool.ops.combine_weights import names_of
 from loratool.ops.extract_adapter import stored_size
 from loratool.ops.stacks import at_one_rank, completed
+from loratool.plural import counted
 from loratool.storage.outputs import staged
 
 
@@ -118,4 +119,6 @@ def _overlap(plan: CombinePlan, results: list[CombineResult]) -> tuple[Overlap, 
 
 def _zero_notes(results: list[CombineResult]) -> list[str]:
     zero = [result.row.name for result in results if result.update is None]
-    return [f"{len(zero)} weights came out as zero and are absent ({zero[0]})"] if zero else []
+    return (
+        [f"{counted(len(zero), 'weight')} came out as zero, and absent ({zero[0]})"] if zero else []
+    )

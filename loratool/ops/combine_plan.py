@@ -39,6 +39,7 @@ from loratool.ops.combine_weights import Source, WeightRule, names_of, parse_rul
 from loratool.ops.low_rank_forms import in_low_rank_form
 from loratool.ops.sources import adapter_sha256, open_adapters
 from loratool.ops.stacks import is_indexed
+from loratool.plural import counted
 from loratool.storage.dtypes import DType
 from loratool.storage.outputs import check_free_space, check_output
 
@@ -348,7 +349,8 @@ def _notes(sources: Sequence[Source], adapters: Sequence[Adapter]) -> list[str]:
         missing = len(union) - len(adapter.low_rank)
         if missing:
             notes.append(
-                f"{name} has no update for {missing} of {len(union)} weights; they count as zero"
+                f"{name} has no update for {missing} of {counted(len(union), 'weight')}: no update "
+                "counts as zero"
             )
     copies = sum(len(adapter.base_copies) for adapter in adapters)
     if copies:

@@ -16,6 +16,7 @@ from torch import Tensor
 from loratool.adapter import Adapter, Replacement
 from loratool.errors import DisagreementError, ShapeMismatch, UsageError
 from loratool.ops.combine_weights import Source
+from loratool.plural import counted
 from loratool.storage.dtypes import DType
 from loratool.storage.tensors import LazyTensor, equal_values
 
@@ -102,15 +103,16 @@ def combine_saved(
             open_names.append(f"{name}: in {', '.join(sources[i].label for i in who)}")
     if open_names:
         raise DisagreementError(
-            f"{len(open_names)} parameters are stored whole with different values",
+            f"{counted(len(open_names), 'parameter is', 'parameters are')} stored whole with "
+            "different values",
             details=open_names[:12],
             hint="absolute values do not add up; choose --saved mean, first or drop",
         )
     notes = []
     if kept:
-        notes.append(f"{len(kept)} parameters are stored whole: kept as they are, without weights")
+        notes.append(f"stored whole and kept, without weights: {counted(len(kept), 'parameter')}")
     if dropped:
-        notes.append(f"{len(dropped)} parameters stored whole were dropped, as asked")
+        notes.append(f"dropped, as asked: {counted(len(dropped), 'parameter')} stored whole")
     return kept, notes
 
 

@@ -16,6 +16,7 @@ from loratool.adapter import Adapter, TokenRows
 from loratool.errors import DisagreementError, ShapeMismatch
 from loratool.ops.combine_saved import Saved, weighted_mean
 from loratool.ops.combine_weights import Source
+from loratool.plural import counted
 from loratool.storage.tensors import MemoryTensor
 
 
@@ -46,10 +47,12 @@ def combine_tokens(
     if not tables:
         return {}, []
     if saved is Saved.DROP:
-        return {}, [f"the trained tokens of {len(tables)} tables were dropped, as asked"]
+        return {}, [f"the trained tokens of {counted(len(tables), 'table')} were dropped, as asked"]
     combined = {name: _table(name, rows, saved) for name, rows in tables.items()}
     count = sum(len(rows.indices) for rows in combined.values())
-    return combined, [f"{count} trained tokens are kept as they are, without weights"]
+    return combined, [
+        f"kept as in their adapter, without weights: {counted(count, 'trained token')}"
+    ]
 
 
 def _table(name: str, rows: dict[int, list[_Row]], saved: Saved) -> TokenRows:
@@ -63,7 +66,8 @@ def _table(name: str, rows: dict[int, list[_Row]], saved: Saved) -> TokenRows:
     }
     if collisions and saved is Saved.REFUSE:
         raise DisagreementError(
-            f"{name}: {len(collisions)} tokens were trained to different values",
+            f"{name}: {counted(len(collisions), 'token was', 'tokens were')} trained to different "
+            "values",
             details=[
                 f"token {index}: in {', '.join(row.label for row in found)}"
                 for index, found in list(collisions.items())[:12]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from loratool.errors import NothingMatches, UsageError
 from loratool.layouts.families import layer_of
 from loratool.layouts.patterns import matches, select
+from loratool.plural import counted
 
 if TYPE_CHECKING:
     from loratool.ops.combine_plan import Combination
@@ -69,7 +70,7 @@ def sources_of(paths: Sequence[Path], weights: Sequence[float] | None) -> tuple[
     if weights is None:
         weights = [1.0] * len(paths)
     if len(weights) != len(paths):
-        raise UsageError(f"{len(weights)} weights for {len(paths)} adapters")
+        raise UsageError(f"{counted(len(weights), 'weight')} for {counted(len(paths), 'adapter')}")
     if not all(math.isfinite(weight) for weight in weights):
         raise UsageError("weights must be finite numbers")
     return tuple(Source(path, float(w)) for path, w in zip(paths, weights, strict=True))

@@ -51,15 +51,16 @@ from loratool.ops.compare_report import (
 )
 from loratool.ops.low_rank_forms import in_low_rank_form
 from loratool.ops.sources import open_adapters
+from loratool.plural import counted
 
 _NOT_COMPARED = {
-    DoraUpdate: "DoRA",
-    KasaUpdate: "KaSA",
-    HadamardUpdate: "LoHa",
-    KroneckerUpdate: "LoKr",
-    DenseUpdate: "differences",
-    TokenRows: "trained tokens",
-    Replacement: "parameters stored whole",
+    DoraUpdate: ("DoRA", "DoRA"),
+    KasaUpdate: ("KaSA", "KaSA"),
+    HadamardUpdate: ("LoHa", "LoHa"),
+    KroneckerUpdate: ("LoKr", "LoKr"),
+    DenseUpdate: ("difference", "differences"),
+    TokenRows: ("table of trained tokens", "tables of trained tokens"),
+    Replacement: ("parameter stored whole", "parameters stored whole"),
 }
 
 _LARGEST = 1e100
@@ -167,7 +168,7 @@ def _matched(
             if not isinstance(update, LowRankUpdate)
         )
         if left_out:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+            kinds = ", ".join(counted(count, *kind) for kind, count in left_out.items())
             notes.append(f"{label}: not compared, only low-rank updates are: {kinds}")
     return modules, notes
 

@@ -18,6 +18,7 @@ from loratool.layouts.config import is_hub_id
 from loratool.ops.adapter_folder import load_update, park_update, stored_value, write_encoded
 from loratool.ops.extract_adapter import stored_size
 from loratool.ops.sources import open_adapter
+from loratool.plural import counted
 from loratool.provenance import REPORT_FILE, document
 from loratool.storage.checkpoint import read_json_file
 from loratool.storage.dtypes import F32
@@ -200,7 +201,7 @@ def _check_start(path: Path, adapter: Adapter, start: Adapter) -> None:
     extra = [name for name in start.updates if name not in adapter.updates]
     if extra:
         raise DisagreementError(
-            f"the start changes {len(extra)} parameters that the adapter does not",
+            f"the start changes {counted(len(extra), 'parameter')} that the adapter does not",
             details=extra[:12],
             hint="is it the adapter that this training began with?",
         )

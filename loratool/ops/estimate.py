@@ -30,6 +30,7 @@ from loratool.layouts.fusing import Undecided
 from loratool.layouts.kinds import classify
 from loratool.layouts.targets import targeted
 from loratool.ops.sources import open_model
+from loratool.plural import counted
 from loratool.provenance import document
 from loratool.storage.checkpoint import read_json_file
 from loratool.storage.dtypes import BY_NAME
@@ -158,7 +159,9 @@ def estimate(model: str, *, rank: int = 8, targets: str = "all-linear") -> Estim
     notes = [_fused_note(wholes, rank)] if wholes else []
     clamped = sum(1 for shape in matrices.values() if rank > min(shape))
     if clamped:
-        notes.append(f"the rank of {clamped} matrices is limited by their smaller side")
+        notes.append(
+            f"limited by its smaller side: the rank of {counted(clamped, 'matrix', 'matrices')}"
+        )
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
     notes += _beside_the_paper(model, rank, rows)
     return EstimateReport(

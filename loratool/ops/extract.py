@@ -170,7 +170,8 @@ def _refuse_lost_changes(rows: Sequence[TensorRow], jobs: Sequence[ExtractJob]) 
     homeless = [row for row in rows if row.status is Status.NO_PLACE]
     if homeless:
         raise Unplaced(
-            f"{len(homeless)} changed tensors have no place in a PEFT adapter",
+            f"{counted(len(homeless), 'changed tensor has', 'changed tensors have')} no place in a "
+            "PEFT adapter",
             details=[f"{row.name} {list(row.shape)}" for row in homeless[:12]],
             hint="--exclude takes a name or pattern to leave out; --drop-rest leaves out "
             "everything that is not low-rank and states its share of the change"
@@ -218,7 +219,8 @@ def _notes(
     if plan.alignment.ignored:
         names = ", ".join(plan.alignment.ignored[:3])
         notes.append(
-            f"{len(plan.alignment.ignored)} constant buffers on one side ignored ({names})"
+            f"{counted(len(plan.alignment.ignored), 'constant buffer')} on one side ignored "
+            f"({names})"
         )
     notes += [
         f"{' and '.join(tie.names)} are tied: stored whole under every name, the form in which "
@@ -239,7 +241,8 @@ def _notes(
         if plan.profile.limits.one_rank:
             spent = f"went into one rank for all matrices, which {plan.profile.name} wants"
         notes.append(
-            f"the budget of {plan.budget:,} parameters {spent}; {allocation.used:,} are used"
+            f"the budget of {counted(plan.budget or 0, 'parameter')} {spent}; "
+            f"{allocation.used:,} are used"
         )
     if plan.base_model is None:
         notes.append("the base's Hub name is not known; --base-model owner/name records it")
@@ -264,10 +267,13 @@ def _token_notes(plan: ExtractPlan, rows: Sequence[TensorRow]) -> list[str]:
     notes = []
     if lost:
         names = " and ".join(row.name for row in lost)
-        notes.append(f"the {lost[0].added_rows} tokens that tuned added are left out with {names}")
+        tokens = counted(
+            lost[0].added_rows, "token that tuned added is", "tokens that tuned added are"
+        )
+        notes.append(f"the {tokens} left out with {names}")
     if len(lost) < len(grown):
-        tokens = grown[0].shape[0] + grown[0].added_rows
-        notes.append(f"before loading the adapter, model.resize_token_embeddings({tokens})")
+        all_tokens = grown[0].shape[0] + grown[0].added_rows
+        notes.append(f"before loading the adapter, model.resize_token_embeddings({all_tokens})")
     return notes
 
 
@@ -284,13 +290,13 @@ def _into_notes(jobs: Sequence[ExtractJob], rows: Sequence[TensorRow]) -> list[s
     elif energy:
         notes.append(
             f"the adapter of --into alone explains {percent(1 - rest / energy)} of the energy of "
-            f"the {len(continued)} matrices that it changes"
+            f"the {counted(len(continued), 'matrix', 'matrices')} that it changes"
         )
     started = {job.pair.name for job in jobs if job.start is not None}
     idle = [row.name for row in rows if row.status is Status.UNCHANGED and row.name in started]
     if idle:
         notes.append(
-            f"{len(idle)} updates of --into are left out, for their tensors did not change "
+            f"left out, for no change of their tensors: {counted(len(idle), 'update')} of --into "
             f"({', '.join(idle[:3])})"
         )
     return notes

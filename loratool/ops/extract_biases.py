@@ -15,6 +15,7 @@ from loratool.errors import UsageError
 from loratool.layouts.pairs import Alignment
 from loratool.ops.extract_jobs import ExtractJob, ExtractResult, Treatment
 from loratool.ops.extract_report import Status
+from loratool.plural import counted
 
 _WITH_BIAS = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV)
 
@@ -45,9 +46,10 @@ def as_differences(
         if module not in own or job.pair.kind not in _WITH_BIAS
     ]
     if without:
+        matrices = counted(len(without), "matrix to factorise has", "matrices to factorise have")
         raise UsageError(
-            f"--bias lora_bias: {len(without)} matrices to factorise have no bias of their own, "
-            "and PEFT merges no adapter that gives them one",
+            f"--bias lora_bias: {matrices} no bias of their own, and PEFT merges no adapter that "
+            "gives them one",
             details=without[:12],
             hint="leave --bias at whole, or these out with --targets, --exclude or "
             "--rank-for PATTERN=whole",

@@ -20,6 +20,7 @@ from loratool.errors import NothingMatches
 from loratool.formats.peft_experts import parameter_of
 from loratool.ops.deltas import matrix_shape
 from loratool.ops.extract_jobs import ExtractJob, Treatment
+from loratool.plural import counted
 from loratool.profiles import Profile, allowed_rank
 
 
@@ -41,7 +42,7 @@ def spend(
     ranks, allocation = shared_out(spectra, stack_sizes(jobs), parameters, profile)
     if spectra and not allocation.used:
         raise NothingMatches(
-            f"a budget of {parameters:,} parameters holds no component at all",
+            f"a budget of {counted(parameters, 'parameter')} holds no component at all",
             hint="raise it; --dry-run=ranks shows what ranks cost and keep",
         )
     return [_at(job, ranks.get(job.pair.name)) for job in jobs], allocation

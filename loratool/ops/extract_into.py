@@ -27,6 +27,7 @@ from loratool.layouts.pairs import Pair
 from loratool.layouts.placing import place
 from loratool.ops.extract_jobs import ExtractJob, Start, Treatment
 from loratool.ops.sources import Model
+from loratool.plural import counted
 from loratool.storage.tensors import TensorInfo
 
 
@@ -48,8 +49,9 @@ def continue_from(
     of_parts = [placed.source for placed in every if placed.places is not None]
     if of_parts:
         raise UsageError(
-            f"--into: {len(of_parts)} updates are of parts of a matrix that the base has whole, or "
-            "of several that it has apart; only those of the base's own matrices are continued",
+            f"--into: {counted(len(of_parts), 'update is', 'updates are')} of parts of a matrix "
+            "that the base has whole, or of several that it has apart; only those of the base's "
+            "own matrices are continued",
             details=of_parts[:12],
             hint="extract without --into, then combine the two adapters",
         )
@@ -74,7 +76,9 @@ def continue_from(
         raise UsageError("--into: the adapter has no low-rank update to continue from")
     if whole:
         where = "left out" if drop_rest else "taken from tuned"
-        notes.append(f"{whole} parameters that --into does not update by factors are {where}")
+        notes.append(
+            f"{where}: {counted(whole, 'parameter')} that --into does not update by factors"
+        )
     scales = Counter(start.update.scale for start in starts.values())
     usual = scales.most_common(1)[0][0]
     lost, continued = [], []
@@ -94,8 +98,8 @@ def continue_from(
     _refuse_parts(starts, jobs)
     if lost:
         raise UsageError(
-            f"--into: {len(lost)} updates of the adapter would be lost, for their tensors are "
-            "left out",
+            f"--into: {counted(len(lost), 'update')} of the adapter would be lost, for their "
+            "tensors are left out",
             details=lost[:12],
             hint="loosen --include, --exclude and --targets",
         )
@@ -110,7 +114,7 @@ def _refuse_parts(starts: Mapping[str, Start], jobs: Sequence[ExtractJob]) -> No
     if any(job.pair.kind is ModuleKind.EXPERT for job in jobs):
         raise _of_experts(sources)
     raise UsageError(
-        f"--into: {len(sources)} updates are of matrices that are extracted in parts",
+        f"--into: {counted(len(sources), 'update')} of what is extracted in parts",
         details=sources[:12],
         hint="without --split-fused, fused projections stay whole and are continued",
     )
@@ -118,8 +122,8 @@ def _refuse_parts(starts: Mapping[str, Start], jobs: Sequence[ExtractJob]) -> No
 
 def _of_experts(sources: Sequence[str]) -> UsageError:
     return UsageError(
-        f"--into: {len(sources)} updates are of experts, which are extracted one by one and padded "
-        "to one rank; only updates of whole matrices are continued",
+        f"--into: {counted(len(sources), 'update is', 'updates are')} of experts, which are "
+        "extracted one by one and padded to one rank; only updates of whole matrices are continued",
         details=sources[:12],
         hint="extract without --into",
     )

@@ -31,6 +31,7 @@ from loratool.ops.deltas import (
 )
 from loratool.ops.extract_dora import dora_value
 from loratool.ops.extract_report import Status, TensorRow
+from loratool.plural import counted
 from loratool.stopwatch import Stopwatch
 from loratool.storage.dtypes import DType
 from loratool.storage.row_reader import read_ahead as ask_for
@@ -286,7 +287,7 @@ def _dora(job: ExtractJob, row: TensorRow, delta: Delta, stopwatch: Stopwatch) -
         kept = found.last.spectrum.values[: found.last.rank]
         row = replace(
             row,
-            method=f"DoRA, {found.sweeps} sweeps of {found.last.method}",
+            method=f"DoRA, {counted(found.sweeps, 'sweep')} of {found.last.method}",
             singular_values=tuple(kept.tolist()),
             excess_bound=None,
             failure=None,

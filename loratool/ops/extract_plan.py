@@ -33,6 +33,7 @@ from loratool.ops.extract_treatments import (
     treatments,
 )
 from loratool.ops.sources import Model, open_adapter, open_model
+from loratool.plural import counted
 from loratool.profiles import Profile, find_profile
 from loratool.storage.dtypes import BY_NAME, DType, dtype_named
 from loratool.storage.outputs import check_free_space, check_output
@@ -333,7 +334,7 @@ def _check_dora(jobs: Sequence[ExtractJob], alignment: Alignment) -> None:
     ]
     if bare:
         raise UsageError(
-            f"--dora: PEFT has none of {len(bare)} parameters of experts",
+            f"--dora: PEFT has none of {counted(len(bare), 'parameter')} of experts",
             details=bare[:12],
             hint="leave them out with --exclude or --targets",
         )

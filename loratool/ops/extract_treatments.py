@@ -13,6 +13,7 @@ from loratool.ops.extract_adapter import in_task_head, is_saved_with
 from loratool.ops.extract_jobs import Treatment
 from loratool.ops.extract_rules import Rules
 from loratool.ops.sources import Model
+from loratool.plural import counted
 
 LOW_RANK_KINDS = (
     ModuleKind.LINEAR,
@@ -72,7 +73,7 @@ def _refuse_whole_experts(pairs: Sequence[Pair], rules: Rules) -> None:
     whole = [p.name for p in pairs if p.kind is ModuleKind.EXPERT and rules.of(p) is None]
     if whole:
         raise UsageError(
-            f"--rank-for: {len(whole)} experts cannot be stored whole, only as factors",
+            f"--rank-for: {counted(len(whole), 'expert')} cannot be stored whole, only as factors",
             details=whole[:12],
             hint="full in place of whole keeps all of their change, to the rounding of --dtype",
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from loratool.plural import counted
+
 
 class MatrixFindings(Protocol):
     """What is known of one factorised change.
@@ -52,18 +54,23 @@ def lora_summary(matrices: Sequence[MatrixFindings], looked_at: str, others: int
     elif not found:
         answer = f"the change is no LoRA's of {looked_at}: more than rounding is left ({unnoticed})"
     elif count == len(asked):
-        what = f"the change of {len(matrices)} matrices" if others else "the change"
+        what = (
+            f"the change of {counted(len(matrices), 'matrix', 'matrices')}"
+            if others
+            else "the change"
+        )
         answer = f"{what} is a LoRA's of rank {ranks}, to within rounding ({unnoticed})"
-        answer += f"; {others} other tensors changed as well" if others else ""
+        answer += f"; {counted(others, 'other tensor')} changed as well" if others else ""
     else:
         answer = (
             f"{count} of {len(asked)} matrices changed as by a LoRA of rank {ranks}, to within "
-            f"rounding ({unnoticed}); the others by no LoRA of {looked_at}"
+            f"rounding ({unnoticed}); the rest by no LoRA of {looked_at}"
         )
     if beyond:
-        answer += f"; {len(beyond)} of the others may be a LoRA's of rank {min(beyond)} or more"
+        answer += f"; {len(beyond)} of the rest may be a LoRA's of rank {min(beyond)} or more"
     if undecided:
-        answer += f"; for {undecided} matrices it cannot be told, since rounding hides their change"
+        of = counted(undecided, "matrix", "matrices")
+        answer += f"; for {of} it cannot be told, since rounding hides the change"
     return answer
 
 
@@ -91,9 +98,9 @@ def _lost_in_noise(matrices: Sequence[MatrixFindings]) -> str | None:
         return None
     worst = max(row.noise_share for row in near)
     return (
-        f"{len(near)} of {len(matrices)} matrices changed by little more than the rounding of "
-        f"their stored values (up to {100 * worst:.0f} % of the change's norm is rounding): small "
-        "components are lost in it, and singular values come out too low"
+        f"{len(near)} of {counted(len(matrices), 'matrix', 'matrices')} changed by little more "
+        f"than the rounding of their stored values (up to {100 * worst:.0f} % of the change's norm "
+        "is rounding): small components are lost in it, and singular values come out too low"
     )
 
 
@@ -108,8 +115,8 @@ def _patterned(matrices: Sequence[MatrixFindings]) -> str | None:
         return None
     least, most = ranges[0]
     return (
-        f"of {len(ranges)} of {len(matrices)} matrices the rank is not certain (the first: from "
-        f"{least} to {most or 'beyond those extracted'}): components about the noise floor may be "
-        "the update's or a pattern that the rounding of few components follows; --rank auto counts "
-        "those above it"
+        f"of {len(ranges)} of {counted(len(matrices), 'matrix', 'matrices')} the rank is not "
+        f"certain (the first: from {least} to {most or 'beyond those extracted'}): components "
+        "about the noise floor may be the update's or a pattern that the rounding of few "
+        "components follows; --rank auto counts those above it"
     )

@@ -25,6 +25,7 @@ from loratool.ops.init_jobs import InitJob, InitRow, start_module
 from loratool.ops.init_modules import choose_modules
 from loratool.ops.merge import plan_merge, run_merge
 from loratool.ops.sources import Model, open_model
+from loratool.plural import counted
 from loratool.provenance import document, fingerprint
 from loratool.storage.dtypes import F32, dtype_named
 from loratool.storage.outputs import check_free_space, check_output, staged
@@ -64,7 +65,7 @@ class InitPlan:
     @property
     def notes(self) -> tuple[str, ...]:
         clamped = sum(1 for job in self.jobs if job.start.rank < self.rank)
-        limited = f"the rank of {clamped} modules is limited by their smaller side"
+        limited = f"limited by its smaller side: the rank of {counted(clamped, 'module')}"
         return (*self.alignment.notes, *([limited] if clamped else []))
 
     def to_json(self) -> dict[str, Any]:

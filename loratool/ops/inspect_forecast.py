@@ -24,6 +24,7 @@ from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.merge_jobs import BLOCK_ELEMENTS, rounding_energies
 from loratool.ops.rounders import rounder_of
 from loratool.ops.sources import measurable, open_adapter, open_model
+from loratool.plural import counted
 from loratool.provenance import document
 from loratool.storage.dtypes import BF16, F16, F32
 from loratool.storage.tensors import TensorInfo
@@ -170,7 +171,7 @@ def forecast(
         what="measuring",
     )
     others = len(together) - len(additive)
-    left_out = f"{others} tensors whose values are replaced or scaled are left out"
+    left_out = f"left out: {counted(others, 'tensor')} whose values are replaced or scaled"
     return ForecastReport(
         adapter.resolve().name,
         base.resolve().name,
@@ -184,8 +185,8 @@ def _overflows(rows: Sequence[ForecastRow]) -> list[str]:
     """What to say of merged values that a dtype has no room for."""
     found = {dtype.name: sum(row.overflowed[dtype.name] for row in rows) for dtype in OUTPUTS}
     return [
-        f"{count:,} of the merged values lie beyond the range of {name}: merge refuses to store "
-        "them, and what is lost does not count them"
+        f"{counted(count, 'merged value lies', 'merged values lie')} beyond the range of {name}: "
+        "merge refuses to store them, and what is lost does not count them"
         for name, count in found.items()
         if count
     ]

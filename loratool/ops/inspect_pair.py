@@ -34,6 +34,7 @@ from loratool.ops.spectra import (
     shape_figures,
     sizes_by_share,
 )
+from loratool.plural import counted
 from loratool.provenance import document
 
 
@@ -249,8 +250,12 @@ def _passed_over(pairs: Sequence[Pair], ignored: Sequence[str]) -> list[str]:
     """What a pair's changes do not speak of."""
     whole = [pair.name for pair in pairs if not pair.base.dtype.is_float]
     return [
-        f"{len(names)} {what} not compared ({', '.join(names[:3])}{', …' if names[3:] else ''})"
-        for names, what in ((whole, "tensors of integers"), (ignored, "buffers on one side"))
+        f"{counted(len(names), *what)} not compared "
+        f"({', '.join(names[:3])}{', …' if names[3:] else ''})"
+        for names, what in (
+            (whole, ("tensor of integers", "tensors of integers")),
+            (ignored, ("buffer on one side", "buffers on one side")),
+        )
         if names
     ]
 

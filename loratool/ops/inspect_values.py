@@ -15,6 +15,7 @@ from torch import Tensor
 from loratool.algebra.health import FAR, FAR_ROW, Health, HealthSums
 from loratool.engine import Engine, Progress
 from loratool.ops.deltas import matrix_shape
+from loratool.plural import counted
 from loratool.storage.dtypes import DType
 from loratool.storage.row_reader import RowReader
 from loratool.storage.tensors import LazyTensor
@@ -55,11 +56,11 @@ class TensorValues:
         if health.is_zero and health.elements:
             found.append("all zero")
         elif health.zero_rows:
-            found.append(f"{health.zero_rows:,} of {health.rows:,} rows zero")
+            found.append(f"{health.zero_rows:,} of {counted(health.rows, 'row')} zero")
         if health.far is not None:
             found.append(f"outlier {health.far:.0f}× RMS at {self._index(health)}")
         if health.far_rows:
-            found.append(f"{health.far_rows:,} outlier rows")
+            found.append(f"{counted(health.far_rows, 'outlier row')}")
         return found
 
     def _index(self, health: Health) -> list[int] | None:
@@ -91,7 +92,7 @@ class TensorValues:
 def all_well(values: Sequence[TensorValues]) -> str:
     """What to say where no tensor has findings; of integers nothing is looked at."""
     floats = sum(row.health is not None for row in values)
-    read = f"all {len(values):,} {'tensor' if len(values) == 1 else 'tensors'} read"
+    read = f"all {counted(len(values), 'tensor')} read"
     if floats == len(values):
         return f"{read}: finite, no outliers, no dead rows"
     if not floats:

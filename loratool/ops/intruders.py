@@ -28,6 +28,7 @@ from loratool.ops.deltas import read_matrix
 from loratool.ops.inspect_level import SCHEMA_VERSION, Level
 from loratool.ops.sources import is_adapter, measurable, open_adapter, open_model
 from loratool.ops.stacks import is_indexed
+from loratool.plural import counted
 from loratool.provenance import document
 from loratool.storage.dtypes import FLOATS
 from loratool.storage.tensors import TensorInfo
@@ -289,7 +290,9 @@ def linear_pairs(base: Path, tuned: Path) -> tuple[dict[str, Any], tuple[str, ..
             if isinstance(side, TensorInfo):
                 measurable(side, FLOATS)
     others = sum(len(pair.base.shape) > 1 for pair in alignment.pairs) - len(weights)
-    left_out = f"{others} matrices that are no linear layers of their own are left out"
+    left_out = (
+        f"left out: {counted(others, 'matrix', 'matrices')} within no linear layer of their own"
+    )
     return dict(weights), (*alignment.notes, *([left_out] if others else []))
 
 
@@ -312,7 +315,7 @@ def _of_adapter(
             f"{adapter}: holds no low-rank update of a layer",
             hint="merge it and compare the checkpoints",
         )
-    left_out = f"{others} updates that are no LoRA's of a linear layer are left out"
+    left_out = f"left out: {counted(others, 'update')} that no LoRA of a linear layer makes"
     return weights, (*placement.notes, *([left_out] if others else []))
 
 

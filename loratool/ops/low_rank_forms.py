@@ -17,6 +17,7 @@ from loratool.adapter import (
 )
 from loratool.adapter.forms import form_rank, low_rank_form
 from loratool.errors import UnsupportedInput
+from loratool.plural import counted
 
 
 def in_low_rank_form(adapter: Adapter) -> tuple[Adapter, list[str]]:
@@ -46,8 +47,8 @@ def refuse_others(label: str, adapter: Adapter, also: Collection[type]) -> None:
     others = {n: u for n, u in adapter.others.items() if type(u) not in also}
     if others:
         raise UnsupportedInput(
-            f"{label}: {len(others)} updates are not low-rank: they can be merged, but this "
-            "command cannot take them",
+            f"{label}: {counted(len(others), 'update is', 'updates are')} not low-rank: they can "
+            "be merged, but this command cannot take them",
             details=[f"{name}: {_why(update)}" for name, update in list(others.items())[:12]],
             hint="leave them out with combine --exclude; or merge the adapter into its base "
             "(loratool merge) and extract a plain one from the result (loratool extract)",

@@ -9,6 +9,7 @@ import torch
 from loratool.algebra.rounding import round_once
 from loratool.errors import RangeOverflow
 from loratool.ops.merge_report import MergeRow
+from loratool.plural import counted
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot, copy_range
@@ -66,7 +67,8 @@ class ConvertJob:
             overflowed = int((torch.isinf(after) & torch.isfinite(before)).sum())
             if overflowed and not self.allow_overflow:
                 raise RangeOverflow(
-                    f"{self.name}: {overflowed} values exceed the range of {self.slot.dtype.name}",
+                    f"{self.name}: {counted(overflowed, 'value exceeds', 'values exceed')} the "
+                    f"range of {self.slot.dtype.name}",
                     hint="choose a wider --dtype, or --allow-overflow",
                 )
             self.slot.write_rows(start, after)

@@ -29,6 +29,7 @@ from loratool.ops.eight_bits import scales_of
 from loratool.ops.merge_jobs import BLOCK_ELEMENTS, NOTHING_MORE, WAITING, Asked
 from loratool.ops.merge_layout import Added
 from loratool.ops.sources import Model, open_adapters
+from loratool.plural import counted
 from loratool.storage.dtypes import DType
 from loratool.storage.tensors import TensorInfo, equal_values
 from loratool.storage.views import Zeros
@@ -228,14 +229,15 @@ def plan_merging(
     )
     if placement.added:
         notes.append(
-            f"{len(placement.added)} biases are added that the base has not: a model class that "
-            "has none there would ignore them (attention_bias in config.json, for example)"
+            f"{counted(len(placement.added), 'bias is', 'biases are')} added that the base has "
+            "not: a model class that has none there would ignore them (attention_bias in "
+            "config.json, for example)"
         )
     kasa = [name for name, placed in placement.updates.items() if _is_kasa(placed)]
     if kasa:
         notes.append(
-            f"KaSA leaves out the smallest singular components of {len(kasa)} weights; they come "
-            "from float64 eigenvectors, whose last bits may differ between machines"
+            f"KaSA leaves out the smallest singular components of {counted(len(kasa), 'weight')}; "
+            "they come from float64 eigenvectors, whose last bits may differ between machines"
         )
     scaled = scales_of(placement.updates, model, lossy=allow_lossy)
     _check_dtypes(placement, model, scaled)

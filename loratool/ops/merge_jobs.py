@@ -13,6 +13,7 @@ from loratool.layouts.placing import PlacedUpdate, describe
 from loratool.layouts.scales import ScaledBy
 from loratool.ops.merge_report import MergeRow
 from loratool.ops.rounders import rounder_of
+from loratool.plural import counted
 from loratool.storage.dtypes import BF16, F16, DType
 from loratool.storage.views import Stored
 from loratool.storage.writing import OutputSlot
@@ -129,11 +130,12 @@ def merge_block(
         rows = before.reshape(len(before) if before.ndim else 1, -1).to(device)
         block = rounder.add_to(rows, first_row, dtype.torch)
     except NonFiniteValues as error:
-        counted = f" (rows counted from {counted_from})" if counted_from else ""
-        raise NonFiniteValues(f"{target}: {error.message}{counted}") from None
+        where = f" (rows counted from {counted_from})" if counted_from else ""
+        raise NonFiniteValues(f"{target}: {error.message}{where}") from None
     if block.overflowed and not allow_overflow:
+        values = counted(block.overflowed, "merged value exceeds", "merged values exceed")
         raise RangeOverflow(
-            f"{target}: {block.overflowed} merged values exceed the range of {dtype.name}",
+            f"{target}: {values} the range of {dtype.name}",
             hint="is the scale right? a smaller --scale, a wider --dtype, or --allow-overflow",
         )
     return replace(block, values=block.values.cpu().reshape(before.shape))

@@ -19,6 +19,7 @@ from loratool.layouts.pairs import Pair
 from loratool.layouts.patterns import select
 from loratool.ops.amplification import AmplificationReport, AmplificationRow, measured
 from loratool.ops.intruders import linear_pairs, pair_matrix
+from loratool.plural import counted
 
 SHARE, MOST = 0.9, 64
 """r is the rank that keeps this share of a change's energy, at most so many."""
@@ -59,7 +60,7 @@ def amplification_of_pair(
         what="measuring",
     )
     changed = tuple(row for row in rows if row is not None)
-    unchanged = f"{len(rows) - len(changed)} weights did not change"
+    unchanged = f"{counted(len(rows) - len(changed), 'weight')} did not change"
     rank = (
         f"ΔW stands for the leading r components of a change; r keeps {100 * SHARE:.0f} % of its "
         f"energy, or is {MOST}"

@@ -10,6 +10,7 @@ from loratool.adapter import Adapter
 from loratool.errors import DisagreementError, LoratoolError
 from loratool.layouts.placing import PlacedUpdate
 from loratool.ops.restoring import describe_updates
+from loratool.plural import counted
 from loratool.receipt import (
     RECEIPT_FILE,
     AdapterRecord,
@@ -39,8 +40,8 @@ def given_as_recorded(
     """
     if len(given) != len(receipt.adapters):
         raise DisagreementError(
-            f"{path}: {len(receipt.adapters)} adapters were merged, the number given is "
-            f"{len(given)}",
+            f"{path}: {counted(len(receipt.adapters), 'adapter was', 'adapters were')} merged, the "
+            f"number given is {len(given)}",
             details=[_as_argument(adapter) for adapter in receipt.adapters],
         )
     chosen: dict[int, int] = {}
@@ -55,7 +56,7 @@ def given_as_recorded(
             assert first is not None
             hint = f"{path} records what was"
             if left_out:
-                hint += f"; --include and --exclude leave out {len(left_out)} updates"
+                hint += f"; --include and --exclude leave out {counted(len(left_out), 'update')}"
             raise DisagreementError(
                 f"{given[free[0]][0]}: is not the adapter {recorded.name!r} that was merged: "
                 f"{first}",

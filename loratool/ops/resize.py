@@ -36,6 +36,7 @@ from loratool.ops.low_rank_forms import in_low_rank_form, refuse_others
 from loratool.ops.resize_jobs import ResizeJob, ResizeResult, resize_update, spectrum_of
 from loratool.ops.sources import open_adapter
 from loratool.ops.stacks import at_one_rank, completed, is_indexed, nothing_like
+from loratool.plural import counted
 from loratool.profiles import Profile, check_kinds, find_profile, fit
 from loratool.storage.dtypes import DType
 from loratool.storage.outputs import check_free_space, check_output, staged
@@ -268,11 +269,13 @@ def _spend(
         if rank
     ]
     if not jobs:
-        raise NothingMatches(f"a budget of {parameters:,} parameters holds no component at all")
+        raise NothingMatches(
+            f"a budget of {counted(parameters, 'parameter')} holds no component at all"
+        )
     notes = [f"{allocation.used:,} of the budget's {parameters:,} parameters are used"]
     left_out = len(plan.jobs) - len(jobs)
     if left_out:
-        notes.append(f"the budget leaves nothing for {left_out} updates")
+        notes.append(f"the budget leaves nothing for {counted(left_out, 'update')}")
     return jobs, notes
 
 
@@ -291,7 +294,10 @@ def _adapter(plan: ResizePlan, results: Sequence[ResizeResult]) -> tuple[Adapter
             low_rank[job.name] = nothing_like(job.update, plan.dtype, job.scale, own)
     lost = sorted(names - set(low_rank))
     if lost:
-        notes.append(f"{len(lost)} updates are zero at this rank and absent ({lost[0]})")
+        notes.append(
+            f"{counted(len(lost), 'update is', 'updates are')} zero at this rank and absent "
+            f"({lost[0]})"
+        )
     if plan.adapter.base_copies:
         notes.append(
             f"{len(plan.adapter.base_copies)} unchanged base weights that the adapter carries were "

@@ -13,6 +13,7 @@ from loratool.ops.merge_sides import hashes_of
 from loratool.ops.receipt_match import receipt_beside
 from loratool.ops.restoring import all_additive, leading
 from loratool.ops.sources import Model
+from loratool.plural import counted
 from loratool.receipt import FileRecord, Receipt
 
 
@@ -49,8 +50,8 @@ def check_can_be_taken_off(updates: Mapping[str, tuple[PlacedUpdate, ...]]) -> N
     lost = [name for name, placed in updates.items() if not all_additive(placed)]
     if lost:
         raise DisagreementError(
-            f"{len(lost)} tensors cannot be restored without a receipt: the merge replaced their "
-            "values, or scaled their rows by norms that are lost",
+            f"{counted(len(lost), 'tensor')} cannot be restored without a receipt: the merge "
+            "replaced their values, or scaled their rows by norms that are lost",
             details=lost[:12],
             hint="name the receipt with --receipt; merge --receipt leaves one",
         )

@@ -25,6 +25,7 @@ from loratool.ops.extract_report import LEFT_OUT, Status
 from loratool.ops.sources import Model, open_adapter, open_model
 from loratool.ops.verify_diagnosis import delta_of
 from loratool.ops.verify_report import DIFFERS
+from loratool.plural import counted
 from loratool.provenance import REPORT_FILE, document
 from loratool.receipt import blocks_of
 from loratool.storage.checkpoint import read_json_file
@@ -264,8 +265,10 @@ def _check_compared(updates: Iterable[str], compared: set[str], ties: Iterable[T
     tied = {name for tie in ties if tie.stored & compared for name in tie.names}
     lost = [name for name in updates if name not in compared | tied]
     if lost:
+        of = "that the adapter changes"
         raise NothingMatches(
-            f"{len(lost)} tensors that the adapter changes are not in the tuned checkpoint",
+            f"{counted(len(lost), f'tensor {of} is', f'tensors {of} are')} not in the tuned "
+            "checkpoint",
             details=lost[:8],
             hint="does it store them in another layout? convert it to that of the base first",
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.ops.verify_row import Cause, Status, VerifyRow
+from loratool.plural import counted
 from loratool.provenance import document
 
 SCHEMA_VERSION = 1
@@ -122,7 +123,7 @@ def _diagnosis(rows: Sequence[VerifyRow], facts: Mapping[str, Any]) -> list[str]
     causes = Counter(row.cause for row in updated if row.cause is not None)
     for cause, count in causes.most_common():
         those = [row for row in updated if row.cause is cause]
-        where = f"{count} of {len(updated)} updated tensors"
+        where = f"{count} of {counted(len(updated), 'updated tensor')}"
         if count == len(updated):
             where = "all updated tensors"
         if cause in (Cause.SCALE, Cause.PART):
@@ -132,10 +133,10 @@ def _diagnosis(rows: Sequence[VerifyRow], facts: Mapping[str, Any]) -> list[str]
             lines.append(f"{where}: {_SENTENCES[cause]}")
     orders = Counter(row.order for row in updated if row.order is not None)
     for order, count in orders.most_common():
-        lines.append(f"{count} tensors: rounded as if {order}")
+        lines.append(f"{counted(count, 'tensor')}: rounded as if {order}")
     unexplained = [row for row in updated if row.status is Status.ROUNDING and row.order is None]
     if unexplained:
-        lines.append(f"{len(unexplained)} tensors: rounded in an order of their own")
+        lines.append(f"{counted(len(unexplained), 'tensor')}: rounded in an order of their own")
     for status, what in (
         (Status.MISSING, "missing from the merged checkpoint"),
         (Status.EXTRA, "in the merged checkpoint but not in the base"),
@@ -145,7 +146,7 @@ def _diagnosis(rows: Sequence[VerifyRow], facts: Mapping[str, Any]) -> list[str]
         names = [row.name for row in rows if row.status is status]
         if names:
             more = f", … {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"{len(names)} tensors {what}: {', '.join(names[:3])}{more}")
+            lines.append(f"{counted(len(names), 'tensor')} {what}: {', '.join(names[:3])}{more}")
     others = [
         row for row in rows if not row.update and row.status in (Status.EQUAL, Status.CHANGED)
     ]

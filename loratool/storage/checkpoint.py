@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputMissing, MalformedFile, UnsupportedInput
+from loratool.plural import counted
 from loratool.storage.journal_holder import refuse_unfinished
 from loratool.storage.safetensors_file import read_header
 from loratool.storage.tensors import TensorInfo
@@ -199,7 +200,7 @@ def _open_sharded(path: Path, index_path: Path) -> Checkpoint:
     missing = [tensor for tensor in weight_map if tensor not in tensors]
     if missing:
         raise MalformedFile(
-            f"{index_path}: names {len(missing)} tensors that its shards do not hold",
+            f"{index_path}: names {counted(len(missing), 'tensor')} that its shards do not hold",
             details=missing[:12],
         )
     return Checkpoint(

@@ -99,7 +99,7 @@ def test_in_place_it_is_the_same(tmp_path: Path) -> None:
     kasa = adapter(tmp_path / "a", torch.tensor([1.5, -0.5]), **GOOD)
     report = lt.merge(base, kasa, tmp_path / "merged")
     assert (
-        "KaSA leaves out the smallest singular components of 1 weights" in report.facts["notes"][0]
+        "KaSA leaves out the smallest singular components of 1 weight;" in report.facts["notes"][0]
     )
     lt.merge_in_place(base, kasa)
     assert bytes_of(base) == bytes_of(tmp_path / "merged")

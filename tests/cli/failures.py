@@ -281,14 +281,14 @@ def _(folder: Path) -> list[object]:
     return extract(folder, "--split-fused")
 
 
-@failure("shapes that disagree, extracting", 4, "ShapeMismatch", "tensors differ in shape")
+@failure("shapes that disagree, extracting", 4, "ShapeMismatch", "1 tensor differs in shape")
 def _(folder: Path) -> list[object]:
     base(folder)
     write_checkpoint(folder / "tuned", gpt2_weights(vocabulary=10), GPT2_CONFIG)
     return extract(folder)
 
 
-@failure("an adapter that matches nothing", 4, "NothingMatches", "1 of the adapter's 1 updates")
+@failure("an adapter that matches nothing", 4, "NothingMatches", "1 of the adapter's 1 update")
 def _(folder: Path) -> list[object]:
     base(folder)
     adapter(folder, module="encoder.block.7.query")

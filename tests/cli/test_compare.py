@@ -28,7 +28,7 @@ def adapters(folder: Path, count: int = 2) -> list[Path]:
 def test_two_adapters(tmp_path: Path) -> None:
     ended = invoke("compare", *adapters(tmp_path))
     assert (ended.code, ended.err) == (0, "")
-    for text in ("adapter-0", "h.*.attn.c_attn", "φ(i, j) left", "only in A: 1 modules", "A in B"):
+    for text in ("adapter-0", "h.*.attn.c_attn", "φ(i, j) left", "only in A: 1 module:", "A in B"):
         assert text in ended.out
 
 

@@ -41,12 +41,12 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def test_only_what_was_compared_is_said_to_be_equal(pair: tuple[Path, Path]) -> None:
     ended = invoke("inspect", *pair)
     assert ended.out == "base and tuned hold the same values in all 2 tensors compared\n"
-    assert "1 tensors of integers not compared" in ended.err
+    assert "1 tensor of integers not compared" in ended.err
     ended = invoke("inspect", *pair, "--only", "weight")
     assert ended.out == "base and tuned hold the same values in the one tensor compared\n"
     ended = invoke("inspect", *pair, "--only", "g_idx")
     assert ended.out == "base and tuned: no tensor was compared\n"
-    assert "1 tensors of integers not compared" in ended.err
+    assert "1 tensor of integers not compared" in ended.err
 
 
 def test_equal_values_in_another_dtype_are_said(tmp_path: Path) -> None:
@@ -117,9 +117,7 @@ def test_merged_values_beyond_a_dtype_are_counted(tmp_path: Path) -> None:
     adapter = save_peft(tmp_path / "adapter", {Q: (a, b)})
     base = checkpoint(tmp_path / "base", weight=torch.ones(8, 8))
     command = ("inspect", adapter, "--base", base, "--level", "values")
-    assert "8 of the merged values lie beyond the range of F16: merge refuses" in (
-        invoke(*command).err
-    )
+    assert "8 merged values lie beyond the range of F16: merge refuses" in (invoke(*command).err)
     (row,) = json.loads(invoke(*command, "--json").out)["updates"]
     assert row["overflowed"] == {"BF16": 0, "F16": 8}
     assert invoke("merge", base, adapter, "-o", tmp_path / "m", "--dtype", "float16").code == 4

@@ -145,7 +145,7 @@ def test_other_rounding_is_no_difference_unless_asked(made: Path) -> None:
     words = ("verify", "theirs", "--base", "base", "--adapter", "adapter")
     ended = invoke(*words)
     assert ended.code == 0
-    assert ended.out.startswith("within rounding: the update is in all 2 tensors")
+    assert ended.out.startswith("within rounding: the update is in 2 tensors, all of them")
     assert "rounded as if delta cast first, then added" in ended.out
     assert invoke(*words, "--exact").code == 1
 

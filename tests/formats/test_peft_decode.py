@@ -261,9 +261,9 @@ BROKEN_TENSORS: dict[str, tuple[dict[str, Any], type[LoratoolError], str]] = {
     "an unknown key": (
         GOOD | {"base_model.model.m.q.lora_C.weight": torch.ones(2)},
         Unplaced,
-        "1 tensors have no known meaning",
+        "1 tensor has no known meaning",
     ),
-    "a key without the prefix": (GOOD | {"other.weight": torch.ones(2)}, Unplaced, "1 tensors"),
+    "a key without the prefix": (GOOD | {"other.weight": torch.ones(2)}, Unplaced, "1 tensor has"),
     "factors that do not chain": (
         GOOD | {B: torch.ones(4, 3)},
         MalformedFile,

@@ -114,7 +114,7 @@ def test_combined_and_compared_with_a_lora(tmp_path: Path) -> None:
 def test_factors_larger_than_the_matrix_are_refused_with_a_remedy(tmp_path: Path) -> None:
     config = LoKrConfig(r=64, alpha=5, target_modules=["wide"], init_weights=False)
     get_peft_model(Model(), config).save_pretrained(tmp_path / "a")
-    with pytest.raises(UnsupportedInput, match="1 updates are not low-rank") as raised:
+    with pytest.raises(UnsupportedInput, match="1 update is not low-rank") as raised:
         lt.resize(tmp_path / "a", tmp_path / "out", rank=4)
     assert "its rank of 48 is too high for a 48×60 matrix" in raised.value.details[0]
     assert "extract" in str(raised.value.hint)

@@ -498,7 +498,7 @@ def test_tensors_on_one_side_only_are_named_with_near_misses() -> None:
 
 def test_shapes_that_differ_name_both_sides() -> None:
     base, tuned = gpt2_weights(), gpt2_weights(vocabulary=12)
-    with pytest.raises(ShapeMismatch, match="1 tensors differ in shape") as caught:
+    with pytest.raises(ShapeMismatch, match="1 tensor differs in shape") as caught:
         align(infos(base), infos(tuned), GPT2, GPT2)
     assert caught.value.details == ("transformer.wte.weight: base [16, 8], tuned [12, 8]",)
 

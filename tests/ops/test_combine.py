@@ -127,7 +127,7 @@ def test_what_cancels_is_absent(tmp_path: Path) -> None:
     paths = [adapter(tmp_path / "a"), adapter(tmp_path / "b", modules={Q: MODULES[Q]})]
     report = lt.combine(paths, tmp_path / "out", weights=[1, -1])
     assert Q not in updates(tmp_path / "out")
-    assert any("1 weights came out as zero" in note for note in report.notes)
+    assert any("1 weight came out as zero" in note for note in report.notes)
     with pytest.raises(NothingMatches, match="zero everywhere"):
         lt.combine([paths[1], paths[1]], tmp_path / "none", weights=[1, -1])
     assert not (tmp_path / "none").exists()
@@ -295,7 +295,7 @@ def test_trained_tokens_are_put_together(tmp_path: Path) -> None:
 
 def test_tokens_that_collide_are_a_decision(tmp_path: Path) -> None:
     paths = [trained(tmp_path / "a", {7: 1.0, 3: 2.0}), trained(tmp_path / "b", {3: 6.0}, 9)]
-    with pytest.raises(DisagreementError, match="1 tokens were trained to different") as raised:
+    with pytest.raises(DisagreementError, match="1 token was trained to different") as raised:
         lt.combine(paths, tmp_path / "out")
     assert raised.value.details[0].startswith("token 3: in ")
     for choice, value in (("mean", 3.0), ("first", 2.0)):
@@ -441,7 +441,7 @@ def test_a_result_beyond_the_dtype(tmp_path: Path) -> None:
         ({"rank": 0}, UsageError, "needs a whole number"),
         ({"method": "teis"}, UsageError, "unknown method"),
         ({"density": 0.5}, UsageError, "takes no density"),
-        ({"weights": [1.0]}, UsageError, "1 weights for 2 adapters"),
+        ({"weights": [1.0]}, UsageError, "1 weight for 2 adapters"),
         ({"weights": [1.0, float("nan")]}, UsageError, "finite"),
         ({"weight_rules": ["mlp"]}, UsageError, "not of the form"),
         ({"weight_rules": ["mlp=many"]}, UsageError, "not of the form"),

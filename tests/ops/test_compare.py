@@ -132,7 +132,7 @@ def test_parameters_stored_whole_are_said(tmp_path: Path) -> None:
     save_file(tensors, file)
     report = lt.compare([path, save_peft(tmp_path / "two", factors(2, Q))])
     assert len(report.notes) == 1
-    assert report.notes[0].endswith("only low-rank updates are: 1 parameters stored whole")
+    assert report.notes[0].endswith("only low-rank updates are: 1 parameter stored whole")
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_command_line(tmp_path: Path) -> None:
     file = loralib_file(tmp_path / "lora.safetensors", merged_linear([True, False, True]))
     where = ("convert", file, "-o", tmp_path / "out", "--alpha", "6", "--fused-parts", "q,v")
     planned = invoke(*where, "--dry-run")
-    assert "would write 1 updates from loralib as PEFT" in planned.out
+    assert "would write 1 update from loralib as PEFT" in planned.out
     assert not (tmp_path / "out").exists()
     body = json.loads(invoke(*where, "--json").out)
     assert body["schema"] == "loratool/convert/1"

@@ -283,11 +283,11 @@ def test_limits_hold_whatever_the_rule_is(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a number that these may have at most"):
         lt.extract(base, tuned, tmp_path / "b", rank="budget:9%", rank_for={"mlp*": "energy:0.9"})
     for limit in ("min_rank", "max_rank", "multiple_of"):
-        with pytest.raises(UsageError, match="rank full stores the whole change"):
+        with pytest.raises(UsageError, match="--rank full stores the whole change"):
             lt.extract(base, tuned, tmp_path / "b", rank="full", **{limit: 2, **options})
     full: list[tuple[str, dict[str, Any]]] = [
-        ("rank_for up_proj=full", {"rank_for": {"up_proj": "full"}}),
-        ("conv_rank full", {"conv_rank": "full"}),
+        ("--rank-for up_proj=full", {"rank_for": {"up_proj": "full"}}),
+        ("--conv-rank full", {"conv_rank": "full"}),
     ]
     for named, option in full:
         with pytest.raises(UsageError, match=f"{named} stores the whole change"):
@@ -468,7 +468,7 @@ def test_weights_in_8_bits_with_scales_are_not_compared(tmp_path: Path) -> None:
     codes = scaled | {q: (state[q] * 2).to(torch.float8_e4m3fn)}
     tuned = save_folder(codes, tmp_path / "tuned", LLAMA)
     for one, two, side in ((base, tuned, "base"), (plain, tuned, "tuned"), (base, plain, "base")):
-        with pytest.raises(UnsupportedInput, match=f"{side}: 1 weights are stored in 8 bits"):
+        with pytest.raises(UnsupportedInput, match=f"{side}: 1 weight is stored in 8 bits"):
             lt.extract(one, two, tmp_path / "a", rank=2)
     with pytest.raises(UnsupportedInput, match="8 bits with scales"):
         lt.inspect(base, tuned, level="values")
@@ -491,7 +491,7 @@ def test_a_matrix_of_the_model_itself_has_no_place(tmp_path: Path) -> None:
     state = llama_like() | {"weight": torch.ones(8, 8)}
     base = save_folder(state, tmp_path / "base", LLAMA)
     tuned = save_folder(moved(state), tmp_path / "tuned", LLAMA)
-    with pytest.raises(Unplaced, match="1 changed tensors have no place") as caught:
+    with pytest.raises(Unplaced, match="1 changed tensor has no place") as caught:
         lt.extract(base, tuned, tmp_path / "a", rank=2)
     assert caught.value.details == ("weight [8, 8]",)
 

@@ -235,7 +235,7 @@ def test_integers_are_said_to_be_left_out(tmp_path: Path) -> None:
         save_file({"w": torch.ones(2, 2) + index, "counts": torch.arange(3) + index}, path)
     report = pair_report(*paths)
     assert [row.name for row in report.rows] == ["w"]
-    assert report.notes[0] == "1 tensors of integers not compared (counts)"
+    assert report.notes[0] == "1 tensor of integers not compared (counts)"
 
 
 def test_base_makes_a_pair(pair: tuple[Path, Path]) -> None:

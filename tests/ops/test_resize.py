@@ -203,7 +203,7 @@ def test_updates_of_nothing_are_absent(tmp_path: Path) -> None:
     path = adapter(tmp_path / "a", 4, extra={f"{k}": v for k, v in zero.items()})
     report = lt.resize(path, tmp_path / "out", rank=2)
     assert set(updates(tmp_path / "out")) == set(MODULES) - {Q}
-    assert any("1 updates are zero" in note for note in report.notes)
+    assert any("1 update is zero" in note for note in report.notes)
     with pytest.raises(NothingMatches, match="nothing is left"):
         lt.resize(path, tmp_path / "none", rank="absolute:1e9")
 

@@ -99,7 +99,7 @@ def test_a_dangling_link_is_a_missing_shard(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        (WHERE | {"d.weight": SECOND}, "names 1 tensors that its shards do not hold"),
+        (WHERE | {"d.weight": SECOND}, "names 1 tensor that its shards do not hold"),
         (WHERE | {"a.weight": SECOND}, "a.weight lies in .*00001.* but the index places it in"),
         ({k: v for k, v in WHERE.items() if k != "b.weight"}, "b.weight lies in .* nowhere"),
     ],

@@ -13,6 +13,7 @@ from loratool.ops.views.adapter import (
     ranks_of,
     row_word,
 )
+from loratool.plural import counted
 from loratool.report.page import Group, Page, SmallTable, letter
 from loratool.report.text import number, size_text
 
@@ -40,7 +41,7 @@ def adapters_page(report: AdaptersReport) -> Page:
     columns = ("", "adapter", "format", "base", "updates", "other", "rank", "‖ΔW‖", "values")
     return Page(
         kind="Adapters side by side",
-        title=f"{len(adapters)} adapters",
+        title=f"{counted(len(adapters), 'adapter')}",
         facts=(("adapters", str(len(adapters))), ("level", str(report.level))),
         columns=adapter_columns(report.level),
         rows=tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loratool.layouts.families import family_of, layer_of
 from loratool.ops.compare_report import CompareReport, ModuleRow, PairRow
+from loratool.plural import counted
 from loratool.report.page import (
     Column,
     Curve,
@@ -58,7 +59,7 @@ def compare_page(report: CompareReport) -> Page:
     advice = report.advice
     return Page(
         kind="Adapters measured against each other",
-        title=" · ".join(names) if len(names) < 5 else f"{len(names)} adapters",
+        title=" · ".join(names) if len(names) < 5 else f"{counted(len(names), 'adapter')}",
         facts=(
             ("adapters", str(len(names))),
             ("modules in two or more", f"{len(report.shared):,}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratool.ops.inspect_cost import Costs
+from loratool.plural import counted
 from loratool.report.page import SmallTable
 from loratool.report.text import size_text
 
@@ -15,8 +16,9 @@ _COLUMNS = (
 def cost_table(costs: Costs) -> SmallTable:
     """A line per rank. Seconds are estimates, as the title says."""
     return SmallTable(
-        f"Adapters on {costs.targets}, of {costs.matrices:,} matrices; seconds are estimated for "
-        f"{costs.workers} workers at this machine's speed, files in memory",
+        f"Adapters on {costs.targets}, of {counted(costs.matrices, 'matrix', 'matrices')}; seconds "
+        f"are estimated for {counted(costs.workers, 'worker')} at this machine's speed, files in "
+        "memory",
         _COLUMNS,
         tuple(
             (

@@ -9,6 +9,7 @@ from loratool.ops.findings import nothing_changed
 from loratool.ops.inspect_level import Level
 from loratool.ops.inspect_pair import DeltaRow, PairReport
 from loratool.ops.views.spectra import SPECTRUM_COLUMNS, sizes_table, spectrum_cells
+from loratool.plural import counted
 from loratool.report.page import (
     Column,
     Curve,
@@ -99,9 +100,11 @@ def _header_statements(report: PairReport) -> list[str]:
         for row in report.paired
         if row.base_dtype != row.tuned_dtype
     )
-    said = [f"{count:,} tensors went from {a} to {b}" for (a, b), count in dtypes.items()]
+    said = [f"{counted(count, 'tensor')} went from {a} to {b}" for (a, b), count in dtypes.items()]
     return said + [
-        f"{row.name}: {row.added_rows:,} tokens added" for row in report.paired if row.added_rows
+        f"{row.name}: {counted(row.added_rows, 'token')} added"
+        for row in report.paired
+        if row.added_rows
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loratool.ops.inspect_values import RULES, TensorValues, all_well
+from loratool.plural import counted
 from loratool.report.page import Cell, Column, NameList, Unit
 
 VALUE_COLUMNS = (
@@ -32,7 +33,7 @@ def value_statements(values: Sequence[TensorValues]) -> tuple[str, ...]:
     count = sum(bool(row.findings()) for row in values)
     if not count:
         return (all_well(values),)
-    return (f"findings in {count:,} of {len(values):,} tensors; {RULES}",)
+    return (f"findings in {count:,} of {counted(len(values), 'tensor')}; {RULES}",)
 
 
 def equal_lists(equal: Sequence[tuple[str, ...]]) -> tuple[NameList, ...]:
