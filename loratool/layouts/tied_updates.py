@@ -95,15 +95,15 @@ def _conflict(tie: Tie, by_target: Mapping[str, tuple[str, Update]]) -> Disagree
         return DisagreementError(
             f"the adapter changes {' and '.join(changed)} alone, but the base ties it to "
             f"{' and '.join(others)}",
-            hint="merged, the change would act on both: --tied lets it, --untie stores both "
-            f"apart; or leave it out with --exclude {changed[0]}",
+            hint="merged, the change would act on both: merge --tied lets it, merge --untie "
+            f"stores both apart, merge --exclude {changed[0]} leaves it out",
         )
     for name in changed[1:]:
         if not _same_update(by_target[tie.main][1], by_target[name][1]):
             return DisagreementError(
                 f"the adapter changes {tie.main} and {name} differently, but the base ties them "
                 "into one",
-                hint="--untie stores both apart",
+                hint="merge --untie stores both apart",
             )
     return None
 
