@@ -1,4 +1,4 @@
-"""Which convolutions PEFT can adapt and merge: those without groups.
+"""Which convolutions PEFT can adapt and merge: those without groups that are not transposed.
 
 A grouped convolution's weight is (out, in/groups, k…). PEFT builds lora_A for all input channels
 and merges no adapter of a grouped one, so factors of such a weight would not load. Shapes show
@@ -17,6 +17,8 @@ _GROUPED = {
     "squeezebert": r".*",
 }
 """model_type → names of its grouped convolutions with more than one channel per group."""
+_TRANSPOSED = re.compile(r".*conv_?tr(anspose\w*)?|conv_?t\d|convt_.*|deconv|upscale_conv\d|resize")
+"""Last names of transposed convolutions."""
 
 
 def is_grouped(name: str, shape: tuple[int, ...], config: ModelConfig) -> bool:
@@ -24,3 +26,11 @@ def is_grouped(name: str, shape: tuple[int, ...], config: ModelConfig) -> bool:
     if shape[1] == 1 < shape[0]:
         return True
     return re.fullmatch(_GROUPED.get(config.model_type or "", r"(?!)"), name) is not None
+
+
+def is_transposed(name: str, shape: tuple[int, ...], bias: tuple[int, ...] | None) -> bool:
+    """Whether a convolution weight is (in, out, k…), which PEFT has no adapter for: a bias has the
+    length of the output side. bias: the shape of its module's, if there is one."""
+    if bias is not None and bias[0] == shape[1] != shape[0]:
+        return True
+    return _TRANSPOSED.fullmatch(name.removesuffix(".weight").rpartition(".")[2]) is not None

@@ -33,7 +33,10 @@ _POSITIONS = {
     "token_type_embeddings",
     "relative_attention_bias",
 }
-_TABLE = re.compile(r"embed_(?!out$).+|.*embed(der|dings?)?|(.*_)?(embs?|codebook)")
+_TABLE = re.compile(
+    r"embed_(?!out$).+|.*embed(der|dings?)?|(.*_)?(embs?|codebook|tokens?|table)"
+    r"|.*(Embedder|embeddings)_\d+|.*_embeds_layers?|query_feat|queries_features"
+)
 """Last names of tables whose use is not known; stored whole they are right as any module."""
 _EXPERT = re.compile(r"(?:.*\.)?experts\.(?:[^.]+\.)?[^.]+")
 """A parameter of a module of experts, or one matrix of it as layouts.experts names it."""
@@ -125,6 +128,8 @@ def _kind(name: str, shape: tuple[int, ...], conv1d: bool, has_bias: bool) -> Mo
         return ModuleKind.NORM
     if last in _POSITIONS:
         return ModuleKind.POSITION
+    if len(shape) == 4 and max(shape[:3]) == 1:
+        return ModuleKind.NORM  # ConvNeXt V2's, over channels that come last
     if len(shape) in (3, 4, 5):
         return ModuleKind.CONV
     if len(shape) != 2:
@@ -133,6 +138,7 @@ def _kind(name: str, shape: tuple[int, ...], conv1d: bool, has_bias: bool) -> Mo
         return ModuleKind.EMBEDDING
     if conv1d and last in _CONV1D_NAMES:
         return ModuleKind.CONV1D
-    if _TABLE.fullmatch(last) and not has_bias:
+    listed = _last(module_of(name)) if last.isdigit() else last
+    if _TABLE.fullmatch(listed) and not has_bias:
         return ModuleKind.POSITION
     return ModuleKind.LINEAR

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from loratool.adapter import ModuleKind, module_of
 from loratool.errors import UsageError
-from loratool.layouts.convolutions import is_grouped
+from loratool.layouts.convolutions import is_grouped, is_transposed
 from loratool.layouts.pairs import Alignment, Pair
 from loratool.layouts.past_modules import is_read_past_its_module
 from loratool.ops.extract_adapter import in_task_head, is_saved_with
@@ -34,8 +34,10 @@ def treatments(
     Raises UsageError for experts that are asked to be stored whole.
     """
     _refuse_whole_experts([pair for pair in alignment.pairs if pair.name in chosen], rules)
-    names = {pair.name for pair in alignment.pairs}
-    found = {pair.name: _treatment(pair, names, alignment, base, rules) for pair in alignment.pairs}
+    shapes = {pair.name: pair.base.shape for pair in alignment.pairs}
+    found = {
+        pair.name: _treatment(pair, shapes, alignment, base, rules) for pair in alignment.pairs
+    }
     for owner, members in _owners_of_bare_parameters(alignment.pairs, chosen):
         apart = [
             pair
@@ -86,7 +88,11 @@ def is_grouped_convolution(pair: Pair, base: Model) -> bool:
 
 
 def _treatment(
-    pair: Pair, names: Collection[str], alignment: Alignment, base: Model, rules: Rules
+    pair: Pair,
+    shapes: Mapping[str, tuple[int, ...]],
+    alignment: Alignment,
+    base: Model,
+    rules: Rules,
 ) -> Treatment:
     if not pair.base.dtype.is_float or not module_of(pair.name) or _PARAMETRISED in pair.name:
         return Treatment.NO_PLACE
@@ -98,7 +104,10 @@ def _treatment(
         return Treatment.WHOLE  # the one form on which PEFT, its merge and ours agree
     if pair.kind in (*LOW_RANK_KINDS, ModuleKind.CONV):
         whole = alignment.experts.is_router(pair.name) or is_grouped_convolution(pair, base)
-        whole |= is_read_past_its_module(pair.name, names, base.config)
+        whole |= is_read_past_its_module(pair.name, shapes, base.config)
+        whole |= pair.kind is ModuleKind.CONV and is_transposed(
+            pair.name, pair.base.shape, shapes.get(f"{module_of(pair.name)}.bias")
+        )
         return Treatment.WHOLE if whole or rules.of(pair) is None else Treatment.LOW_RANK
     return Treatment.WHOLE if pair.kind in _STORABLE else Treatment.NO_PLACE
 
