@@ -50,6 +50,8 @@ _VOCABULARY_HEADS = {
     "proj_out",
     "decoder",
     "vocab_projector",
+    "generator_lm_head",
+    "lm_loss",
 }
 """Last names of output heads over the vocabulary."""
 

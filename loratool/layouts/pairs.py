@@ -314,9 +314,23 @@ def _check_shapes(pairs: list[Pair]) -> None:
                 f"{pair.name}: base {list(pair.base.shape)}, tuned {list(pair.tuned.shape)}"
                 for pair in wrong[:12]
             ],
-            hint="tokens added to the tuned side are taken over, tokens removed from it are not; "
+            hint=_hint_on_growth(pairs)
+            or "tokens added to the tuned side are taken over, tokens removed from it are not; "
             "another architecture? base and tuned must agree",
         )
+
+
+def _hint_on_growth(pairs: list[Pair]) -> str | None:
+    """Where tables got tokens and something else over the vocabulary (BART's final_logits_bias)
+    became longer as well."""
+    grown = next((pair for pair in pairs if pair.grown), None)
+    if grown is None:
+        return None
+    rows = grown.whole.rows
+    return (
+        f"tokens are added to tables alone: bring the base to {rows} tokens first "
+        f"(resize_token_embeddings({rows}), save_pretrained), and extract from that"
+    )
 
 
 def check_floats(pairs: list[Pair]) -> list[Pair]:

@@ -15,7 +15,7 @@ def grown_tables(
     """Rows that tables over the vocabulary must have for these updates, where the base has fewer.
 
     updates, shapes, kinds: by the base's names. Raises DisagreementError where the tables of one
-    model would come to have different numbers of tokens.
+    model would come to have different numbers of tokens, or BART's bias of logits too few.
     """
     tables = {name for name, kind in kinds.items() if is_over_vocabulary(name, kind)}
     grown = {
@@ -33,6 +33,15 @@ def grown_tables(
             details=[f"{name}: {shapes[name][0]} to {rows} rows" for name, rows in grown.items()]
             + [f"{name}: stays at {shapes[name][0]} rows" for name in left],
             hint="all tables over the vocabulary must grow alike",
+        )
+    size, rows = before.pop(), next(iter(grown.values()))
+    beside = [name for name in shapes if name.endswith("final_logits_bias")]
+    if any(shapes[name][-1] == size for name in beside):
+        raise DisagreementError(
+            f"the adapter adds tokens, and {beside[0]} of the base is no table that they are added "
+            "to",
+            hint=f"bring the base to {rows} tokens first (resize_token_embeddings({rows}), "
+            "save_pretrained)",
         )
     return grown
 

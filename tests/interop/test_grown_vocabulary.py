@@ -142,3 +142,26 @@ def test_a_new_token_that_is_no_number(tmp_path: Path) -> None:
     save_file(state, tuned / "model.safetensors", {"format": "pt"})
     with pytest.raises(NonFiniteValues, match=r"lm_head\.weight: NaN"):
         lt.extract(base, tuned, tmp_path / "adapter", rank=2)
+
+
+def test_what_else_is_over_the_vocabulary(tmp_path: Path) -> None:
+    """BART's bias of logits is no table: the refusal says what to do, and that works."""
+    family = FAMILIES["bart"]
+    base, tuned = grown(family, tmp_path, "changed")
+    with pytest.raises(ShapeMismatch, match="in shape between") as caught:
+        lt.extract(base, tuned, tmp_path / "a", rank=2)
+    assert caught.value.details == ("final_logits_bias: base [1, 64], tuned [1, 71]",)
+    assert "resize_token_embeddings(71), save_pretrained" in (caught.value.hint or "")
+    model = load(family, base)
+    model.resize_token_embeddings(71, mean_resizing=False)
+    model.save_pretrained(tmp_path / "resized")
+    lt.extract(tmp_path / "resized", tuned, tmp_path / "a", rank="full")
+    with pytest.raises(DisagreementError, match="final_logits_bias of the base is no table"):
+        lt.merge(base, tmp_path / "a", tmp_path / "merged")
+    lt.merge(tmp_path / "resized", tmp_path / "a", tmp_path / "merged")
+    torch.testing.assert_close(
+        answer(family, load(family, tmp_path / "merged")),
+        answer(family, load(family, tuned)),
+        rtol=1e-4,
+        atol=2e-5,
+    )
