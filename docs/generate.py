@@ -22,6 +22,7 @@ from loratool.cli.errors import ALL_CODES
 from loratool.cli.main import cli
 from loratool.combining.method import Method, Parameter
 from loratool.combining.registry import DEFAULT, METHODS
+from loratool.ops.extract_rules import BUDGET_RANK
 
 DOCS = Path(__file__).resolve().parent
 
@@ -75,7 +76,8 @@ def rank_rules() -> str:
         "what they are padded to is counted. It does not count what is stored whole, nor DoRA's "
         "norms.\n\n"
         "`--min-rank`, `--max-rank` and `--multiple-of` bound what a rule says; a matrix's smaller "
-        "side comes before them. A budget goes with `--max-rank` alone, in `resize` with none.\n"
+        "side comes before them. A budget goes with `--max-rank` alone, in `resize` with none; "
+        f"without it, `extract` gives no matrix a rank above {BUDGET_RANK}.\n"
     )
 
 

@@ -13,6 +13,7 @@ from loratool.engine import Engine, NoProgress, Progress
 from loratool.errors import NothingMatches, Unplaced
 from loratool.ops.adapter_folder import write_adapter
 from loratool.ops.base_check import samples_of
+from loratool.ops.deltas import matrix_shape
 from loratool.ops.extract_adapter import base_modules, build_adapter, stored_size
 from loratool.ops.extract_biases import settled
 from loratool.ops.extract_budget import spend
@@ -28,6 +29,7 @@ from loratool.ops.extract_jobs import (
 from loratool.ops.extract_plan import ExtractPlan
 from loratool.ops.extract_report import LEFT_OUT, ExtractReport, Status, TensorRow, factorised
 from loratool.ops.extract_resume import keep, pending, resume_key
+from loratool.ops.extract_rules import BUDGET_RANK
 from loratool.ops.findings import rounding_notes
 from loratool.ops.sources import Model
 from loratool.plural import counted
@@ -236,17 +238,38 @@ def _notes(
             "loratool merge --untie stores two"
         )
     if allocation is not None:
-        how = "exactly" if not allocation.loss else f"to within {allocation.loss:.2e} of Σ‖D‖²"
-        spent = f"was spent {how} where it lowers the error most"
-        if plan.profile.limits.one_rank:
-            spent = f"went into one rank for all matrices, which {plan.profile.name} wants"
-        notes.append(
-            f"the budget of {counted(plan.budget or 0, 'parameter')} {spent}; "
-            f"{allocation.used:,} are used"
-        )
+        notes += _budget_notes(plan, allocation, rows)
     if plan.base_model is None:
         notes.append("the base's Hub name is not known; --base-model owner/name records it")
     return tuple(notes)
+
+
+def _budget_notes(
+    plan: ExtractPlan, allocation: Allocation, rows: Sequence[TensorRow]
+) -> list[str]:
+    shared = factorised(rows)
+    energy = sum(row.energy if row.rest_norm is None else row.rest_norm**2 for row in shared)
+    how = f"to within {percent(allocation.loss / energy)} of Σ‖D‖²" if energy else "exactly"
+    spent = f"was spent {how if allocation.loss else 'exactly'} where it lowers the error most"
+    if plan.profile.limits.one_rank:
+        spent = f"went into one rank for all matrices, which {plan.profile.name} wants"
+    notes = [
+        f"the budget of {counted(plan.budget or 0, 'parameter')} {spent}; "
+        f"{allocation.used:,} are used"
+    ]
+    unlimited = {job.pair.name for job in plan.jobs if job.rule.limits.most is None}
+    full = [
+        row
+        for row in shared
+        if row.name in unlimited
+        and (row.rank or 0) - (row.kept_rank or 0) == BUDGET_RANK < min(matrix_shape(row.shape))
+    ]
+    if full:
+        notes.append(
+            f"{counted(len(full), 'matrix has', 'matrices have')} the largest rank that a budget "
+            f"chooses, {BUDGET_RANK}: --max-rank allows it a larger one"
+        )
+    return notes
 
 
 def _not_measured_note(rows: Sequence[TensorRow]) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import loratool as lt
 from loratool.engine import Engine, NoProgress
@@ -115,3 +116,26 @@ def test_an_adapter_of_nothing_is_not_written(tmp_path: Path) -> None:
             lt.extract(base, tuned, tmp_path / "a", **options)
         assert reason in " ".join(raised.value.details)
         assert not (tmp_path / "a").exists()
+
+
+def test_a_budget_says_what_it_may_have_missed(tmp_path: Path) -> None:
+    """As a share of the change, whatever its size; and where no larger rank was looked at."""
+    said = []
+    for size in (1.0, 1e-3):
+        base_state = {f"layers.{i}.fc.weight": torch.zeros(300 + i, 280) for i in range(2)}
+        torch.manual_seed(0)
+        tuned_state = {name: size * torch.randn(w.shape) for name, w in base_state.items()}
+        base = save_folder(base_state, tmp_path / f"base{size}")
+        tuned = save_folder(tuned_state, tmp_path / f"tuned{size}")
+        report = lt.extract(base, tuned, tmp_path / f"a{size}", rank="budget:20000")
+        assert [note for note in report.notes if "largest rank that a budget" in note] == []
+        said += [note for note in report.notes if "to within" in note]
+    assert said[0] == said[1]
+    assert 0 < float(said[0].split("to within ")[1].split(" %")[0]) < 1.5, "one component of 560"
+    for limit, rank in ((None, 256), (280, 280)):
+        report = lt.extract(
+            base, tuned, tmp_path / f"b{rank}", rank="budget:1000000", max_rank=limit
+        )
+        assert {row.rank for row in report.rows} == {rank}
+        noted = [note for note in report.notes if "2 matrices have the largest rank" in note]
+        assert len(noted) == (limit is None)
