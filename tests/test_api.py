@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import loratool as lt
 from loratool.errors import UsageError
@@ -87,3 +88,54 @@ def test_rows_that_are_not_there(start: int, stop: int, pair: tuple[str, str]) -
     """Bytes before and behind a tensor are another's."""
     info = next(iter(lt.open_checkpoint(pair[0]).values()))
     assert info.name in error_of(lambda: info.read_rows(start, stop)).message
+
+
+@pytest.fixture
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("default_dtype", [torch.bfloat16, torch.float64], indirect=True)
+def test_the_default_dtype_of_a_program_changes_nothing(
+    default_dtype: None,
+    pair: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bfloat16 is what many programs set to load models; compiled loops wrote past the tensors."""
+
+    def everything(place: Path) -> dict[str, bytes]:
+        place.mkdir()
+        monkeypatch.chdir(place)  # notes hold paths as they are given
+        folder = Path()
+        lt.extract(*pair, folder / "a", rank="energy:0.5")
+        lt.extract(*pair, folder / "b", rank=2, dora=True)
+        lt.merge(pair[0], folder / "a", folder / "merged", receipt=True, lost=True)
+        lt.merge(pair[0], folder / "b", folder / "dora")
+        lt.unmerge(folder / "merged", folder / "a", folder / "base")
+        lt.combine([folder / "a"] * 2, folder / "c", method="sce", include="c_attn", saved="drop")
+        lt.resize(folder / "a", folder / "r", rank=2)
+        lt.init(pair[0], folder / "i", method="pissa", residual=folder / "residual")
+        reports = [
+            lt.inspect(*pair),
+            lt.inspect(*pair, level="values"),
+            lt.inspect(pair[0], level="values"),
+            lt.inspect(folder / "a", base=pair[0], level="values"),
+            lt.inspect(folder / "a", base=pair[0]),
+            lt.compare([folder / "a", folder / "r"]),
+            lt.intruders(*pair, top=1),
+            lt.verify(folder / "merged", pair[0], folder / "a"),
+        ]
+        found = {str(index): repr(one.to_json()).encode() for index, one in enumerate(reports)}
+        for path in sorted(folder.rglob("*.safetensors")):
+            found[str(path.relative_to(folder))] = path.read_bytes()
+        return found
+
+    mine = everything(tmp_path / "mine")
+    torch.set_default_dtype(torch.float32)
+    usual = everything(tmp_path / "usual")
+    assert mine.keys() == usual.keys()
+    assert [name for name in usual if mine[name] != usual[name]] == []

@@ -84,6 +84,16 @@ def test_every_layer_is_in_the_table() -> None:
         assert re.search(rf"^  {layer}(/|\.py) ", page, re.MULTILINE), layer
 
 
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_tensor_has_the_default_dtype(path: Path) -> None:
+    """It is whatever a program has set, and compiled loops write what they were told."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and re.fullmatch(
+            r"torch\.(empty|zeros|ones|eye|linspace|rand|randn)", ast.unparse(node.func)
+        ):
+            assert "dtype" in {keyword.arg for keyword in node.keywords}, ast.unparse(node)
+
+
 def test_only_the_command_line_prints() -> None:
     for path in modules():
         calls = [

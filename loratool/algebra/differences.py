@@ -24,7 +24,7 @@ class DifferenceSums:
         self._noise = NoiseSums(columns, after)
         self._loop = compare(before, after)
         self._energies: list[np.ndarray] = [np.zeros((2, 1))]
-        self._single, self._rough = torch.empty(0), torch.empty(0)
+        self._single = self._rough = torch.empty(0, dtype=torch.float32)
         self._changed = 0
 
     def add(

@@ -51,7 +51,9 @@ class DoraInverse:
 
 def change_of(change: Rounder, shape: torch.Size, first_row: int) -> Tensor:
     """s·B·A of these rows, rounded to float32, as float64."""
-    return change.add_to(torch.zeros(shape), first_row, torch.float32).values.double()
+    return change.add_to(
+        torch.zeros(shape, dtype=torch.float32), first_row, torch.float32
+    ).values.double()
 
 
 def add_squares(

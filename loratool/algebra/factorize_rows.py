@@ -38,7 +38,11 @@ def factorize_rows(matrix: RowBlocks, rule: RankRule, *, key: str) -> RowFactors
     energy = sum_of_squares(matrix)
     side = min(matrix.shape)
     if energy == 0:
-        return RowFactors(_nothing(matrix), Spectrum(torch.zeros(0), 0.0, matrix.shape), "zero")
+        return RowFactors(
+            _nothing(matrix),
+            Spectrum(torch.zeros(0, dtype=torch.float64), 0.0, matrix.shape),
+            "zero",
+        )
     guess = rule.first_guess(matrix.shape)
     while side > EXACT_SIDE and sketch_pays(guess, side):
         start = gaussian(side, guess + OVERSAMPLING, key).to(matrix.device)

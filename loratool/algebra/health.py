@@ -95,7 +95,11 @@ class HealthSums:
 
     def health(self) -> Health:
         """Of all rows so far."""
-        energies = torch.cat(self._row_energies) if self._row_energies else torch.zeros(0)
+        energies = (
+            torch.cat(self._row_energies)
+            if self._row_energies
+            else torch.zeros(0, dtype=torch.float64)
+        )
         is_matrix = self._rows > 1
         alive = energies[energies > 0]
         far = 0

@@ -133,7 +133,7 @@ def block_krylov(
         block = back
     with stopwatch.stage("orthogonalise"):
         gram = _gram(basis)
-    if float((gram - torch.eye(len(gram)).to(gram)).abs().max()) > _SLACK:
+    if float((gram - torch.eye(len(gram), dtype=gram.dtype).to(gram)).abs().max()) > _SLACK:
         # D has a lower rank than the space has dimensions, and the last blocks are noise
         with stopwatch.stage("orthogonalise"):
             basis = torch.linalg.qr(basis.double()).Q.float()

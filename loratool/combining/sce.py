@@ -38,7 +38,9 @@ def sce(updates: Updates, *, density: float) -> RowBlocks:
             block = matrix.rows(rows.start, rows.stop)
             energies[i] += float(torch.where(varies >= least, block, 0.0).double().square().sum())
     total = float(energies.sum())
-    shares = (energies / total if total else torch.ones(len(scaled)) / len(scaled)).tolist()
+    shares = (
+        energies / total if total else torch.ones(len(scaled), dtype=torch.float64) / len(scaled)
+    ).tolist()
 
     def erase(_: int, *blocks: Tensor) -> Tensor:
         selected = _variance(blocks) >= least

@@ -27,7 +27,8 @@ def contributing(updates: Updates) -> list[LowRank]:
 def nothing(updates: Updates) -> LowRank:
     """The update of rank 0."""
     rows, columns = updates.shape
-    return LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
+    b = torch.zeros(rows, 0, dtype=torch.float64)
+    return LowRank(b, b.new_zeros(0, columns))
 
 
 def singular_triplets(value: LowRank, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

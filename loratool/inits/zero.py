@@ -22,7 +22,7 @@ def kaiming(start: Start) -> LowRank:
 
 
 def _with_zero_b(start: Start, a: torch.Tensor) -> LowRank:
-    return LowRank(torch.zeros(start.shape[0], start.rank), a, start.scale)
+    return LowRank(torch.zeros(start.shape[0], start.rank, dtype=torch.float32), a, start.scale)
 
 
 GAUSSIAN = Init(

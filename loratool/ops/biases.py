@@ -34,7 +34,7 @@ def load_bias(label: str, name: str, update: DenseUpdate) -> LowRank:
     values = update.value.read()
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteValues(f"{label}: the difference of {name} holds NaN or infinity")
-    return LowRank(values.reshape(-1, 1), torch.ones(1, 1), update.scale)
+    return LowRank(values.reshape(-1, 1), torch.ones(1, 1, dtype=torch.float32), update.scale)
 
 
 def store_bias(name: str, exact: Tensor, module: LowRankUpdate, dtype: DType) -> StoredBias:

@@ -54,7 +54,8 @@ def combine_biases(plan: CombinePlan, low_rank: Mapping[str, LowRankUpdate]) -> 
 
 def _combined(plan: CombinePlan, name: str, found: tuple[DenseUpdate | None, ...]) -> Tensor:
     (size,) = next(update.shape for update in found if update is not None)
-    nothing = LowRank(torch.zeros(size, 0), torch.zeros(0, 1))
+    b = torch.zeros(size, 0, dtype=torch.float32)
+    nothing = LowRank(b, b.new_zeros(0, 1))
     values = tuple(
         nothing if update is None else load_bias(source.label, name, update)
         for source, update in zip(plan.asked.sources, found, strict=True)

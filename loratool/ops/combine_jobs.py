@@ -139,10 +139,10 @@ def combine_weight(job: CombineJob) -> CombineResult:
 
 def _loaded(job: CombineJob) -> tuple[LowRank, ...]:
     rows, columns = job.shape
+    b = torch.zeros(rows, 0, dtype=torch.float32, device=job.device)
+    nothing = LowRank(b, b.new_zeros(0, columns))
     return tuple(
-        LowRank(torch.zeros(rows, 0, device=job.device), torch.zeros(0, columns, device=job.device))
-        if update is None
-        else load_update(label, update, job.device)
+        nothing if update is None else load_update(label, update, job.device)
         for label, update in zip(job.labels, job.updates, strict=True)
     )
 

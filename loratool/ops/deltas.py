@@ -54,7 +54,7 @@ class Delta:
         return replace(self, matrix=matrix, energy=sum_of_squares(matrix), rough=None)
 
 
-_NOT_NUMBERS = Delta(torch.zeros(1, 1), 0.0, 0.0, NoiseFloor(0.0, 0.0), 1.0)
+_NOT_NUMBERS = Delta(torch.zeros(1, 1, dtype=torch.float32), 0.0, 0.0, NoiseFloor(0.0, 0.0), 1.0)
 """The change of integer tensors: there is one, and it has no size."""
 
 
@@ -80,7 +80,7 @@ def measure_delta(pair: Pair, device: torch.device) -> Delta | None:
     if not pair.base.dtype.is_float:
         return read_delta(pair, device)
     _, columns = matrix_shape(pair.base.shape)
-    block = torch.empty(_block_rows(pair.base), columns, device=device)
+    block = torch.empty(_block_rows(pair.base), columns, dtype=torch.float32, device=device)
     return _compared(pair, device, lambda start, stop: block[: stop - start])
 
 
@@ -112,7 +112,7 @@ def _compared(
     if sums is None or energy == 0:
         return None
     share = sums.changed / (rows * columns)
-    nothing = torch.empty(0, columns, device=device)
+    nothing = torch.empty(0, columns, dtype=torch.float32, device=device)
     return Delta(nothing, energy, sums.base_energy**0.5, sums.noise(), share, rough)
 
 

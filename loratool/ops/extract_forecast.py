@@ -89,7 +89,7 @@ def _update(job: ExtractJob) -> LowRankUpdate | DoraUpdate:
     update = LowRankUpdate(b, a, job.scale, job.scale * rank, is_embedding)
     if not job.dora:
         return update
-    return DoraUpdate(update, MemoryTensor(torch.empty(out, device="meta")))
+    return DoraUpdate(update, MemoryTensor(torch.empty(out, dtype=torch.float32, device="meta")))
 
 
 def _shaped(shape: tuple[int, ...], dtype: DType) -> LazyTensor:

@@ -198,8 +198,8 @@ def _measure(job: _Job) -> ForecastRow:
     if len(info.shape) < 2:
         rows, columns = info.rows, 1
     rounder = rounder_of(job.updates, info, 0, info.rows, device=job.device)
-    update = torch.empty(rows, columns, device=job.device)
-    weight = torch.empty(rows, columns, device=job.device)
+    update = torch.empty(rows, columns, dtype=torch.float32, device=job.device)
+    weight = torch.empty_like(update)
     lost = {dtype.name: 0.0 for dtype in OUTPUTS}
     swallowed = {dtype.name: 0 for dtype in OUTPUTS}
     overflowed = {dtype.name: 0 for dtype in OUTPUTS}
@@ -212,7 +212,7 @@ def _measure(job: _Job) -> ForecastRow:
         if not bool(torch.isfinite(block).all()):
             raise NonFiniteValues(f"{info.name}: holds NaN or infinity")
         weight[start:stop] = block
-        nothing = torch.zeros(block.shape, device=job.device)
+        nothing = torch.zeros(block.shape, dtype=torch.float32, device=job.device)
         update[start:stop] = rounder.add_to(nothing, start, torch.float32).values
         if not all_finite(update[start:stop]):
             raise RangeOverflow(f"{info.name}: the update is too large to be measured")

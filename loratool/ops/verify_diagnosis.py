@@ -124,7 +124,9 @@ def _sum_up(job: VerifyJob) -> _Sums:
         after = job.merged.read_rows(start, stop).reshape(stop - start, -1)
         ours = rounder.add_to(before.to(job.device), start, dtype).values.cpu()
         u = delta_of(before, start)
-        scale = job.scaled.rows(start, stop) if job.scaled else torch.ones(1, 1).double()
+        scale = (
+            job.scaled.rows(start, stop) if job.scaled else torch.ones(1, 1, dtype=torch.float64)
+        )
         d = (after.double() - before.double()) * scale
         e = (ours.double() - before.double()) * scale
         sums.dd += float(d.square().sum())
