@@ -285,7 +285,9 @@ def resolve_spectrum(
     """
     tall = _Tall.of(d, sum_of_squares(d) if energy is None else energy, noise_floor, rough)
     dtype = sketch_dtype or fastest_dtype(d.device)
-    sketch = partial(settled, tall.matrix, key=key, dtype=dtype, copy=tall.rough)
+    sketch = partial(
+        settled, tall.matrix, key=key, energy=tall.energy, dtype=dtype, copy=tall.rough
+    )
     resolved = _resolve(tall, rule, None if exact else sketch, Stopwatch())
     return tall.original(resolved.spectrum)
 

@@ -51,6 +51,10 @@ _NOTHING = 1e-6
 Its last columns are random with respect to what it misses, and so each has a share of it, of about
 one part in √n."""
 
+_EXHAUSTED = 1e-4
+"""Of ‖D‖²: what is left beside the values where a sketch in bf16, of which they miss up to 2·10⁻⁶,
+does not say enough of it to tell a LoRA."""
+
 _SLACK = 1e-3
 """Loss of orthogonality in the float32 basis that whitening may still mend."""
 
@@ -146,7 +150,13 @@ def block_krylov(
 
 
 def settled(
-    d: Tensor, count: int, *, key: str, dtype: torch.dtype, copy: Tensor | None = None
+    d: Tensor,
+    count: int,
+    *,
+    key: str,
+    energy: float,
+    dtype: torch.dtype,
+    copy: Tensor | None = None,
 ) -> Tensor | None:
     """The first singular values of d (m, n), ``count`` of them settled: float64, descending. None
     where this method does not settle them.
@@ -154,7 +164,8 @@ def settled(
     Where values fall, one wide block is enough, and only its image is taken in float32: products
     back in ``dtype`` tell well enough whether it is. Of noise, whose values lie close together, it
     takes further spaces, each from the leading directions of the one before; so it does where
-    values are much smaller than the first. copy: see RoughMatrix.
+    values are much smaller than the first, and where hardly anything is left beside these values,
+    since what ``dtype`` makes them miss would be seen in it. energy: ‖d‖²_F. copy: see RoughMatrix.
     """
     width, rough = count + SETTLING, RoughMatrix(d, dtype, copy)
     start = steered_start(rough, width, key, steps=SETTLING_STEPS)
@@ -163,7 +174,9 @@ def settled(
     theta, rotate = _descending(image.double().T @ image.double())
     # turned first, so that the fast dtype rounds each column by its own size
     back, v = rough.back(image @ rotate.float()), basis @ rotate.float()
-    if _are_settled(theta, v, back, count):
+    left = energy - float(theta[:count].square().sum())
+    says_what_is_left = dtype == torch.float32 or left >= _EXHAUSTED * energy
+    if says_what_is_left and _are_settled(theta, v, back, count):
         return theta
     del rough
     apply, blocks = partial(image_and_back, d), BLOCKS
