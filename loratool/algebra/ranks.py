@@ -144,9 +144,11 @@ class RankRule:
         return rank < self.asked
 
     def __str__(self) -> str:
+        """As it can be asked for; of two rules alike only where they are one."""
         if self.kind.argument is None:
             return self.kind.name
-        number = f"{self.value:g}"
+        whole = self.value.is_integer() and abs(self.value) < 1e16
+        number = str(int(self.value) if whole else self.value)
         return number if self.kind.name == "fixed" else f"{self.kind.name}:{number}"
 
 

@@ -115,6 +115,14 @@ def test_rules_about_all_values_wait_for_them(name: str) -> None:
     assert within.likely((10, 12)) == 3
 
 
+@pytest.mark.parametrize(
+    "text", ["1234567", "energy:0.99999991", "energy:1", "error:1e-09", "absolute:2.5e+30", "auto"]
+)
+def test_a_rule_is_written_as_it_is_read(text: str) -> None:
+    """Resumed work is recognised by it."""
+    assert str(parse_rank_rule(text)) == text
+
+
 def test_a_spectrum_cut_short_does_not_decide() -> None:
     cut = Spectrum(torch.tensor([2.0, 1.0], dtype=torch.float64), 10.0, (9, 9))
     assert parse_rank_rule("energy:0.9")(cut) is None
