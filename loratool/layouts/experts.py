@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from loratool.adapter import module_of
 from loratool.errors import DisagreementError
 from loratool.layouts.config import ModelConfig
-from loratool.storage.views import Joined, Stored, member_of
+from loratool.storage.views import Joined, Stored, Transposed, member_of
 
 _SEPARATE = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _STACKED = re.compile(r".*\.experts\.[^.]+")
@@ -89,8 +89,10 @@ _LIKE_QWEN2_MOE = frozenset(
 )
 """model_type of architectures that transformers 5.24 loads into stacked parameters, from its table
 of conversions: files with w1, w2, w3, and files with gate_proj, up_proj, down_proj."""
-_INPUT_FIRST = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text", "qwen3_vl_moe"})
+_INPUT_FIRST = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Of these, stacked matrices lie as (in, out) where PEFT's factors are of (out, in)."""
+_EITHER_WAY = frozenset({"qwen3_vl_moe"})
+"""Of these, files have (in, out) from transformers 4 and (out, in) from 5, which loads that."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,9 @@ def by_expert(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, S
             separate.setdefault(match[1], {}).setdefault(int(match[2]), {})[part] = tensor
         elif _is_stack(name, tensor):
             for index in range(tensor.shape[0]):
-                result[f"{name}.{index}"] = member_of(tensor, index)
+                member = member_of(tensor, index)
+                turned = _is_turned(name, member.shape, config)
+                result[f"{name}.{index}"] = Transposed(member) if turned else member
         else:
             result[name] = tensor
     for module, experts in separate.items():
@@ -178,6 +182,15 @@ def _is_stack(name: str, tensor: Stored) -> bool:
         and len(tensor.shape) == 3
         and min(tensor.shape[1:]) > 1
     )
+
+
+def _is_turned(name: str, shape: tuple[int, ...], config: ModelConfig) -> bool:
+    """Whether a matrix of a stack lies the other way round than it is loaded."""
+    text = config.values.get("text_config")
+    hidden = text.get("hidden_size") if isinstance(text, dict) else None
+    if config.model_type not in _EITHER_WAY or hidden not in shape or shape[0] == shape[1]:
+        return False
+    return bool(shape[0 if name.endswith("gate_up_proj") else 1] == hidden)
 
 
 def _check_complete(module: str, experts: Mapping[int, Mapping[str, Stored]]) -> None:

@@ -211,6 +211,18 @@ class Reshaped(_OfOne):
 
 
 @dataclass(frozen=True)
+class Transposed(_OfOne):
+    """A matrix with rows and columns exchanged."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape[::-1]
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.source.read()[:, start:stop].T.contiguous()
+
+
+@dataclass(frozen=True)
 class Lengthened(_OfOne):
     """A tensor with rows of zeros behind its own."""
 
@@ -258,7 +270,7 @@ def stored_in(tensor: LazyTensor) -> list[TensorInfo]:
     if isinstance(tensor, TensorInfo):
         return [tensor]
     sources: Iterable[LazyTensor] = ()
-    if isinstance(tensor, _Rows | _Member | Columns | Lengthened | Flattened | Reshaped):
+    if isinstance(tensor, _OfOne):
         sources = (tensor.source,)
     elif isinstance(tensor, Joined | Interleaved):
         sources = tensor.parts

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 import loratool as lt
 from loratool.errors import Unplaced
-from tests.interop.families import EXPERT_FAMILIES
+from tests.interop.families import EXPERT_FAMILIES, Family
 from tests.interop.test_families import answer, load, save_pair, under_peft
 
 pytestmark = pytest.mark.filterwarnings(
@@ -35,6 +36,41 @@ def test_peft_merged_and_tuned_agree(name: str, rank: str, tmp_path: Path) -> No
     if rank == "full":
         wanted = answer(family, load(family, tuned))
         torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=2e-5)
+
+
+def _qwen3_vl_moe() -> PreTrainedModel:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    eyes = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4}
+    eyes |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+    return Qwen3VLMoeForConditionalGeneration(
+        Qwen3VLMoeConfig(
+            vision_config=eyes | {"deepstack_visual_indexes": [0]},
+            text_config=sizes | heads | experts | {"rope_parameters": rope},
+        )
+    )
+
+
+@pytest.mark.parametrize("turned", [(), ("base",), ("tuned",), ("base", "tuned")])
+def test_stacks_of_either_orientation(turned: tuple[str, ...], tmp_path: Path) -> None:
+    """Files of Qwen3-VL-MoE have (in, out) from transformers 4 and (out, in) from 5."""
+    family = Family(_qwen3_vl_moe, lambda: {"input_ids": torch.arange(2, 26).reshape(2, 12)})
+    base, tuned = save_pair(family, tmp_path)
+    for side in turned:
+        state = load_file(tmp_path / side / "model.safetensors")
+        for name in [name for name in state if ".experts." in name]:
+            state[name] = state[name].transpose(1, 2).contiguous()
+        save_file(state, tmp_path / side / "model.safetensors", {"format": "pt"})
+    lt.extract(base, tuned, tmp_path / "adapter", rank="full")
+    lt.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    wanted = answer(family, load(family, tuned))
+    for model in (
+        under_peft(family, base, tmp_path / "adapter"),
+        load(family, tmp_path / "merged"),
+    ):
+        torch.testing.assert_close(answer(family, model), wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_experts_of_unequal_rank_are_padded(tmp_path: Path) -> None:
