@@ -90,22 +90,32 @@ def test_rows_that_are_not_there(start: int, stop: int, pair: tuple[str, str]) -
     assert info.name in error_of(lambda: info.read_rows(start, stop)).message
 
 
+def set_usual() -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
 @pytest.fixture
-def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(request.param)
+def defaults(request: pytest.FixtureRequest) -> Iterator[None]:
+    if isinstance(request.param, str):
+        torch.set_default_device(request.param)
+    else:
+        torch.set_default_dtype(request.param)
     yield
-    torch.set_default_dtype(before)
+    set_usual()
 
 
-@pytest.mark.parametrize("default_dtype", [torch.bfloat16, torch.float64], indirect=True)
-def test_the_default_dtype_of_a_program_changes_nothing(
-    default_dtype: None,
+@pytest.mark.parametrize("defaults", [torch.bfloat16, torch.float64, "meta"], indirect=True)
+def test_the_defaults_of_a_program_change_nothing(
+    defaults: None,
     pair: tuple[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """bfloat16 is what many programs set to load models; compiled loops wrote past the tensors."""
+    """bfloat16 is what many programs set to load models; compiled loops wrote past the tensors.
+
+    meta stands for a GPU: what is made there cannot be read here.
+    """
 
     def everything(place: Path) -> dict[str, bytes]:
         place.mkdir()
@@ -135,7 +145,7 @@ def test_the_default_dtype_of_a_program_changes_nothing(
         return found
 
     mine = everything(tmp_path / "mine")
-    torch.set_default_dtype(torch.float32)
+    set_usual()
     usual = everything(tmp_path / "usual")
     assert mine.keys() == usual.keys()
     assert [name for name in usual if mine[name] != usual[name]] == []

@@ -120,7 +120,7 @@ def _keep_small_memory() -> None:
     that size was freed once; so free one of the largest that it learns from. Elsewhere this does
     nothing, and nothing is written to it anywhere.
     """
-    torch.empty(_HEAPED_BYTES, dtype=torch.uint8)
+    torch.empty(_HEAPED_BYTES, dtype=torch.uint8, device="cpu")
 
 
 def _settle_thread() -> None:

@@ -74,7 +74,7 @@ def overlap_of(products: Sequence[Tensor], weights: Sequence[Sequence[float]]) -
     """From every weight matrix's inner products ⟨ΔWᵢ, ΔWⱼ⟩, (N, N), and the adapters' weights."""
     total = torch.stack(list(products)).sum(0)
     energy = total.diagonal()
-    each = torch.tensor([list(row) for row in weights], dtype=torch.float64)
+    each = torch.tensor([list(row) for row in weights], dtype=torch.float64, device="cpu")
     own = sum(w * p.diagonal() for w, p in zip(each, products, strict=True))
     reach = sum(p @ w for w, p in zip(each, products, strict=True))
     assert isinstance(own, Tensor)

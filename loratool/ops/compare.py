@@ -211,7 +211,7 @@ def _compare_module(job: _Job) -> _Compared:
     values = [_measurable(f"{job.labels[i]}: {job.name}", update) for i, update in job.updates]
     positions = [position for position, _ in job.updates]
     svds = [value.svd() for value in values]
-    inner = torch.zeros(len(values), len(values), dtype=torch.float64)
+    inner = torch.zeros(len(values), len(values), dtype=torch.float64, device="cpu")
     for i, svd in enumerate(svds):
         inner[i, i] = svd.values.square().sum()
     pairs, starts = [], {}
@@ -282,9 +282,9 @@ def _report(
 ) -> CompareReport:
     rows = tuple(item.row for item in compared)
     count = len(adapters)
-    inner = torch.zeros(count, count, dtype=torch.float64)
+    inner = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     for item in compared:
-        where = torch.tensor(item.row.adapters)
+        where = torch.tensor(item.row.adapters, device="cpu")
         inner[where[:, None], where[None, :]] += item.inner
     energy = inner.diagonal()
     summaries = tuple(

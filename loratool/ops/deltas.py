@@ -54,7 +54,9 @@ class Delta:
         return replace(self, matrix=matrix, energy=sum_of_squares(matrix), rough=None)
 
 
-_NOT_NUMBERS = Delta(torch.zeros(1, 1, dtype=torch.float32), 0.0, 0.0, NoiseFloor(0.0, 0.0), 1.0)
+_NOT_NUMBERS = Delta(
+    torch.zeros(1, 1, dtype=torch.float32, device="cpu"), 0.0, 0.0, NoiseFloor(0.0, 0.0), 1.0
+)
 """The change of integer tensors: there is one, and it has no size."""
 
 

@@ -160,7 +160,9 @@ def _row(
 
 def measured_speed() -> Speed:
     """Of one core of this machine, on a matrix too large for its caches."""
-    matrix, thin = (torch.zeros(rows, _SIDE, dtype=torch.float32) for rows in (_SIDE, 40))
+    matrix, thin = (
+        torch.zeros(rows, _SIDE, dtype=torch.float32, device="cpu") for rows in (_SIDE, 40)
+    )
     target = torch.empty_like(matrix)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -26,7 +26,7 @@ class RowReader:
         self._raw: memoryview | None = None
         is_plain = isinstance(tensor, TensorInfo) and tensor.strides is None and tensor.nbytes
         if is_plain and tensor.shape and tensor.dtype.torch is not None:
-            raw = torch.empty(most_rows * self._row_bytes, dtype=torch.uint8)
+            raw = torch.empty(most_rows * self._row_bytes, dtype=torch.uint8, device="cpu")
             self._raw = raw.numpy().data
             self._rows = raw.view(tensor.dtype.torch).view(most_rows, *tensor.shape[1:])
             self._handle: int | None = None

@@ -121,8 +121,8 @@ def _read_elements(info: TensorInfo, offset: int, nbytes: int) -> Tensor:
             f"{info.path.name}: {info.name} is {info.dtype.name}, which loratool can only copy"
         )
     if nbytes == 0:
-        return torch.empty(0, dtype=info.dtype.torch)
-    raw = torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(0, dtype=info.dtype.torch, device="cpu")
+    raw = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     read_into(info.path, offset, raw.numpy().data, what=info.name)
     return raw.view(info.dtype.torch)
 

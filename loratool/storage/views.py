@@ -92,7 +92,7 @@ class Zeros(_View):
         return self.sizes
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        return torch.zeros(stop - start, *self.sizes[1:], dtype=self.kind.torch)
+        return torch.zeros(stop - start, *self.sizes[1:], dtype=self.kind.torch, device="cpu")
 
 
 @dataclass(frozen=True)
