@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from loratool.algebra.noise import NoiseFloor
+from loratool.algebra.noise import BIASED, NoiseFloor
 from loratool.algebra.spectrum import Spectrum
 
 MARGIN = 0.06
@@ -34,7 +34,8 @@ ARITHMETIC = 1e-7
 measured. Matters for checkpoints in float32, whose rounding is smaller than that."""
 
 MOSTLY_UNCHANGED = 0.6
-"""Above this share of unchanged entries the rounding hides the update: no answer."""
+"""Above this share of unchanged entries rounding hides an update that is not much larger: no
+answer. (A larger one would have changed them: it lies in a few rows, or weights were pruned.)"""
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,14 @@ class LoraAnswer:
 def lora_rank(spectrum: Spectrum, noise: NoiseFloor, changed_share: float) -> LoraAnswer | None:
     """The answer for one matrix; None where the question cannot be decided.
 
-    That is: without a rounding to compare with (noise energy zero), where most entries did not
-    change at all, or where the whole change is no larger than the rounding.
+    That is: without a rounding to compare with (noise energy zero), where the change is near the
+    rounding and most entries did not change at all, or where all of it is no larger than that.
     """
     rows, columns = spectrum.shape
-    if noise.energy == 0 or changed_share < 1 - MOSTLY_UNCHANGED or spectrum.total_energy == 0:
+    if noise.energy == 0 or spectrum.total_energy == 0:
+        return None
+    near = noise.share_of(spectrum.total_energy) >= BIASED
+    if near and changed_share < 1 - MOSTLY_UNCHANGED:
         return None
     if spectrum.total_energy <= noise.energy * (1 + MARGIN):
         return None

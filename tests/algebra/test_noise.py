@@ -281,3 +281,16 @@ def test_values_alone_tell_a_lora_too(dtype: torch.dtype, rank: int, relative: f
     said = lora_rank(resolve_spectrum(d, rule, key="k", sketch_dtype=bf16), floor, changed)
     assert said is not None
     assert said.least == rank
+
+
+def test_unchanged_entries_hide_nothing_of_a_change_that_is_large() -> None:
+    """Pruning, and a LoRA of some rows: both were said to be hidden by rounding."""
+    base = random_base()
+    pruned = torch.where(base.float().abs() < 0.005, 0.0, base.float()) - base.float()
+    share = float((pruned != 0).float().mean())
+    assert share < 0.25
+    assert said_of((pruned, noise_floor(base), share)).least is None
+    d, _, _ = merged(base, 0.05, rank=8)
+    d[150:] = 0
+    said = said_of((d, noise_floor((base.float() + d).bfloat16()), float((d != 0).float().mean())))
+    assert said.rank == said.least == 8
