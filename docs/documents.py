@@ -225,7 +225,7 @@ VERIFY_ADAPTER: Form = {
             "name": TEXT,
             "update": TEXT,
             "status": word_of(ClaimStatus),
-            "delta_norm": NUMBER,
+            "delta_norm": maybe(NUMBER),
             "missed_norm": NUMBER,
             "measured": maybe(NUMBER),
             "stated": maybe(NUMBER),

@@ -212,6 +212,8 @@ def _show_claim(out: Output, report: ClaimReport) -> None:
                 f"  {counted(report.count(status), 'tensor')} {status} "
                 f"({percent(report.share(status))} of the change's energy)"
             )
+    if report.unsized:
+        out.line(f"  of unknown size, for NaN or infinity: {', '.join(report.unsized)}")
     rows = sorted(by_name(report.rows), key=lambda row: -row.missed_norm)
     if not out.verbose:
         rows = [row for row in rows if row.status is not ClaimStatus.AS_STATED][:_SHOWN]

@@ -15,7 +15,7 @@ from loratool.algebra.noise import ulp
 from loratool.algebra.rounding import MERGEABLE
 from loratool.engine import Engine, NoProgress, Progress
 from loratool.engine.devices import resolve_device
-from loratool.errors import MalformedFile, NothingMatches, ShapeMismatch
+from loratool.errors import MalformedFile, NonFiniteValues, NothingMatches, ShapeMismatch
 from loratool.layouts.fused import refit
 from loratool.layouts.kinds import classify
 from loratool.layouts.names import match_names, unwrapped
@@ -58,9 +58,9 @@ NOT_AS_STATED = (ClaimStatus.WORSE, ClaimStatus.UNEXPLAINED, ClaimStatus.ALONE)
 class ClaimRow:
     """One tensor that changed or that the adapter changes.
 
-    delta_norm: ‖D‖_F, D = tuned − base. measured, stated: ‖D − ΔW‖_F / ‖D‖_F, of all tensors
-    together that one entry of the report is of. tied_to: the name under which the same matrix is
-    counted.
+    delta_norm: ‖D‖_F, D = tuned − base; NaN of what was left out and is not finite. measured,
+    stated: ‖D − ΔW‖_F / ‖D‖_F, of all tensors together that one entry of the report is of. tied_to:
+    the name under which the same matrix is counted.
     """
 
     name: str
@@ -95,8 +95,13 @@ class ClaimReport:
 
     @property
     def _counted(self) -> list[ClaimRow]:
-        """A row of each matrix, whatever its names."""
-        return [row for row in self.rows if row.tied_to is None]
+        """A row of each matrix whose change has a size, whatever its names."""
+        return [row for row in self.rows if row.tied_to is None and row.name not in self.unsized]
+
+    @property
+    def unsized(self) -> list[str]:
+        """Tensors that were left out and hold NaN or infinity."""
+        return [row.name for row in self.rows if math.isnan(row.delta_norm)]
 
     def count(self, status: ClaimStatus) -> int:
         """How many tensors ended so."""
@@ -318,6 +323,10 @@ def _measure(job: _Job) -> ClaimRow | None:
     if not job.updates and equal_values(job.base, job.tuned):
         return None
     energy, missed = _energies(job)
+    if not math.isfinite(energy + missed):
+        if job.updates or _status(job, None, None) is not ClaimStatus.LEFT_OUT:
+            raise NonFiniteValues(f"{job.base.name}: NaN or infinity in base, tuned or the update")
+        return ClaimRow(job.base.name, update, ClaimStatus.LEFT_OUT, math.nan, 0.0, None, None)
     delta_norm, missed_norm = math.sqrt(energy), math.sqrt(missed)
     measured = missed_norm / delta_norm if delta_norm else None
     stated = _stated_error(job.stated)

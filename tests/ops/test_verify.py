@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool as lt
-from loratool.errors import DisagreementError, NothingMatches, UsageError
+from loratool.errors import DisagreementError, NonFiniteValues, NothingMatches, UsageError
 from loratool.ops.verify import SAMPLED_ROWS, sample_rows
 from loratool.ops.verify_claim import AS_STATED, UNSTATED, ClaimStatus
 from loratool.ops.verify_report import DIFFERS, EXACT, ROUNDED, VerifyReport, excluded_share
@@ -22,6 +22,7 @@ from tests.ops.builders import (
     MIXTURE,
     gpt2_like,
     llama_like,
+    load_folder,
     mixture_like,
     moved,
     save_folder,
@@ -326,6 +327,25 @@ def test_a_change_that_the_adapter_does_not_hold(claim: tuple[Path, Path, Path])
     lt.extract(base, tuned, adapter, rank="full", overwrite=True)
     (adapter / "loratool_report.json").unlink()
     assert lt.verify_adapter(adapter, base, tuned).verdict == UNSTATED
+
+
+def test_a_claim_about_what_is_not_finite(claim: tuple[Path, Path, Path]) -> None:
+    """Left out, as stated, it counts in no total; in anything else NaN is an error, as no NaN is
+    more than what is stated."""
+    adapter, base, tuned = claim
+    state = load_folder(tuned)
+    state["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    broken = save_folder(state, tuned.parent / "broken", LLAMA)
+    with pytest.raises(NonFiniteValues, match="up_proj"):
+        lt.verify_adapter(adapter, base, broken)
+    stated = lt.extract(base, broken, adapter, rank=4, exclude=["up_proj"], overwrite=True)
+    report = lt.verify_adapter(adapter, base, broken)
+    assert report.verdict == AS_STATED
+    assert report.relative_error == pytest.approx(stated.relative_error)
+    assert report.unsized == ["model.layers.0.mlp.up_proj.weight"]
+    (adapter / "loratool_report.json").unlink()
+    with pytest.raises(NonFiniteValues, match="up_proj"):
+        lt.verify_adapter(adapter, base, broken)
 
 
 def test_a_claim_about_tensors_that_did_not_change(claim: tuple[Path, Path, Path]) -> None:
