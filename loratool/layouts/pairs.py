@@ -114,8 +114,9 @@ def align(
     if refitted.note:
         notes.append(f"{refitted.note}, as the base has it")
     alignment = _align(ours, refitted.tensors, config)
+    stored = {new: base[name] for name, new in module_names(base, config).items()}
     experts = find_experts(
-        (pair.name for pair in alignment.pairs), config, stacked=has_stacked(base)
+        (pair.name for pair in alignment.pairs), config, stacked=has_stacked(stored)
     )
     pairs = tuple(
         replace(pair, input_first=experts.is_input_first(pair.name)) for pair in alignment.pairs

@@ -74,7 +74,13 @@ _GRANITE: Rules = (
     (r"(\.block_sparse_moe)\.output_linear\.weight$", r"\1.experts.down_proj"),
     (r"(\.block_sparse_moe)\.router\.layer\.weight$", r"\1.router.weight"),
 )
+_ARIA: Rules = (
+    (r"(\.mlp\.experts)\.fc1\.weight$", r"\1.gate_up_proj"),
+    (r"(\.mlp\.experts)\.fc2\.weight$", r"\1.down_proj"),
+)
 _RENAMES: dict[str, Rules] = {
+    "aria": _ARIA,
+    "aria_text": _ARIA,
     "gpt_neox": ((r"^\.embed_out\.", ".lm_head."),),
     "vit": _VIT,
     "deit": _VIT,

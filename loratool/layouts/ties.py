@@ -76,6 +76,11 @@ _STORED_HEADS = (
 _IN_DECODER = re.compile(r"(?:^|[._])decoder\.")
 _SIDES = ("encoder.", "decoder.", "text_encoder.", "text_decoder.")
 _WITH_LM_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_SHARED_EMBEDDING = (
+    "shared_image_embedding.positional_embedding",
+    "prompt_encoder.shared_embedding.positional_embedding",
+)
+"""Of SAM, in one module under two names."""
 _WITHOUT_DECODER_BIAS = frozenset({"EsmForMaskedLM", "LxmertForPreTraining"})
 
 
@@ -138,6 +143,8 @@ def _groups(
     if group and head is not None and config.says_tied:
         group = [*group, head]
     yield group
+    if _SHARED_EMBEDDING[0] in names:
+        yield list(_SHARED_EMBEDDING)
     parent, _, last = module_of(head or "").rpartition(".")
     if (
         last == "decoder"

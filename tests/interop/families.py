@@ -356,5 +356,9 @@ EXPERT_FAMILIES: dict[str, Family] = {
     "phimoe": _causal("PhimoeForCausalLM", **_GROUPED | _EXPERTS),
     "granite-moe": _causal("GraniteMoeForCausalLM", **_GROUPED | _EXPERTS),
     "deepseek-v3": _causal("DeepseekV3ForCausalLM", **_EXPERTS | _DEEPSEEK),
+    "aria": _causal(
+        "AriaTextForCausalLM",
+        **_GROUPED | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    ),
     "gpt-oss": _causal("GptOssForCausalLM", raw=("*.sinks",), **_GROUPED | _EXPERTS, head_dim=8),
 }

@@ -57,6 +57,27 @@ def _dpt() -> nn.Module:
     )
 
 
+def _sam() -> nn.Module:
+    """Tokens in tables, transposed convolutions, an embedding in two places."""
+    prompts = {"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4}
+    masks = {"hidden_size": 16, "mlp_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    eyes = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "mlp_dim": 48}
+    eyes |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8, "window_size": 2}
+    return tf.SamModel(
+        tf.SamConfig(
+            vision_config=eyes | {"global_attn_indexes": [1], "num_pos_feats": 8},
+            prompt_encoder_config=prompts,
+            mask_decoder_config=masks | {"iou_head_hidden_dim": 16},
+        )
+    )
+
+
+def _masks(model: nn.Module) -> torch.Tensor:
+    points = torch.tensor([[[[8.0, 8.0]]], [[[3.0, 5.0]]]])
+    output: torch.Tensor = model(pixel_values=_PIXELS, input_points=points).pred_masks
+    return output
+
+
 def _classes(model: nn.Module) -> torch.Tensor:
     step, label = torch.tensor([3]), torch.tensor([2])
     output: torch.Tensor = model(_LATENTS, timestep=step, class_labels=label).sample
@@ -66,6 +87,7 @@ def _classes(model: nn.Module) -> torch.Tensor:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.Tensor]]] = {
     "dit": (_dit, _classes),
     "convnext": (_convnext, lambda model: model(pixel_values=_PIXELS).logits),
+    "sam": (_sam, _masks),
     "dpt": (_dpt, lambda model: model(pixel_values=_PIXELS).predicted_depth),
 }
 
@@ -83,7 +105,8 @@ def test_every_module_is_what_peft_takes_it_for(name: str, tmp_path: Path) -> No
     with torch.no_grad():
         wanted = run(model)
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    lt.extract(base, tmp_path / "tuned", adapter, rank="full", conv_rank="full")
+    whole = {"vision_encoder": "whole"} if name == "sam" else {}  # it has bare parameters
+    lt.extract(base, tmp_path / "tuned", adapter, rank="full", conv_rank="full", rank_for=whole)
     peft = PeftModel.from_pretrained(type(model).from_pretrained(base), str(adapter)).eval()
     with torch.no_grad():
         torch.testing.assert_close(run(peft), wanted, rtol=1e-4, atol=2e-5)
