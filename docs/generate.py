@@ -76,8 +76,9 @@ def rank_rules() -> str:
         "what they are padded to is counted. It does not count what is stored whole, nor DoRA's "
         "norms.\n\n"
         "`--min-rank`, `--max-rank` and `--multiple-of` bound what a rule says; a matrix's smaller "
-        "side comes before them. A budget goes with `--max-rank` alone, in `resize` with none; "
-        f"without it, `extract` gives no matrix a rank above {BUDGET_RANK}.\n"
+        "side comes before them, and a rule may keep nothing of a matrix unless `--min-rank` is "
+        "above 1. A budget goes with `--max-rank` alone, in `resize` with none; without it, "
+        f"`extract` gives no matrix a rank above {BUDGET_RANK}.\n"
     )
 
 

@@ -86,6 +86,8 @@ def _one_rank(
     """All matrices at the largest rank that the profile knows and the budget pays for."""
     cost = sum(sum(spectrum.shape) for spectrum in spectra.values())
     most = max((len(spectrum.values) for spectrum in spectra.values()), default=0)
+    if profile.limits.ranks is not None:
+        most = min(most, profile.limits.ranks[-1])
     rank = next((r for r in range(most, 0, -1) if allowed_rank(r, profile) * cost <= parameters), 0)
     ranks = {name: min(rank, len(spectrum.values)) for name, spectrum in spectra.items()}
     used = allowed_rank(rank, profile) * cost if rank else 0

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 import loratool as lt
+from loratool.algebra.spectrum import Spectrum
 from loratool.engine import Engine, NoProgress
 from loratool.errors import NothingMatches
+from loratool.ops.extract_budget import shared_out
 from loratool.ops.extract_plan import plan_extract
 from loratool.ops.extract_tradeoff import rank_tradeoff
+from loratool.profiles import find_profile
 from tests.builders import random_tensor
 from tests.ops.builders import LLAMA, MIXTURE, State, llama_like, mixture_like, moved, save_folder
 
@@ -71,6 +74,15 @@ def test_a_consumer_of_one_rank_gets_the_largest_that_the_budget_pays_for(
         lt.extract(base, tuned, tmp_path / f"r{row.rank}", rank=row.rank, **options)
         assert written(tmp_path / f"r{row.rank}") == row.parameters
         assert row.budget_error <= row.error + 1e-12
+
+
+def test_a_budget_for_a_consumer_ends_at_its_largest_rank() -> None:
+    values = torch.linspace(1, 0.1, 600, dtype=torch.float64)
+    spectra = {"w": Spectrum(values, float(values.square().sum()), (600, 600))}
+    for parameters, rank in ((10**9, 512), (9 * 1200, 8)):
+        ranks, allocation = shared_out(spectra, {}, parameters, find_profile("vllm"))
+        assert ranks == {"w": rank}
+        assert allocation.used == rank * 1200
 
 
 def test_the_largest_rank_holds_for_every_kind_of_matrix(tmp_path: Path) -> None:
