@@ -94,7 +94,7 @@ def framed(function: Command) -> Command:
         try:
             _load_torch()
             for file in (options.get("report"), options.get("csv_file")):
-                _check_can_be_written(file)
+                _check_can_be_written(file, options.get("output"))
             function(out, **options)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -128,10 +128,15 @@ def framed(function: Command) -> Command:
     return decorated
 
 
-def _check_can_be_written(file: Path | None) -> None:
-    """Of a report or a table, which is written where it is, after the work. Raises OutputError."""
+def _check_can_be_written(file: Path | None, output: Path | None) -> None:
+    """Of a report or a table, which is written where it is, after the work and its output.
+
+    Raises OutputError.
+    """
     if file is None:
         return
+    if output is not None and file.resolve() == output.resolve():
+        raise OutputError(f"{file}: is the output itself; choose another file for the report")
     from loratool.storage.outputs import check_place
 
     if not file.exists():

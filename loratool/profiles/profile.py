@@ -142,6 +142,6 @@ def allowed_rank(largest: int, profile: Profile) -> int:
         raise Unplaced(
             f"{profile.name} takes ranks up to {profile.limits.ranks[-1]}, this adapter has "
             f"{largest}",
-            hint=f"use --max-rank {profile.limits.ranks[-1]}",
+            hint=f"--max-rank {profile.limits.ranks[-1]} bounds every rank but full",
         )
     return fitting[0]

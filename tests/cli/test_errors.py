@@ -118,6 +118,10 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pa
     assert ended.code == 5
     assert f"{tmp_path / 'file'} is no folder" in ended.err
     assert not (tmp_path / "out").exists()
+    ended = invoke(*merge_setup(tmp_path), "--report", tmp_path / "out")
+    assert ended.code == 5
+    assert "out: is the output itself" in ended.err
+    assert not (tmp_path / "out").exists()
     ended = invoke("inspect", tmp_path / "base", "--csv", tmp_path / "file" / "table.csv")
     assert (ended.code, ended.out) == (5, "")
 
