@@ -36,8 +36,10 @@ _POSITIONS = {
 _TABLE = re.compile(
     r"embed_(?!out$).+|.*embed(der|dings?)?|(.*_)?(embs?|codebook|tokens?|table)"
     r"|.*(Embedder|embeddings)_\d+|.*_embeds_layers?|query_feat|queries_features"
+    r"|pe_k|objective"
 )
-"""Last names of tables whose use is not known; stored whole they are right as any module."""
+"""Last names of tables whose use is not known (and of an audio model's loss, which has a weight);
+stored whole they are right as any module."""
 _EXPERT = re.compile(r"(?:.*\.)?experts\.(?:[^.]+\.)?[^.]+")
 """A parameter of a module of experts, or one matrix of it as layouts.experts names it."""
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}

@@ -52,10 +52,11 @@ _MODEL_PREFIXES = {
 }
 """transformers' base_model_prefix: what a head model's names start with and a bare one's lack."""
 
-_WITH_TRANSFORMER = frozenset(
-    f"{name}ForQuestionAnswering" for name in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe")
-)
-"""Architectures whose prefix is another than their model_type's."""
+_PREFIXES_OF = dict.fromkeys(
+    [f"{name}ForQuestionAnswering" for name in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe")],
+    "transformer.",
+) | {"WhisperForAudioClassification": ""}
+"""Of architectures whose prefix is another than their model_type's."""
 
 _WRAPPERS = (
     "module.",
@@ -192,9 +193,8 @@ def model_name(ours: str, theirs: str, names: Collection[str], config: ModelConf
 
 
 def _prefix_of(config: ModelConfig) -> str:
-    if config.architecture in _WITH_TRANSFORMER:
-        return "transformer."
-    return _MODEL_PREFIXES.get(config.model_type or "", "")
+    usual = _MODEL_PREFIXES.get(config.model_type or "", "")
+    return _PREFIXES_OF.get(config.architecture or "", usual)
 
 
 def head_model_prefix(names: Collection[str], config: ModelConfig) -> str:

@@ -15,7 +15,14 @@ from loratool.layouts.config import ModelConfig
 
 _SCAN = r"(conv1d|dt_proj|out_proj|x_proj)"
 _MASK_HEAD = r"bbox_attention\.(k_proj|k_linear)"
+_RELATIVE = r"rel_pos_(x_|y_)?bias"
+_ALTUP = r"altup\.(correction|prediction)_coefs"
+_TDNN = r"tdnn\.\d+\.kernel"
 _READ = {
+    **dict.fromkeys(
+        ("data2vec-audio", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wav2vec2-conformer"),
+        _TDNN,
+    ),
     "bamba": r"(conv1d|out_proj)",
     "conditional_detr": _MASK_HEAD,
     "dab-detr": _MASK_HEAD,
@@ -23,12 +30,16 @@ _READ = {
     "falcon_h1": _SCAN,
     "falcon_mamba": _SCAN,
     "granitemoehybrid": r"(conv1d|out_proj)",
+    "gemma3n": _ALTUP,
+    "gemma3n_text": _ALTUP,
     "jamba": r"(conv1d|dt_proj)",
+    "layoutlmv2": _RELATIVE,
+    "layoutlmv3": _RELATIVE,
     "mamba": _SCAN,
     "mamba2": _SCAN,
     "mobilebert": r"predictions\.dense",
     "nemotron_h": _SCAN,
-    "wavlm": r"attention\.(q_proj|k_proj|v_proj|out_proj)",
+    "wavlm": rf"(attention\.(q_proj|k_proj|v_proj|out_proj)|{_TDNN})",
     "zamba2": r"(conv1d|out_proj)",
 }
 """model_type → the ends of such modules' names. Read off transformers 5.24."""

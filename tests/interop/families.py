@@ -325,6 +325,19 @@ FAMILIES: dict[str, Family] = {
         "logits_per_text",
         raw=("logit_scale",),
     ),
+    "whisper classifier": Family(
+        _model(
+            "WhisperForAudioClassification",
+            "WhisperConfig",
+            d_model=32,
+            encoder_layers=1,
+            encoder_ffn_dim=48,
+            encoder_attention_heads=4,
+            num_mel_bins=8,
+            max_source_positions=12,
+        ),
+        lambda: {"input_features": _sound()["input_features"]},
+    ),
     "whisper": Family(
         _model(
             "WhisperForConditionalGeneration",

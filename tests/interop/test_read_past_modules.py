@@ -43,6 +43,34 @@ def _wavlm() -> tf.PreTrainedModel:
     )
 
 
+def _speaker() -> tf.PreTrainedModel:
+    layers = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 3)}
+    embedding = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
+    head = {"tdnn_dim": (16, 16), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1)}
+    return tf.Wav2Vec2ForXVector(
+        tf.Wav2Vec2Config(
+            **_SIZES, **layers, **embedding, **head, num_feat_extract_layers=2, xvector_output_dim=8
+        )
+    )
+
+
+def _pages() -> tf.PreTrainedModel:
+    return tf.LayoutLMv3ForTokenClassification(
+        tf.LayoutLMv3Config(
+            **_SIZES,
+            max_position_embeddings=40,
+            max_2d_position_embeddings=64,
+            coordinate_size=6,
+            shape_size=4,
+            rel_pos_bins=8,
+            rel_2d_pos_bins=8,
+            visual_embed=False,
+            num_labels=3,
+            pad_token_id=1,
+        )
+    )
+
+
 def _jamba() -> tf.PreTrainedModel:
     mamba = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
     kinds = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
@@ -71,6 +99,12 @@ FAMILIES = {
         lambda: _random("input_values", 2, 800),
         raw=("*.gru_rel_pos_const", "*.parametrizations.*", "wavlm.masked_spec_embed"),
     ),
+    "speaker": Family(
+        _speaker,
+        lambda: _random("input_values", 2, 800),
+        raw=("*.parametrizations.*", "wav2vec2.masked_spec_embed"),
+    ),
+    "layoutlmv3": Family(_pages, _tokens),
     "jamba": Family(_jamba, _tokens, raw=("*.A_log", "*.D")),
     "mobilebert": Family(_mobilebert, _tokens),
     "siglip": Family(
@@ -79,6 +113,8 @@ FAMILIES = {
 }
 READ_SO = {
     "wavlm": "wavlm.encoder.layers.1.attention.q_proj.weight",
+    "speaker": "tdnn.1.kernel.weight",
+    "layoutlmv3": "layoutlmv3.encoder.rel_pos_bias.weight",
     "jamba": "model.layers.0.mamba.dt_proj.weight",
     "mobilebert": "cls.predictions.dense.weight",
     "siglip": "vision_model.head.attention.out_proj.weight",
