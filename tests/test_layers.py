@@ -25,8 +25,8 @@ ALLOWED = {
     "combining": {"errors", "algebra"},
     "profiles": {"errors", "storage", "algebra", "adapter", "provenance"},
     "inits": {"errors", "algebra"},
-    "report": {"errors", "provenance"},
-    "hub": {"errors", "storage", "algebra", "adapter", "provenance", "engine"},
+    "report": {"errors", "plural", "provenance"},
+    "hub": {"errors", "plural", "storage", "algebra", "adapter", "provenance", "engine"},
 }
 BELOW_OPS = {*ALLOWED}
 ALLOWED["ops"] = BELOW_OPS

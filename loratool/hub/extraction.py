@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.hub.markdown import code, count, percent, small, table
+from loratool.plural import counted
 
 SCHEMA = "loratool/extract/1"
 _LOW_RANK, _WHOLE, _UNCHANGED = "low-rank", "stored whole", "unchanged"
@@ -150,7 +151,7 @@ def _left_out(rows: Sequence[_Row]) -> Iterator[str]:
 def _names(rows: Sequence[_Row]) -> str:
     named = ", ".join(code(row.name) for row in rows[:_NAMED])
     more = f" and {count(len(rows) - _NAMED)} more" if len(rows) > _NAMED else ""
-    return f"{count(len(rows))} tensor{'s' * (len(rows) > 1)} ({named}{more})"
+    return f"{counted(len(rows), 'tensor')} ({named}{more})"
 
 
 def _rows(report: Mapping[str, Any]) -> Iterable[_Row]:

@@ -13,6 +13,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from loratool.plural import counted
 from loratool.provenance import loratool_version
 from loratool.report.charts import SERIES, page_charts
 from loratool.report.drawing import library
@@ -331,7 +332,7 @@ def _table(page: Page) -> list[str]:
         '<div class="controls">',
         '<label>Filter by name <input type="search" id="filter" autocomplete="off" '
         'spellcheck="false"></label>',
-        f'<span id="count" role="status">{len(page.rows):,} rows</span>',
+        f'<span id="count" role="status">{counted(len(page.rows), "row")}</span>',
         "</div>",
         '<div class="scroll tall" tabindex="0" role="region" '
         f'aria-label="Table of {escape(word)}s">',

@@ -485,8 +485,8 @@
     const fits = order.filter((row) => page.names[row].toLowerCase().includes(wanted));
     const shown = fits.slice(0, most);
     body.replaceChildren(...shown.map((row) => lines[row]));
-    const count = fits.length === lines.length
-      ? `${number(lines.length)} rows` : `${number(fits.length)} of ${number(lines.length)} rows`;
+    const all = `${number(lines.length)} ${lines.length === 1 ? "row" : "rows"}`;
+    const count = fits.length === lines.length ? all : `${number(fits.length)} of ${all}`;
     const left = fits.length - shown.length;
     $("count").textContent = left ? `${count}, the first ${number(shown.length)} shown` : count;
     $("more").hidden = !left;
