@@ -27,6 +27,7 @@ from loratool.algebra.krylov import (
     settled,
     sketch_pays,
     steered_start,
+    was_drowned,
 )
 from loratool.algebra.lowrank import LowRank
 from loratool.algebra.passes import RoughMatrix, fastest_dtype, image_and_back
@@ -247,11 +248,16 @@ def _triplets(
     d = tall.matrix
 
     def sketch(guess: int) -> Ritz:
+        steered_in, apply = dtype or fastest_dtype(d.device), partial(image_and_back, d)
         with stopwatch.stage("sketch"):
-            rough = RoughMatrix(d, dtype or fastest_dtype(d.device), tall.rough)
+            rough = RoughMatrix(d, steered_in, tall.rough)
             start = steered_start(rough, guess + OVERSAMPLING, key)
             del rough  # its memory
-        return block_krylov(partial(image_and_back, d), start, stopwatch=stopwatch)
+        found = block_krylov(apply, start, stopwatch=stopwatch)
+        if steered_in.itemsize < start.itemsize and was_drowned(found.theta, guess):
+            start = found.back[:, : start.shape[1]].float()
+            found = block_krylov(apply, start, stopwatch=stopwatch)
+        return found
 
     return sketch
 

@@ -55,6 +55,13 @@ _EXHAUSTED = 1e-4
 """Of ‖D‖²: what is left beside the values where a sketch in bf16, of which they miss up to 2·10⁻⁶,
 does not say enough of it to tell a LoRA."""
 
+_DROWNED = 5e-3
+"""Of the largest value: what a 16-bit float rounds away from a block covers directions of values
+below this."""
+_FLAT = 0.9
+"""Of a value, the one ``OVERSAMPLING`` places on: where values fall no faster, directions are hard
+to tell apart."""
+
 _SLACK = 1e-3
 """Loss of orthogonality in the float32 basis that whitening may still mend."""
 
@@ -147,6 +154,15 @@ def block_krylov(
         images, backs = [image], [back]
     with stopwatch.stage("orthogonalise"):
         return _rayleigh_ritz(basis.double(), gram, torch.cat(images, 1), torch.cat(backs, 1))
+
+
+def was_drowned(theta: Tensor, count: int) -> bool:
+    """Whether power steps in a 16-bit dtype cannot have led to the directions of the ``count``
+    first values: flat noise, far below the largest, is what they round away."""
+    beyond = theta[min(count + OVERSAMPLING, len(theta)) - 1]
+    last = theta[min(count, len(theta)) - 1]
+    is_small = (last < _DROWNED * theta[0]) & (last > _NOTHING * theta[0])
+    return bool(is_small & (beyond > _FLAT * last))
 
 
 def settled(

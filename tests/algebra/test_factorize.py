@@ -234,3 +234,20 @@ def test_a_change_of_two_rows_against_each_other(key: str) -> None:
     factors = factorize(d, parse_rank_rule("1"), key=key)
     assert factors.method == "block Krylov"
     assert residual_norm(d, factors.low_rank()) <= optimum(d, 1) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (768, 2048)])
+def test_flat_noise_far_below_the_largest_is_found_as_well(shape: tuple[int, int]) -> None:
+    """What a 16-bit float rounds away from the steering covers it: 0.7 % were missed, and 1.5 %
+    of a weaker one."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(shape, generator=generator)
+    noise /= torch.linalg.matrix_norm(noise, 2)
+    u, v = (torch.linalg.qr(torch.randn(n, 4, generator=generator)).Q for n in shape)
+    for level in (0.002, 0.001):
+        d = u @ v.T + level * noise
+        squares = torch.linalg.svdvals(d.double()).square()
+        best = float(squares[64:].sum().sqrt())
+        factors = factorize(d, parse_rank_rule("64"), key="k", sketch_dtype=torch.bfloat16)
+        assert factors.method == "block Krylov"
+        assert residual_norm(d, factors.low_rank()) <= 1.005 * best
