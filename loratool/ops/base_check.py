@@ -13,7 +13,7 @@ from loratool.ops.sources import Model
 from loratool.plural import counted
 from loratool.provenance import REPORT_FILE, fingerprint
 from loratool.storage.checkpoint import read_json_file
-from loratool.storage.tensors import LazyTensor, TensorInfo, read_into
+from loratool.storage.tensors import LazyTensor, TensorInfo, is_range, read_into
 
 _PIECES, _PIECE_BYTES = 4, 16 * 1024
 
@@ -21,7 +21,7 @@ _PIECES, _PIECE_BYTES = 4, 16 * 1024
 def samples_of(tensors: Iterable[LazyTensor]) -> dict[str, str]:
     """A sign of each tensor's values, by its stored name: dtype and SHA-256 of 64 KiB spread over
     it. Views and tensors that a pickle does not keep in order have none."""
-    plain = (info for info in tensors if isinstance(info, TensorInfo) and info.strides is None)
+    plain = (info for info in tensors if is_range(info))
     return {info.name: f"{info.dtype.name}:{_sampled_sha256(info)}" for info in plain}
 
 

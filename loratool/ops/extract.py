@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from loratool.ops.deltas import matrix_shape
 from loratool.ops.extract_adapter import base_modules, build_adapter, stored_size
 from loratool.ops.extract_biases import settled
 from loratool.ops.extract_budget import spend
-from loratool.ops.extract_early import Foreseen, foreseen
+from loratool.ops.extract_early import Foreseen
 from loratool.ops.extract_jobs import (
     ExtractJob,
     ExtractResult,
@@ -32,7 +33,7 @@ from loratool.ops.extract_resume import keep, pending, resume_key
 from loratool.ops.extract_rules import BUDGET_RANK
 from loratool.ops.findings import rounding_notes
 from loratool.ops.sources import Model
-from loratool.plural import counted
+from loratool.plural import counted, first_of
 from loratool.profiles import fit
 from loratool.provenance import fingerprint
 from loratool.report.text import percent
@@ -56,7 +57,7 @@ def run_extract(
     key = resume_key(jobs, plan.into, (plan.base.config, plan.tuned.config))
     with (
         staged(plan.output, key) as staging,
-        foreseen(plan, jobs, staging.out) as early,
+        closing(Foreseen(plan, jobs, staging.out)) as early,
     ):
         staging.clear_out()
         jobs = [replace(job, scratch=staging.scratch) for job in jobs]
@@ -276,10 +277,9 @@ def _not_measured_note(rows: Sequence[TensorRow]) -> list[str]:
     names = [row.name for row in rows if row.status is Status.NOT_MEASURED]
     if not names:
         return []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return [
         f"excluded and not measured, for NaN, infinity or a change beyond float32's range: "
-        f"{', '.join(names[:3])}{more}; no share and no total counts their change"
+        f"{first_of(names)}; no share and no total counts their change"
     ]
 
 

@@ -65,7 +65,8 @@ def in_task_head(name: str, task_type: str | None) -> bool:
 def is_saved_with(name: str, saved: Collection[str]) -> bool:
     """Whether PEFT saves a parameter when its config lists these modules: those inside them, and
     inside modules whose names end like theirs (post_norm where a model has a norm of its own)."""
-    return any(owner.endswith(tuple(saved)) for owner in _owners(name))
+    ends = tuple(saved)
+    return any(owner.endswith(ends) for owner in _owners(name))
 
 
 def _complete_ties(

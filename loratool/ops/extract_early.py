@@ -8,8 +8,7 @@ are copied from then on, until something turns out otherwise.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.errors import Unplaced
@@ -22,7 +21,7 @@ from loratool.ops.extract_plan import ExtractPlan
 from loratool.ops.extract_report import Status
 from loratool.profiles import fit
 from loratool.storage.early import EarlyFile
-from loratool.storage.writing import is_range
+from loratool.storage.tensors import is_range
 
 LEAST_BYTES = 64 * 2**20
 """Of whole tensors: writing fewer takes no time worth saving."""
@@ -38,11 +37,13 @@ class Foreseen:
     """
 
     def __init__(self, plan: ExtractPlan, jobs: Sequence[ExtractJob], folder: Path):
+        """Of a plan with these jobs, whose adapter is made in ``folder``."""
         self.file: EarlyFile | None = None
         self._plan, self._jobs, self._folder = plan, jobs, folder
         whole = [j for j in jobs if j.treatment in (Treatment.WHOLE, Treatment.NEW_ROWS)]
         worthwhile = sum(job.pair.whole.nbytes for job in whole) >= LEAST_BYTES
-        self._awaited = {j.index for j in whole if worthwhile and _is_foreseeable(plan, jobs)}
+        begins = worthwhile and _is_foreseeable(plan, jobs)
+        self._awaited = {job.index for job in whole} if begins else set()
         self._results: dict[int, ExtractResult] = {}
         self._expected: dict[int, Status] = {}
         self._lock = threading.Lock()
@@ -83,16 +84,6 @@ class Foreseen:
         self._expected = {i: s for i, s in statuses.items() if s is not Status.UNCHANGED}
         if self.file is not None:
             self.file.begin()
-
-
-@contextmanager
-def foreseen(plan: ExtractPlan, jobs: Sequence[ExtractJob], folder: Path) -> Iterator[Foreseen]:
-    """Of a plan with these jobs, whose adapter is made in ``folder``."""
-    early = Foreseen(plan, jobs, folder)
-    try:
-        yield early
-    finally:
-        early.close()
 
 
 def _is_foreseeable(plan: ExtractPlan, jobs: Sequence[ExtractJob]) -> bool:

@@ -33,7 +33,7 @@ from loratool.ops.extract_treatments import (
     treatments,
 )
 from loratool.ops.sources import Model, open_adapter, open_model
-from loratool.plural import counted
+from loratool.plural import counted, first_of
 from loratool.profiles import Profile, find_profile
 from loratool.storage.dtypes import BY_NAME, DType, dtype_named
 from loratool.storage.outputs import check_free_space, check_output
@@ -301,19 +301,14 @@ def _whole_notes(jobs: Sequence[ExtractJob], rules: Rules, base: Model) -> list[
     if grouped:
         notes.append(
             "convolutions that are grouped, or may be by their shape, are stored whole if changed, "
-            f"since PEFT merges no updates of grouped ones: {_first_of(grouped)}"
+            f"since PEFT merges no updates of grouped ones: {first_of(grouped)}"
         )
     if past:
         notes.append(
             "weights that the model reads without calling their modules, where no update of PEFT's "
-            f"would act, are stored whole if changed: {_first_of(past)}"
+            f"would act, are stored whole if changed: {first_of(past)}"
         )
     return notes
-
-
-def _first_of(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
 
 
 def _check_forms(bias: str, dora: bool, into: Path | None) -> None:

@@ -30,7 +30,7 @@ from loratool.receipt import (
 )
 from loratool.storage.disk import disk_errors
 from loratool.storage.dtypes import BY_NAME, DType
-from loratool.storage.tensors import LazyTensor, TensorInfo, read_into
+from loratool.storage.tensors import LazyTensor, TensorInfo, is_range, read_into
 from loratool.storage.views import Stored, rows_of
 from loratool.storage.writing import park
 
@@ -328,7 +328,7 @@ def value_sha256(info: LazyTensor) -> str:
 
 def byte_parts(info: LazyTensor) -> Iterator[memoryview]:
     """A tensor's bytes, row-major, a part at a time."""
-    if isinstance(info, TensorInfo) and info.strides is None:
+    if is_range(info):
         for start in range(0, info.nbytes, _HASHED_BYTES):
             part = memoryview(bytearray(min(_HASHED_BYTES, info.nbytes - start)))
             read_into(info.path, info.offset + start, part, what=info.name)

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratool.errors import LoratoolError
-from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.storage.tensors import LazyTensor, TensorInfo, is_range
 from loratool.storage.writing import (
     OutputSlot,
     copy_range,
     create_safetensors,
-    is_range,
     shapes_of,
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loratool.storage.tensors import LazyTensor, TensorInfo, fill
+from loratool.storage.tensors import LazyTensor, TensorInfo, fill, is_range
 
 
 class RowReader:
@@ -24,8 +24,7 @@ class RowReader:
         """At most ``most_rows`` rows at a time."""
         self._tensor = tensor
         self._raw: memoryview | None = None
-        is_plain = isinstance(tensor, TensorInfo) and tensor.strides is None and tensor.nbytes
-        if is_plain and tensor.shape and tensor.dtype.torch is not None:
+        if is_range(tensor) and tensor.nbytes and tensor.shape and tensor.dtype.torch is not None:
             raw = torch.empty(most_rows * self._row_bytes, dtype=torch.uint8, device="cpu")
             self._raw = raw.numpy().data
             self._rows = raw.view(tensor.dtype.torch).view(most_rows, *tensor.shape[1:])

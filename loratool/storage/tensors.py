@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -97,6 +97,11 @@ class MemoryTensor:
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         return self.value[start:stop].contiguous() if self.shape else self.value
+
+
+def is_range(tensor: LazyTensor) -> TypeGuard[TensorInfo]:
+    """Whether a tensor's bytes lie in a file as a file would hold them."""
+    return isinstance(tensor, TensorInfo) and tensor.strides is None
 
 
 def equal_values(one: LazyTensor, two: LazyTensor) -> bool:

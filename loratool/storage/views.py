@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loratool.storage.dtypes import DType
-from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.storage.tensors import LazyTensor, TensorInfo, is_range
 
 
 class Stored(LazyTensor, Protocol):
@@ -240,7 +240,7 @@ class Lengthened(_OfOne):
 
 def rows_of(source: LazyTensor, start: int, stop: int) -> Stored:
     """Rows ``start:stop``; of a plainly stored tensor a tensor of its own."""
-    if isinstance(source, TensorInfo) and source.strides is None and source.shape:
+    if is_range(source) and source.shape:
         row_bytes = source.nbytes // source.rows if source.rows else 0
         return replace(
             source,

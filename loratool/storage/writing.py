@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from loratool.storage.disk import NO_SPACE, disk_errors
 from loratool.storage.dtypes import BY_TORCH, DType
 from loratool.storage.safetensors_file import encode_header, tensor_bytes
 from loratool.storage.sharing import share_blocks
-from loratool.storage.tensors import LazyTensor, TensorInfo
+from loratool.storage.tensors import LazyTensor, TensorInfo, is_range
 
 _COPY_BYTES = 16 * 2**20
 
@@ -117,10 +116,10 @@ def create_safetensors(
     path: Path, tensors: Mapping[str, Shape], metadata: Mapping[str, str]
 ) -> dict[str, OutputSlot]:
     """Create a file with a finished header and room for the tensors; give each one's slot."""
-    header, _ = encode_header(tensors, metadata)
+    header, offsets = encode_header(tensors, metadata)
     size = len(header) + sum(tensor_bytes(dtype, shape) for dtype, shape in tensors.values())
     create_with_header(path, header, size)
-    return slots_of(path, tensors, metadata)
+    return _slots(path, tensors, offsets)
 
 
 def slots_of(
@@ -128,6 +127,12 @@ def slots_of(
 ) -> dict[str, OutputSlot]:
     """Where each tensor lies in a file of these."""
     _, offsets = encode_header(tensors, metadata)
+    return _slots(path, tensors, offsets)
+
+
+def _slots(
+    path: Path, tensors: Mapping[str, Shape], offsets: Mapping[str, int]
+) -> dict[str, OutputSlot]:
     return {
         name: OutputSlot(path, offsets[name], dtype, shape)
         for name, (dtype, shape) in tensors.items()
@@ -137,11 +142,6 @@ def slots_of(
 def shapes_of(tensors: Mapping[str, LazyTensor]) -> dict[str, Shape]:
     """What a header says of them."""
     return {name: (lazy.dtype, lazy.shape) for name, lazy in tensors.items()}
-
-
-def is_range(tensor: LazyTensor) -> TypeGuard[TensorInfo]:
-    """Whether a tensor's bytes lie in a file as a file would hold them."""
-    return isinstance(tensor, TensorInfo) and tensor.strides is None
 
 
 def create_with_header(path: Path, header: bytes, size: int) -> None:

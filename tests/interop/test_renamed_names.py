@@ -18,6 +18,16 @@ from loratool.layouts.config import ModelConfig
 from loratool.layouts.experts import stacks_experts
 from loratool.layouts.renames import module_names
 
+_SEGFORMER: dict[str, Any] = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [8, 16],
+    "patch_sizes": [3, 3],
+    "strides": [2, 2],
+    "num_attention_heads": [1, 2],
+    "mlp_ratios": [2, 2],
+}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -98,14 +108,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "segformer": made(
         "SegformerForImageClassification",
         "SegformerConfig",
-        num_encoder_blocks=2,
-        depths=[1, 1],
-        sr_ratios=[2, 1],
-        hidden_sizes=[8, 16],
-        patch_sizes=[3, 3],
-        strides=[2, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
+        **_SEGFORMER,
     ),
     "llava": pair("Llava", tf.CLIPVisionConfig(**_VISION), tf.LlamaConfig(**_TEXT)),
     "paligemma": pair(
@@ -132,14 +135,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "segformer semantic": made(
         "SegformerForSemanticSegmentation",
         "SegformerConfig",
-        num_encoder_blocks=2,
-        depths=[1, 1],
-        sr_ratios=[2, 1],
-        hidden_sizes=[8, 16],
-        patch_sizes=[3, 3],
-        strides=[2, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
+        **_SEGFORMER,
     ),
     "qwen2_audio": lambda: tf.Qwen2AudioForConditionalGeneration(
         tf.Qwen2AudioConfig(audio_config=_EARS, text_config=tf.Qwen2Config(**_TEXT))
